@@ -1,0 +1,84 @@
+"""Administration and enrolment messages, and the events components publish about themselves."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from capability_schemas.ids import Identifier
+from capability_schemas.wire import WireModel
+
+
+class AdminRequest(WireModel):
+    """A verb for a router or registry; answered by a ``result`` or ``error`` reply event.
+
+    Attributes:
+        id: Chosen by the client; the task level of the reply topic.
+        verb: What to do.
+        args: Arguments of the verb.
+    """
+
+    id: Identifier
+    verb: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z_]{0,31}$")]
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class EnrollRequest(WireModel):
+    """A newcomer asks to join.
+
+    Attributes:
+        token: One-time join token.
+        id: Identity it wants.
+        role: Role it wants.
+        public_key: Its Ed25519 key, base64.
+        csr: Certificate signing request, PEM; None where the newcomer cannot do TLS.
+    """
+
+    token: str
+    id: Identifier
+    role: str
+    public_key: str
+    csr: str | None = None
+
+
+class EnrollReply(WireModel):
+    """The answer to a newcomer.
+
+    Attributes:
+        status: ``granted``, ``pending`` (an operator decides) or ``refused``.
+        id: Identity granted.
+        certificate: Certificate chain, PEM.
+        ca: Certificate of the site's authority, PEM.
+        password: Password where the newcomer cannot do TLS.
+        reason: Why it was refused.
+    """
+
+    status: Literal["granted", "pending", "refused"]
+    id: Identifier | None = None
+    certificate: str | None = None
+    ca: str | None = None
+    password: str | None = None
+    reason: str = ""
+
+
+class CloudEvent(BaseModel):
+    """An event in the structured JSON form of CloudEvents 1.0.2.
+
+    Attributes:
+        id: Unique for the source.
+        source: URI reference of the component, ``/foam/{site}/{id}``.
+        type: ``io.foam.`` and what happened, with a version.
+        time: RFC 3339.
+        subject: What it is about.
+        data: Fields of the event.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    specversion: Literal["1.0"] = "1.0"
+    id: str
+    source: str
+    type: str
+    time: str
+    subject: str | None = None
+    datacontenttype: str = "application/json"
+    data: dict[str, Any] = Field(default_factory=dict)

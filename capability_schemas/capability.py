@@ -1,0 +1,187 @@
+"""Versioned capability vectors (PROTOCOL section 4): claims of nodes, records of the registry.
+
+A claim says what one node offers under one function name. Its order is ``(epoch, revision)``: the
+epoch is made when the node starts, the revision grows with every change. The registry embeds the
+description and examples itself and publishes a ``CatalogRecord``, the only thing routers read. The
+shape follows the Versioned Capability Vector of Federation of Agents (arXiv 2509.20175, section 3).
+"""
+
+from typing import Annotated, Any
+
+from pydantic import Field, StringConstraints, field_validator
+from semantic_version import Version
+
+from capability_schemas.ids import Identifier
+from capability_schemas.task import DataClass, ShortText
+from capability_schemas.wire import WireModel
+
+Utterance = Annotated[str, StringConstraints(min_length=1, max_length=2_000)]
+
+
+def check_version(value: str) -> str:
+    """Return ``value`` when it is a semantic version (semver.org 2.0.0).
+
+    Raises:
+        ValueError: It is not.
+    """
+    Version(value)
+    return value
+
+
+class EncoderSpace(WireModel):
+    """Identity of a vector space; vectors of different spaces are never compared.
+
+    Attributes:
+        model: Model name.
+        revision: Anything that changes the vectors: weights, quantisation, file hash.
+        dimension: Number of components.
+    """
+
+    model: str
+    revision: str
+    dimension: Annotated[int, Field(ge=1, le=65_536)]
+
+
+class Resources(WireModel):
+    """Needs and guarantees of a function on its node.
+
+    Attributes:
+        memory_bytes: Memory one instance takes.
+        context_tokens: Longest prompt and answer together; None for functions without tokens.
+        concurrency: Tasks it runs at a time.
+        first_ms: Measured time to the first output.
+        token_ms: Measured time for each further token.
+        max_input_bytes: Longest input it takes.
+    """
+
+    memory_bytes: Annotated[int, Field(ge=0)] | None = None
+    context_tokens: Annotated[int, Field(ge=1)] | None = None
+    concurrency: Annotated[int, Field(ge=1)] = 1
+    first_ms: Annotated[float, Field(ge=0)] | None = None
+    token_ms: Annotated[float, Field(ge=0)] | None = None
+    max_input_bytes: Annotated[int, Field(ge=1)] | None = None
+
+
+class Cost(WireModel):
+    """Price of one call.
+
+    Attributes:
+        money: In the unit the site uses.
+        energy_j: Energy, joules.
+    """
+
+    money: Annotated[float, Field(ge=0)] = 0.0
+    energy_j: Annotated[float, Field(ge=0)] = 0.0
+
+
+class CapabilityPolicy(WireModel):
+    """Where a node stands and what it is cleared for.
+
+    In a claim these are wishes; the admitted record holds only what the registry attests.
+
+    Attributes:
+        zones: Zones the node belongs to.
+        data: Classes of data it may see.
+        grants: Rights it holds.
+        external: Whether it hands the task to a service outside the site.
+    """
+
+    zones: tuple[ShortText, ...] = ()
+    data: tuple[DataClass, ...] = ("public", "internal", "private")
+    grants: tuple[ShortText, ...] = ()
+    external: bool = False
+
+
+class ModelInfo(WireModel):
+    """The model behind a function.
+
+    Attributes:
+        name: Model name.
+        digest: ``sha256:`` and the hex digest of the file; None while it is being computed.
+        quantisation: Weight format, as the file says.
+        engine: Library that runs it.
+    """
+
+    name: str
+    digest: str | None = None
+    quantisation: str | None = None
+    engine: str | None = None
+
+
+class _Capability(WireModel):
+    """Fields a claim and a record share."""
+
+    node: Identifier
+    function: Identifier
+    version: Annotated[str, StringConstraints(max_length=64)]
+    epoch: Annotated[int, Field(ge=0)]
+    revision: Annotated[int, Field(ge=0)]
+    description: Utterance
+    examples: Annotated[tuple[Utterance, ...], Field(max_length=256)] = ()
+    skills: Annotated[tuple[ShortText, ...], Field(max_length=128)] = ()
+    input_schema: dict[str, Any] | None = None
+    output_schema: dict[str, Any] | None = None
+    modalities: tuple[ShortText, ...] = ("text",)
+    resources: Resources = Resources()
+    cost: Cost = Cost()
+    policy: CapabilityPolicy = CapabilityPolicy()
+    model: ModelInfo | None = None
+    expires_at: int | None = None
+    embedding: str | None = None
+    space: EncoderSpace | None = None
+    signature: str | None = None
+
+    _version = field_validator("version")(check_version)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """``(node, function)``, the identity of a capability in the catalogue."""
+        return self.node, self.function
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """``(epoch, revision)``; of two claims for one key the greater is the newer."""
+        return self.epoch, self.revision
+
+
+class CapabilityClaim(_Capability):
+    """What a node says it can do.
+
+    Attributes:
+        node: The claiming node.
+        function: Function name, unique on the node.
+        version: Version of the function (semver).
+        epoch: Start of the node's process, UTC milliseconds; grows with every start.
+        revision: Grows with every change within an epoch.
+        description: What it does, in words; embedded by the registry.
+        examples: Utterances it should be chosen for; embedded by the registry.
+        skills: Names of skills it offers.
+        input_schema: JSON Schema (2020-12) of the input; anything goes when None.
+        output_schema: JSON Schema of the output.
+        modalities: Kinds of data it takes.
+        resources: Needs and guarantees.
+        cost: Price of a call.
+        policy: What it would like to be attested.
+        model: The model behind it.
+        expires_at: End of the lease, UTC milliseconds; renewed by a new revision.
+        embedding: Optional own vector, base64 of little-endian float32; checked, never trusted.
+        space: Space of ``embedding``.
+        signature: Ed25519 over the canonical bytes.
+    """
+
+
+class CatalogRecord(_Capability):
+    """What the registry admits: the claim checked, embedded, attested and signed.
+
+    Attributes:
+        registry: Who admitted it.
+        admitted_at: When, UTC milliseconds.
+        claim_digest: ``sha256:`` and the hex digest of the claim's canonical bytes.
+        embedding: Unit vector of description and examples, base64 of little-endian float32.
+        space: Space of ``embedding``.
+        policy: Attested, never self-claimed.
+    """
+
+    registry: Identifier
+    admitted_at: int
+    claim_digest: str

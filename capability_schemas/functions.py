@@ -1,0 +1,162 @@
+"""Declarations of functions, and how the input of a task meets the schema of a function."""
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import ConfigDict, Field, StringConstraints, field_validator
+
+from capability_schemas.capability import CapabilityPolicy, Cost, Utterance, check_version
+from capability_schemas.errors import ConfigurationError, InvalidTask
+from capability_schemas.ids import Identifier
+from capability_schemas.task import ShortText
+from capability_schemas.wire import WireModel
+
+if TYPE_CHECKING:
+    from jsonschema import Draft202012Validator
+
+
+class FunctionLimits(WireModel):
+    """What one run of a function may take; exceeding one ends the run with an error.
+
+    Attributes:
+        timeout_ms: Wall time; the deadline of the task holds besides.
+        memory_bytes: Address space of an instance; unlimited when None.
+        cpu_s: Processor time of one instance over its life, seconds; unlimited when None.
+        output_bytes: Encoded size of all chunks and of the result, each.
+        open_files: File descriptors of an instance; the system's limit when None.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    timeout_ms: Annotated[int, Field(ge=1, le=24 * 3_600_000)] | None = None
+    memory_bytes: Annotated[int, Field(ge=1_000_000)] | None = None
+    cpu_s: Annotated[int, Field(ge=1)] | None = None
+    output_bytes: Annotated[int, Field(ge=1)] = 1024 * 1024
+    open_files: Annotated[int, Field(ge=16)] | None = None
+
+
+class FunctionSpec(WireModel):
+    """A function as its author declares it, in TOML or by decorator.
+
+    Attributes:
+        name: Function name, unique on the node.
+        version: Semantic version.
+        description: What it does, in words; what routing by meaning reads.
+        examples: Utterances it should be chosen for.
+        skills: Names of skills it offers.
+        input_schema: JSON Schema (2020-12) of the input; anything goes when None.
+        output_schema: JSON Schema of the output.
+        runtime: Name of the runtime: ``python``, ``llama_cpp``.
+        entry: For ``python``: ``module:name`` or ``path/to/file.py:name``.
+        model: For model runtimes: path of the model file.
+        options: Settings of the runtime, checked by it.
+        concurrency: Tasks the node runs at a time, each in its own instance.
+        warm: Whether an instance starts with the node rather than with the first task.
+        limits: What one run may take.
+        policy: Where the function may be used, as claimed.
+        cost: Price of a call.
+        modalities: Kinds of data it takes.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Identifier
+    version: Annotated[str, StringConstraints(max_length=64)] = "1.0.0"
+    description: Utterance
+    examples: Annotated[tuple[Utterance, ...], Field(max_length=256)] = ()
+    skills: tuple[ShortText, ...] = ()
+    input_schema: dict[str, Any] | None = None
+    output_schema: dict[str, Any] | None = None
+    runtime: ShortText = "python"
+    entry: ShortText | None = None
+    model: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 1
+    warm: bool = False
+    limits: FunctionLimits = FunctionLimits()
+    policy: CapabilityPolicy = CapabilityPolicy()
+    cost: Cost = Cost()
+    modalities: tuple[ShortText, ...] = ("text",)
+
+    _version = field_validator("version")(check_version)
+
+    @field_validator("input_schema", "output_schema")
+    @classmethod
+    def _is_json_schema(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        if schema is not None:
+            try:
+                check_schema(schema)
+            except ConfigurationError as exc:
+                raise ValueError(exc.message) from exc
+        return schema
+
+
+@lru_cache(maxsize=1024)
+def _validator(schema: str) -> "Draft202012Validator":
+    # Imported on first use: an idle node with schema-free functions never pays for it. The empty
+    # registry keeps a hostile "$ref" from fetching anything over the network.
+    from jsonschema import Draft202012Validator  # noqa: PLC0415
+    from referencing import Registry  # noqa: PLC0415
+
+    return Draft202012Validator(json.loads(schema), registry=Registry())
+
+
+def check_schema(schema: Mapping[str, Any]) -> None:
+    """Check that ``schema`` is itself a JSON Schema of draft 2020-12.
+
+    Raises:
+        ConfigurationError: It is not; the message names the place.
+    """
+    from jsonschema import Draft202012Validator  # noqa: PLC0415
+    from jsonschema.exceptions import SchemaError  # noqa: PLC0415
+
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as exc:
+        raise ConfigurationError(f"not a JSON Schema at {exc.json_path}: {exc.message}") from exc
+
+
+def effective_input(text: str | None, value: Any, schema: Mapping[str, Any] | None) -> Any:
+    """Return what a function receives for a task: its ``input``, and its ``text`` where wanted.
+
+    The words of a task become the property ``text`` of an object input, unless the input has one
+    already or the schema has no place for it. Router (as a gate) and node (before the run) both
+    use this rule, so that they agree.
+
+    Args:
+        text: Words of the task.
+        value: ``input`` of the task; None when absent.
+        schema: Input schema of the function, if any.
+    """
+    taken = {} if value is None else value
+    wants_text = schema is None or "text" in schema.get("properties", {})
+    if isinstance(taken, dict) and text is not None and wants_text and "text" not in taken:
+        return {**taken, "text": text}
+    return taken
+
+
+def check_input(value: Any, schema: Mapping[str, Any] | None) -> None:
+    """Check the input of a function against its schema.
+
+    Args:
+        value: As ``effective_input`` returns it.
+        schema: JSON Schema (2020-12); None admits anything.
+
+    Raises:
+        InvalidTask: It does not fit; ``detail["field"]`` is the JSON path of the first problem.
+    """
+    if schema is None:
+        return
+    from jsonschema.exceptions import ValidationError, best_match  # noqa: PLC0415
+    from referencing.exceptions import Unresolvable  # noqa: PLC0415
+
+    validator = _validator(json.dumps(schema, sort_keys=True))
+    try:
+        problem: ValidationError | None = best_match(validator.iter_errors(value))
+    except Unresolvable as exc:
+        raise InvalidTask(f"input schema cannot be resolved: {exc}", field="input") from exc
+    if problem is not None:
+        path = "input" + problem.json_path.removeprefix("$")
+        raise InvalidTask(f"{path}: {problem.message[:500]}", field=path)

@@ -1,0 +1,100 @@
+"""What routers and nodes say to each other about one run of a function."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from capability_schemas.ids import Identifier
+from capability_schemas.wire import WireModel
+
+
+class Invocation(WireModel):
+    """A router asks one node to run one function: a lease on the task until ``deadline``.
+
+    Attributes:
+        task: The task.
+        client: Whose task it is.
+        router: Who invokes, and hears the report.
+        attempt: From 1; a higher one supersedes every lower one.
+        function: Function name on the node.
+        version: Version the router chose.
+        text: Words of the task.
+        input: JSON of the task, as given.
+        deadline: Absolute, UTC milliseconds.
+        reply: Reply topic without its last level; the node appends its own id.
+        seq: First number the node gives to a chunk, result or error.
+        stream: Whether chunks are wanted.
+        priority: 0 to 9.
+        session: Affinity key.
+        trace: W3C ``traceparent``.
+        sent_at: When the router sent it, UTC milliseconds.
+        signature: Ed25519 over the canonical bytes.
+    """
+
+    task: Identifier
+    client: Identifier
+    router: Identifier
+    attempt: Annotated[int, Field(ge=1)] = 1
+    function: Identifier
+    version: str
+    text: str | None = None
+    input: Any = None
+    deadline: int
+    reply: str
+    seq: Annotated[int, Field(ge=0)] = 0
+    stream: bool = True
+    priority: Annotated[int, Field(ge=0, le=9)] = 5
+    session: str | None = None
+    trace: str | None = None
+    sent_at: int
+    signature: str | None = None
+
+
+class Control(WireModel):
+    """An order to a node.
+
+    Attributes:
+        verb: ``cancel`` one task, ``drain`` (finish, take nothing new) or ``undrain`` the node.
+        task: The task to cancel.
+        attempt: Cancel this attempt and lower ones; every attempt when None.
+        reason: Why: ``client``, ``deadline``, ``superseded``, or words.
+        sender: Who orders.
+    """
+
+    verb: Literal["cancel", "drain", "undrain"]
+    task: Identifier | None = None
+    client: Identifier | None = None
+    attempt: Annotated[int, Field(ge=1)] | None = None
+    reason: str = ""
+    sender: Identifier | None = None
+
+
+class Report(WireModel):
+    """What a node says to the router about an invocation.
+
+    Attributes:
+        task: The task.
+        client: Whose task it is; task ids are scoped to the client.
+        attempt: Which attempt.
+        node: Who reports.
+        status: ``admitted`` it will run; ``refused`` it will not, another node may; ``failed`` it
+            began but another node may do better; ``finished`` a terminal event was sent.
+        code: Error code of a refusal, failure or finish; None when it went well.
+        reason: Why, in words.
+        retry_after_ms: When the node may have room again.
+        peer: A node that may take it instead.
+        seq: Next free number of the task, after what was sent.
+        queue_ms: Predicted wait before the run starts.
+    """
+
+    task: Identifier
+    client: Identifier
+    attempt: Annotated[int, Field(ge=1)]
+    node: Identifier
+    status: Literal["admitted", "refused", "failed", "finished"]
+    code: str | None = None
+    reason: str = ""
+    retry_after_ms: int | None = None
+    peer: Identifier | None = None
+    seq: Annotated[int, Field(ge=0)] | None = None
+    queue_ms: float | None = None

@@ -1,0 +1,96 @@
+"""State and load of nodes and routers."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from capability_schemas.ids import Identifier
+from capability_schemas.wire import WireModel
+
+Presence = Literal["birth", "draining", "sleeping", "offline"]
+
+
+class NodeState(WireModel):
+    """Whether a node takes part; retained, and with ``offline`` its last will.
+
+    A last will with an older epoch than the node's last birth says nothing about the node
+    (PROTOCOL section 5).
+
+    Attributes:
+        node: The node.
+        state: ``birth`` takes work, ``draining`` finishes what it has, ``sleeping`` comes back by
+            itself, ``offline`` is gone.
+        epoch: Start of the process, UTC milliseconds.
+        at: When this was said, UTC milliseconds; a last will carries the time of its connection.
+        reason: Why, in words.
+        agent: Version of the node agent.
+        load_interval_s: How often load is sent; three missed mean the node is gone.
+        wake_at: When a sleeping node returns, UTC milliseconds.
+    """
+
+    node: Identifier
+    state: Presence
+    epoch: Annotated[int, Field(ge=0)]
+    at: int
+    reason: str = ""
+    agent: str | None = None
+    load_interval_s: Annotated[float, Field(gt=0)] | None = None
+    wake_at: int | None = None
+
+
+class RouterState(WireModel):
+    """Whether a router takes part; fields as in ``NodeState``."""
+
+    router: Identifier
+    state: Presence
+    epoch: Annotated[int, Field(ge=0)]
+    at: int
+    reason: str = ""
+
+
+class FunctionLoad(WireModel):
+    """Live figures of one function.
+
+    Attributes:
+        running: Tasks being run.
+        queued: Tasks waiting.
+        instances: Live instances.
+        concurrency: Tasks it can run at a time.
+        first_ms: Smoothed time to the first output.
+        total_ms: Smoothed time of a whole run.
+        degraded: Whether its instances keep crashing.
+    """
+
+    running: Annotated[int, Field(ge=0)] = 0
+    queued: Annotated[int, Field(ge=0)] = 0
+    instances: Annotated[int, Field(ge=0)] = 0
+    concurrency: Annotated[int, Field(ge=1)] = 1
+    first_ms: float | None = None
+    total_ms: float | None = None
+    degraded: bool = False
+
+
+class NodeLoad(WireModel):
+    """Heartbeat and live figures of a node, sent every few seconds at QoS 0.
+
+    Attributes:
+        node: The node.
+        epoch: Start of the process, UTC milliseconds.
+        at: When measured, UTC milliseconds.
+        queued: Tasks waiting in the admission queue.
+        running: Tasks being run.
+        queue_limit: Most tasks that may wait.
+        capacity: Most tasks that may run at a time.
+        memory_free_bytes: Memory the node may still take.
+        functions: Figures by function name.
+    """
+
+    node: Identifier
+    epoch: Annotated[int, Field(ge=0)]
+    at: int
+    queued: Annotated[int, Field(ge=0)] = 0
+    running: Annotated[int, Field(ge=0)] = 0
+    queue_limit: Annotated[int, Field(ge=0)] = 0
+    capacity: Annotated[int, Field(ge=0)] = 0
+    memory_free_bytes: int | None = None
+    functions: dict[Identifier, FunctionLoad] = Field(default_factory=dict)

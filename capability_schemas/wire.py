@@ -1,0 +1,106 @@
+"""Codec: frozen message models to bytes and back, with a size limit before anything is parsed."""
+
+import json
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from capability_schemas.errors import MalformedPayload, TooLarge
+
+DEFAULT_LIMIT_BYTES = 4 * 1024 * 1024
+"""Largest inbound message of the mesh itself, bytes; tasks have their own, smaller limit."""
+
+
+class WireModel(BaseModel):
+    """Base of every message: immutable, versioned, tolerant of fields it does not know.
+
+    Ignoring unknown fields is what lets a newer peer talk to an older one (PROTOCOL section 3).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    null_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields for which null is a value of its own and stays on the wire."""
+
+    v: Literal[1] = 1
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def encode(model: BaseModel) -> bytes:
+    """Return the compact UTF-8 JSON of a message.
+
+    Fields that are None are left out, but for those in which null is a value (``null_fields``).
+    Null inside a field's own JSON is always kept.
+    """
+    nulls = model.null_fields if isinstance(model, WireModel) else frozenset()
+    if any(getattr(model, name) is None for name in nulls):
+        fields = model.model_dump(mode="json", exclude_none=True)
+        missing = dict.fromkeys(sorted(nulls - fields.keys()))
+        return json.dumps(fields | missing, separators=(",", ":"), ensure_ascii=False).encode()
+    return model.model_dump_json(exclude_none=True).encode()
+
+
+def first_problem(error: ValidationError) -> tuple[str, str]:
+    """Return the path and the text of the first problem pydantic found.
+
+    Returns:
+        ``(field, problem)``; the field is a dotted path, empty for the message as a whole.
+    """
+    first = error.errors(include_url=False, include_context=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    return field, first["msg"]
+
+
+def refuse_constant(name: str) -> Any:
+    """Refuse ``NaN`` and ``Infinity``, which RFC 8259 section 6 does not allow in JSON."""
+    raise ValueError(f"{name} is not JSON")
+
+
+def parse_json(payload: bytes) -> Any:
+    """Parse strict JSON.
+
+    Raises:
+        MalformedPayload: It is not UTF-8, not JSON, or nested beyond the parser's limit.
+    """
+    try:
+        return json.loads(payload.decode("utf-8"), parse_constant=refuse_constant)
+    except UnicodeDecodeError as exc:
+        raise MalformedPayload(f"payload is not UTF-8 at byte {exc.start}") from exc
+    except RecursionError as exc:
+        raise MalformedPayload("payload is JSON nested too deeply") from exc
+    except ValueError as exc:
+        raise MalformedPayload(f"payload is not JSON: {exc}") from exc
+
+
+def decode(
+    model: type[Model] | TypeAdapter[Model],
+    payload: bytes,
+    *,
+    limit_bytes: int = DEFAULT_LIMIT_BYTES,
+) -> Model:
+    """Turn a payload into the message its topic announces.
+
+    Args:
+        model: Message class, or an adapter for a union of classes.
+        payload: Raw bytes as received.
+        limit_bytes: Largest payload to look at.
+
+    Raises:
+        TooLarge: The payload is longer than ``limit_bytes``.
+        MalformedPayload: Not UTF-8, not JSON, or a field is missing or of the wrong type; the
+            message names the field.
+    """
+    if len(payload) > limit_bytes:
+        raise TooLarge("message", size_bytes=len(payload), limit_bytes=limit_bytes)
+    adapter: Any = model if isinstance(model, TypeAdapter) else None
+    try:
+        if adapter is not None:
+            decoded: Model = adapter.validate_json(payload)
+            return decoded
+        return model.model_validate_json(payload)  # type: ignore[union-attr]  # adapter is None
+    except ValidationError as exc:
+        field, problem = first_problem(exc)
+        where = f"{field}: " if field else ""
+        raise MalformedPayload(f"{where}{problem}", field=field) from exc
