@@ -13,7 +13,7 @@ from semantic_version import Version
 
 from capability_schemas.ids import Identifier
 from capability_schemas.task import DataClass, ShortText
-from capability_schemas.wire import WireModel
+from capability_schemas.wire import WireModel, WirePart
 
 Utterance = Annotated[str, StringConstraints(min_length=1, max_length=2_000)]
 
@@ -28,7 +28,7 @@ def check_version(value: str) -> str:
     return value
 
 
-class EncoderSpace(WireModel):
+class EncoderSpace(WirePart):
     """Identity of a vector space; vectors of different spaces are never compared.
 
     Attributes:
@@ -42,7 +42,7 @@ class EncoderSpace(WireModel):
     dimension: Annotated[int, Field(ge=1, le=65_536)]
 
 
-class Resources(WireModel):
+class Resources(WirePart):
     """Needs and guarantees of a function on its node.
 
     Attributes:
@@ -62,7 +62,7 @@ class Resources(WireModel):
     max_input_bytes: Annotated[int, Field(ge=1)] | None = None
 
 
-class Cost(WireModel):
+class Cost(WirePart):
     """Price of one call.
 
     Attributes:
@@ -74,7 +74,7 @@ class Cost(WireModel):
     energy_j: Annotated[float, Field(ge=0)] = 0.0
 
 
-class CapabilityPolicy(WireModel):
+class CapabilityPolicy(WirePart):
     """Where a node stands and what it is cleared for.
 
     In a claim these are wishes; the admitted record holds only what the registry attests.
@@ -92,7 +92,7 @@ class CapabilityPolicy(WireModel):
     external: bool = False
 
 
-class ModelInfo(WireModel):
+class ModelInfo(WirePart):
     """The model behind a function.
 
     Attributes:

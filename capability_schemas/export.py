@@ -1,11 +1,12 @@
 """Written contracts made from the models: a JSON Schema per message and an AsyncAPI 3 document.
 
-``python -m capability_schemas.export`` rewrites ``capability_schemas/schemas/``. A test compares
-the files with what this module makes, so that code and documents cannot part.
+``python -m capability_schemas.export`` rewrites ``capability_schemas/schemas/`` and the tables of
+``docs/protocol.md``. A test compares the files with what this module makes, so that code and
+documents cannot part.
 """
 
 import json
-import sys
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from capability_schemas.admin import AdminRequest, CloudEvent, EnrollReply, EnrollRequest
 from capability_schemas.capability import CapabilityClaim, CatalogRecord
+from capability_schemas.errors import ConfigurationError, ErrorCode
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.invocation import Control, Invocation, Report
 from capability_schemas.node import NodeLoad, NodeState, RouterState
@@ -22,6 +24,7 @@ from capability_schemas.task import CancelRequest, ResumeRequest, Task
 from capability_schemas.topics import DEFAULT_PREFIX, DEFAULT_SITE, TOPICS, TopicSpec
 
 FOLDER: Final = Path(__file__).parent / "schemas"
+PROTOCOL_PAGE: Final = Path(__file__).parents[1] / "docs" / "protocol.md"
 ASYNCAPI: Final = "asyncapi.json"
 
 MESSAGES: Final[Mapping[str, type[BaseModel] | TypeAdapter[Any]]] = {
@@ -122,16 +125,80 @@ def documents() -> dict[str, str]:
     }
 
 
-def write(folder: Path = FOLDER) -> None:
-    """Write every document into ``folder``, removing files that are no longer made."""
-    folder.mkdir(exist_ok=True)
+def _topic_table() -> list[str]:
+    rows = ["| topic | written by | QoS | retained | payload |", "|---|---|---|---|---|"]
+    for spec in TOPICS.values():
+        kept = "yes" if spec.retain else "no"
+        row = f"| `{spec.pattern}` | {spec.publishers} | {spec.qos} | {kept} | {spec.payload} |"
+        rows.append(row)
+    return rows
+
+
+def _task_table() -> list[str]:
+    rows = ["| field | type | default |", "|---|---|---|"]
+    for name, field in json_schema("Task", Task)["properties"].items():
+        kind = (
+            field.get("type")
+            or field.get("const")
+            or "/".join(str(option.get("type", "object")) for option in field.get("anyOf", [{}]))
+        )
+        default = json.dumps(field["default"]) if "default" in field else "none"
+        rows.append(f"| `{name}` | {kind} | `{default}` |")
+    return rows
+
+
+_ERROR_MEANINGS: Final[Mapping[ErrorCode, str]] = {
+    ErrorCode.INVALID_TASK: "The task is malformed, or its input does not fit the function.",
+    ErrorCode.NO_CAPABLE_NODE: "No admitted, living node offers it; `detail.nearest` tells misses.",
+    ErrorCode.POLICY_DENIED: "A node could do it, but none may under the task's policy.",
+    ErrorCode.UNAUTHORIZED: "The sender may not do this.",
+    ErrorCode.TOO_LARGE: "Over a size limit; `detail` holds `size_bytes` and `limit_bytes`.",
+    ErrorCode.OVERLOADED: "A bounded queue is full; try again after `retry_after_ms`.",
+    ErrorCode.DEADLINE_EXCEEDED: "The time allowed has passed.",
+    ErrorCode.CANCELLED: "Ended on request.",
+    ErrorCode.NODE_LOST: "The node disappeared after it had shown part of the answer.",
+    ErrorCode.EXECUTION_FAILED: "The function itself failed.",
+    ErrorCode.INTERNAL: "The mesh failed; its log says more.",
+}
+
+
+def _error_table() -> list[str]:
+    rows = ["| code | meaning |", "|---|---|"]
+    rows += [f"| `{code}` | {meaning} |" for code, meaning in _ERROR_MEANINGS.items()]
+    return rows
+
+
+def with_tables(page: str) -> str:
+    """Return the protocol page with its generated tables up to date.
+
+    Args:
+        page: Text holding ``<!-- table: NAME -->`` … ``<!-- end -->`` for each table.
+
+    Raises:
+        ConfigurationError: A mark is missing.
+    """
+    tables = {"topics": _topic_table(), "task": _task_table(), "errors": _error_table()}
+    for name, rows in tables.items():
+        mark = re.compile(rf"(<!-- table: {name} -->).*?(<!-- end -->)", re.DOTALL)
+        if mark.search(page) is None:
+            raise ConfigurationError(f"protocol page has no table mark {name!r}")
+        body = "\n".join(["", *rows, ""])
+        page = mark.sub(lambda found, body=body: found[1] + body + found[2], page)  # type: ignore[misc]  # default argument binds the loop value
+    return page
+
+
+def write() -> None:
+    """Write the schemas, removing files no longer made, and the tables of the protocol page."""
+    FOLDER.mkdir(exist_ok=True)
     made = documents()
-    for stale in folder.glob("*.json"):
+    for stale in FOLDER.glob("*.json"):
         if stale.name not in made:
             stale.unlink()
     for name, text in made.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        (FOLDER / name).write_text(text, encoding="utf-8")
+    page = PROTOCOL_PAGE.read_text(encoding="utf-8")
+    PROTOCOL_PAGE.write_text(with_tables(page), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+    write()

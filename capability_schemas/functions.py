@@ -11,13 +11,13 @@ from capability_schemas.capability import CapabilityPolicy, Cost, Utterance, che
 from capability_schemas.errors import ConfigurationError, InvalidTask
 from capability_schemas.ids import Identifier
 from capability_schemas.task import ShortText
-from capability_schemas.wire import WireModel
+from capability_schemas.wire import WirePart
 
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator
 
 
-class FunctionLimits(WireModel):
+class FunctionLimits(WirePart):
     """What one run of a function may take; exceeding one ends the run with an error.
 
     Attributes:
@@ -37,7 +37,7 @@ class FunctionLimits(WireModel):
     open_files: Annotated[int, Field(ge=16)] | None = None
 
 
-class FunctionSpec(WireModel):
+class FunctionSpec(WirePart):
     """A function as its author declares it, in TOML or by decorator.
 
     Attributes:

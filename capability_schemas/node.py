@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from capability_schemas.ids import Identifier
-from capability_schemas.wire import WireModel
+from capability_schemas.wire import WireModel, WirePart
 
 Presence = Literal["birth", "draining", "sleeping", "offline"]
 
@@ -48,7 +48,7 @@ class RouterState(WireModel):
     reason: str = ""
 
 
-class FunctionLoad(WireModel):
+class FunctionLoad(WirePart):
     """Live figures of one function.
 
     Attributes:

@@ -10,12 +10,12 @@ from pydantic import Field, TypeAdapter
 
 from capability_schemas.errors import FoamError, error_from_wire
 from capability_schemas.ids import Identifier
-from capability_schemas.wire import DEFAULT_LIMIT_BYTES, WireModel, decode
+from capability_schemas.wire import DEFAULT_LIMIT_BYTES, WireModel, WirePart, decode
 
 Milliseconds = Annotated[float, Field(ge=0)]
 
 
-class Usage(WireModel):
+class Usage(WirePart):
     """What a run consumed.
 
     Attributes:
@@ -31,7 +31,7 @@ class Usage(WireModel):
     cost: float | None = None
 
 
-class Timing(WireModel):
+class Timing(WirePart):
     """Where the time went on the node, in milliseconds from the receipt of the invocation.
 
     Attributes:

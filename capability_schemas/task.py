@@ -9,7 +9,7 @@ from semantic_version import SimpleSpec, Version
 
 from capability_schemas.errors import InvalidTask, MalformedPayload, TooLarge
 from capability_schemas.ids import Identifier, is_identifier
-from capability_schemas.wire import WireModel, first_problem, parse_json
+from capability_schemas.wire import WireModel, WirePart, first_problem, parse_json
 
 TASK_LIMIT_BYTES: Final = 1024 * 1024
 DEFAULT_TIMEOUT_MS: Final = 60_000
@@ -20,7 +20,7 @@ Collaboration = Literal["never", "auto", "plan", "panel"]
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
-class TaskPolicy(WireModel):
+class TaskPolicy(WirePart):
     """What the client demands of the node that runs its task.
 
     Attributes:

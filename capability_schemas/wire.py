@@ -11,13 +11,17 @@ DEFAULT_LIMIT_BYTES = 4 * 1024 * 1024
 """Largest inbound message of the mesh itself, bytes; tasks have their own, smaller limit."""
 
 
-class WireModel(BaseModel):
-    """Base of every message: immutable, versioned, tolerant of fields it does not know.
+class WirePart(BaseModel):
+    """Base of everything inside a message: immutable, tolerant of fields it does not know.
 
     Ignoring unknown fields is what lets a newer peer talk to an older one (PROTOCOL section 3).
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class WireModel(WirePart):
+    """Base of every message: a versioned ``WirePart``."""
 
     null_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields for which null is a value of its own and stays on the wire."""

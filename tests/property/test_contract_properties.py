@@ -69,14 +69,15 @@ def test_matching_agrees_with_the_standard(wanted, given_levels):
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_task_or_a_named_refusal(payload):
+    outcome: Task | str | None
     try:
-        task = decode_task(payload, limit_bytes=150)
+        outcome = decode_task(payload, limit_bytes=150)
     except TooLarge:
-        task = None
+        outcome = None
     except InvalidTask as error:
-        task = error.message
-    assert (task is None) is (len(payload) > 150)
-    assert task != ""
+        outcome = error.message
+    assert (outcome is None) is (len(payload) > 150)
+    assert outcome != ""
 
 
 @given(st.dictionaries(st.sampled_from([*Task.model_fields, "other"]), JSON, max_size=6))

@@ -1,6 +1,7 @@
 """Codec, errors on the wire, functions, signatures and the written contract."""
 
 import json
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -25,8 +26,8 @@ from capability_schemas.topics import TOPICS
 from capability_schemas.wire import decode, encode
 
 
-def claim(**changes):
-    fields = {
+def claim(**changes: Any) -> CapabilityClaim:
+    fields: dict[str, Any] = {
         "node": "edge-1",
         "function": "triage",
         "version": "1.0.0",
@@ -83,7 +84,7 @@ def test_an_error_event_carries_fields_and_comes_back():
     event = ErrorEvent.from_error(
         Overloaded("queue is full", retry_after_ms=250), task="t", at=1, seq=3
     )
-    back = decode_reply(encode(event)).to_error()
+    back = decode(ErrorEvent, encode(event)).to_error()
     assert isinstance(back, Overloaded)
     assert back.retry_after_ms == 250
 
@@ -124,8 +125,9 @@ def test_a_schema_cannot_make_the_node_fetch_anything():
     ],
 )
 def test_declarations_are_checked(change, problem):
+    fields: dict[str, Any] = {"name": "f", "description": "d"} | change
     with pytest.raises(ValidationError) as caught:
-        FunctionSpec(**({"name": "f", "description": "d"} | change))
+        FunctionSpec(**fields)
     assert caught.value.errors()[0]["loc"][0] == problem
 
 
@@ -189,6 +191,16 @@ def test_written_contracts_are_what_the_models_say():
 def test_every_json_topic_has_a_written_message():
     for spec in TOPICS.values():
         assert spec.payload in export.MESSAGES or "binary" in spec.payload
+
+
+def test_the_tables_of_the_protocol_page_are_what_the_code_says():
+    page = export.PROTOCOL_PAGE.read_text("utf-8")
+    assert export.with_tables(page) == page, "run: python -m capability_schemas.export"
+
+
+def test_a_page_without_a_table_mark_is_refused():
+    with pytest.raises(ConfigurationError, match="task"):
+        export.with_tables("<!-- table: topics --><!-- end -->")
 
 
 def test_asyncapi_references_resolve():
