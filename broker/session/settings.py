@@ -1,0 +1,160 @@
+"""Settings of an MQTT session."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final, Literal
+from urllib.parse import unquote, urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from capability_schemas.errors import ConfigurationError
+
+DEFAULT_PORTS: Final = {"mqtt": 1883, "mqtts": 8883}
+MAX_PAYLOAD_BYTES: Final = 16 * 1024 * 1024
+
+Version = Literal["3.1.1", "5"]
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerUrl:
+    """A broker's address taken apart.
+
+    Attributes:
+        host: Name or address.
+        port: TCP port.
+        tls: Whether the connection is encrypted.
+        username: From the user part of the URL, if it has one.
+        password: Likewise.
+    """
+
+    host: str
+    port: int
+    tls: bool
+    username: str | None = None
+    password: SecretStr | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "BrokerUrl":
+        """Read ``mqtt://[user[:password]@]host[:port]`` or ``mqtts://...``.
+
+        Raises:
+            ConfigurationError: It is no such URL. The message repeats no password.
+        """
+        try:
+            parts = urlsplit(text)
+            port = parts.port
+        except ValueError as error:
+            raise ConfigurationError(f"broker URL cannot be read: {error}") from error
+        if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
+            shown = f"{parts.scheme}://{parts.hostname or ''}"
+            raise ConfigurationError(
+                f"broker URL {shown!r} is not usable: write mqtt://host:port or mqtts://host:port"
+            )
+        if parts.path not in {"", "/"} or parts.query or parts.fragment:
+            raise ConfigurationError("a broker URL ends with the port: it has no path or query")
+        return cls(
+            host=parts.hostname,
+            port=DEFAULT_PORTS[parts.scheme] if port is None else port,
+            tls=parts.scheme == "mqtts",
+            username=None if parts.username is None else unquote(parts.username),
+            password=None if parts.password is None else SecretStr(unquote(parts.password)),
+        )
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
+
+
+class TlsSettings(BaseModel):
+    """How an ``mqtts://`` connection proves and checks identities.
+
+    Attributes:
+        ca_file: PEM file of the authorities to trust; the system's when omitted.
+        cert_file: Own certificate, PEM.
+        key_file: Its private key, PEM.
+        check_hostname: Whether the broker's certificate must name its host.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    check_hostname: bool = True
+
+    @model_validator(mode="after")
+    def _pair(self) -> "TlsSettings":
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file go together: give both or neither")
+        return self
+
+
+class SessionSettings(BaseModel):
+    """Settings of one session. Every duration is in seconds.
+
+    Attributes:
+        urls: Brokers of one cluster, tried in turn; a user part overrides ``username``.
+        client_id: Name of the session at the broker.
+        username: Identity; the access rules go by it.
+        password: Its secret.
+        version: MQTT version; "auto" tries 5 and falls back to 3.1.1, remembered per URL.
+        clean: Whether the broker forgets the session when the connection ends.
+        session_expiry_s: How long it remembers one that is not clean (MQTT 5 only).
+        keepalive_s: Silence after which the broker, and this side, probe the connection.
+        connect_timeout_s: Limit of TCP, TLS and CONNECT together.
+        probe_timeout_s: Limit for the answer to a CONNECT of MQTT 5 with "auto": some 3.1.1
+            brokers never answer it.
+        window: QoS 1 messages under way at once; a broker's Receive Maximum may lower it.
+        outbox_limit: Unconfirmed QoS 1 messages kept; beyond it senders get ``Overloaded``.
+        publish_timeout_s: Default limit of ``publish``.
+        subscribe_timeout_s: Limit for the answer to a SUBSCRIBE.
+        ack_timeout_s: Age at which an unconfirmed message condemns the connection: it is cut
+            and made anew. Guards against brokers that stop acknowledging but keep the socket.
+        flush_timeout_s: How long ``stop`` waits for the outbox to empty.
+        max_payload_bytes: Largest payload sent or accepted.
+        backoff_base_s: Longest wait before the second try; doubles with each further one.
+        backoff_cap_s: Longest wait of all.
+        reconnect_floor_s: Shortest wait before the same client id is used again at a broker
+            that had accepted it. NATS drops quicker returns as flapping.
+        tls: For ``mqtts`` URLs.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    urls: Annotated[tuple[str, ...], Field(min_length=1)]
+    client_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
+    username: str | None = None
+    password: SecretStr | None = None
+    version: Literal["auto", "3.1.1", "5"] = "auto"
+    clean: bool = True
+    session_expiry_s: Annotated[int, Field(gt=0, lt=2**32)] = 3600
+    keepalive_s: Annotated[int, Field(ge=1, le=65535)] = 15
+    connect_timeout_s: Annotated[float, Field(gt=0)] = 5.0
+    probe_timeout_s: Annotated[float, Field(gt=0)] = 2.0
+    window: Annotated[int, Field(ge=1, le=1000)] = 64
+    outbox_limit: Annotated[int, Field(ge=1)] = 10_000
+    publish_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    subscribe_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    ack_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    flush_timeout_s: Annotated[float, Field(ge=0)] = 2.0
+    max_payload_bytes: Annotated[int, Field(ge=1, le=200 * 1024 * 1024)] = MAX_PAYLOAD_BYTES
+    backoff_base_s: Annotated[float, Field(gt=0)] = 0.25
+    backoff_cap_s: Annotated[float, Field(gt=0)] = 30.0
+    reconnect_floor_s: Annotated[float, Field(ge=0)] = 1.0
+    tls: TlsSettings = TlsSettings()
+
+    @field_validator("urls")
+    @classmethod
+    def _readable(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            try:
+                BrokerUrl.parse(url)
+            except ConfigurationError as error:
+                raise ValueError(error.message) from error
+        return urls
+
+    @model_validator(mode="after")
+    def _password_has_owner(self) -> "SessionSettings":
+        if self.password is not None and self.username is None:
+            raise ValueError("a password needs a username (MQTT 3.1.1 section 3.1.2.9)")
+        return self

@@ -1,0 +1,103 @@
+"""Fixtures for every kind of test: brokers, a proxy, eventual assertions."""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+
+import pytest
+import structlog
+
+from capability_schemas.topics import Topics
+
+EventuallyCheck = Callable[[], object]
+Eventually = Callable[..., Awaitable[None]]
+
+_PERIOD_S = 0.01
+
+
+@pytest.fixture(autouse=True)
+def _quiet_logs() -> Iterator[None]:
+    """Structlog writes to the standard library, where pytest catches it."""
+    structlog.reset_defaults()
+    structlog.configure(
+        processors=[structlog.stdlib.add_log_level, structlog.processors.KeyValueRenderer()],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+def topics() -> Topics:
+    """The topic grammar of the default site."""
+    return Topics()
+
+
+@pytest.fixture
+def eventually() -> Eventually:
+    """Wait until a condition holds: ``await eventually(lambda: got == [1, 2])``.
+
+    The test fails with the condition's name when it does not hold within ``timeout_s``.
+    """
+
+    async def wait(check: EventuallyCheck, *, timeout_s: float = 15.0) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not check():  # noqa: ASYNC110  # any condition, not an event
+                    await asyncio.sleep(_PERIOD_S)
+        except TimeoutError:
+            pytest.fail(f"did not happen within {timeout_s} s: {check}")
+
+    return wait
+
+
+def require_broker(kind: str) -> None:
+    """Skip the test when the machine cannot run this broker; fail where it must."""
+    from support.broker_site import is_available  # noqa: PLC0415  # unit tests need no broker
+
+    if not is_available(kind):
+        if os.environ.get("FOAM_REQUIRE_BROKERS") == "1":
+            pytest.fail(f"FOAM_REQUIRE_BROKERS=1, but there is no {kind} on this machine")
+        pytest.skip(f"there is no {kind} binary on this machine")
+
+
+async def _site(kind: str, factory: pytest.TempPathFactory) -> AsyncGenerator[object, None]:
+    from support.broker_site import run_site  # noqa: PLC0415  # as above
+
+    require_broker(kind)
+    async with run_site(kind, factory.mktemp(kind)) as site:
+        yield site
+
+
+@pytest.fixture(scope="session")
+def _site_loop() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+async def _next(site: AsyncGenerator[object, None]) -> object:
+    return await anext(site, None)
+
+
+def _run(runner: asyncio.Runner, site: AsyncGenerator[object, None]) -> Iterator[object]:
+    yield runner.run(_next(site))
+    runner.run(_next(site))
+
+
+@pytest.fixture(scope="session")
+def embedded_site(_site_loop, tmp_path_factory):
+    """The embedded broker, shared by the whole run: leave no retained message behind."""
+    yield from _run(_site_loop, _site("embedded", tmp_path_factory))
+
+
+@pytest.fixture(scope="session")
+def mosquitto_site(_site_loop, tmp_path_factory):
+    """Mosquitto, shared by the whole run."""
+    yield from _run(_site_loop, _site("mosquitto", tmp_path_factory))
+
+
+@pytest.fixture(scope="session")
+def nats_site(_site_loop, tmp_path_factory):
+    """nats-server, shared by the whole run."""
+    yield from _run(_site_loop, _site("nats", tmp_path_factory))

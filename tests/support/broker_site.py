@@ -1,0 +1,108 @@
+"""A running broker with a set of identities, for tests."""
+
+import contextlib
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from broker.access.credentials import CredentialStore
+from broker.access.policy import Role
+from broker.embedded import EmbeddedBroker
+from broker.engine import ChildEngine, EngineSettings
+from broker.mosquitto import MosquittoBroker
+from broker.nats import NatsBroker
+from broker.session.settings import SessionSettings
+from capability_schemas.topics import Topics
+
+IDENTITIES = {
+    "pump-1": Role.DEVICE,
+    "pump-2": Role.DEVICE,
+    "edge-1": Role.NODE,
+    "edge-2": Role.NODE,
+    "router-1": Role.ROUTER,
+    "router-2": Role.ROUTER,
+    "registry-1": Role.REGISTRY,
+    "admin-1": Role.ADMIN,
+    "watcher-1": Role.OBSERVER,
+}
+
+
+@dataclass(frozen=True)
+class BrokerSite:
+    """One broker, its identities and their passwords."""
+
+    kind: str
+    engine: Any
+    topics: Topics = field(default_factory=Topics)
+    passwords: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return str(self.engine.url)
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def settings(self, identity: str, *, url: str | None = None, **more: Any) -> SessionSettings:
+        """Settings with which ``identity`` gets in."""
+        role = IDENTITIES[identity]
+        client_id = f"{identity}-{secrets.token_hex(4)}"
+        if role.binds_client_id and self.engine.traits.binds_client_id:
+            client_id = identity
+        fields: dict[str, Any] = {
+            "urls": (url or self.url,),
+            "client_id": client_id,
+            "username": identity,
+            "password": SecretStr(self.passwords[identity]),
+            **more,
+        }
+        return SessionSettings(**fields)
+
+
+def is_available(kind: str) -> bool:
+    """Whether this machine can run the broker."""
+    if kind == "mosquitto":
+        return MosquittoBroker.available()
+    return kind != "nats" or NatsBroker.available()
+
+
+def make_site(kind: str, folder: Path, *, port: int = 0) -> BrokerSite:
+    """Make a broker ("embedded", "mosquitto", "nats") with ``IDENTITIES``, not started."""
+    topics = Topics()
+    store = CredentialStore(folder / "credentials.json")
+    passwords = {name: store.add(name, role) for name, role in IDENTITIES.items()}
+    site = BrokerSite(kind=kind, engine=None, topics=topics, passwords=passwords)
+    return replace(site, engine=make_engine(site, store, folder, port))
+
+
+def make_engine(site: BrokerSite, store: CredentialStore, folder: Path, port: int) -> ChildEngine:
+    """Make an engine over the credentials and the data of a site, not started."""
+    settings = EngineSettings(data_dir=folder / "broker", port=port)
+    if site.kind == "embedded":
+        return EmbeddedBroker(settings=settings, credentials=store, topics=site.topics)
+    if site.kind == "mosquitto":
+        return MosquittoBroker(settings=settings, credentials=store, topics=site.topics)
+    return NatsBroker(
+        settings=settings, credentials=store, topics=site.topics, passwords=site.passwords
+    )
+
+
+@contextlib.asynccontextmanager
+async def run_site(kind: str, folder: Path, *, port: int = 0) -> AsyncIterator[BrokerSite]:
+    """Run a broker of a kind with ``IDENTITIES``."""
+    site = make_site(kind, folder, port=port)
+    async with site.engine:
+        yield site
+
+
+@contextlib.asynccontextmanager
+async def run_again(site: BrokerSite, folder: Path, *, port: int) -> AsyncIterator[BrokerSite]:
+    """Run a broker that has ended again: same port, same data, same identities."""
+    store = CredentialStore(folder / "credentials.json")
+    async with make_engine(site, store, folder, port) as engine:
+        yield replace(site, engine=engine)

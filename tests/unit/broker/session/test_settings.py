@@ -1,0 +1,60 @@
+"""Settings of a session."""
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from broker.session.settings import BrokerUrl, SessionSettings, TlsSettings
+from capability_schemas.errors import ConfigurationError
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port", "tls", "username", "password"),
+    [
+        ("mqtt://broker", "broker", 1883, False, None, None),
+        ("mqtts://broker", "broker", 8883, True, None, None),
+        ("mqtt://u:p%40ss@10.0.0.1:99", "10.0.0.1", 99, False, "u", "p@ss"),
+        ("mqtt://[::1]:1884/", "::1", 1884, False, None, None),
+    ],
+)
+def test_urls_are_taken_apart(text, host, port, tls, username, password):
+    url = BrokerUrl.parse(text)
+    found = url.password.get_secret_value() if url.password else None
+    assert (url.host, url.port, url.tls, url.username, found) == (
+        host, port, tls, username, password,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "broker:1883", "http://x", "mqtt://", "mqtt://h:port", "mqtt://h:1/x", "mqtt://h?a"],
+)
+def test_other_urls_are_refused(text):
+    with pytest.raises(ConfigurationError):
+        BrokerUrl.parse(text)
+    with pytest.raises(ValidationError):
+        SessionSettings(urls=(text,), client_id="a")
+
+
+def test_secrets_do_not_show():
+    url = BrokerUrl.parse("mqtt://user:hush@h:1")
+    settings = SessionSettings(
+        urls=("mqtt://h",), client_id="a", username="u", password=SecretStr("hush")
+    )
+    assert "hush" not in f"{url} {url!r} {settings!r}"
+    assert str(url) == "mqtt://h:1"
+    with pytest.raises(ConfigurationError) as caught:
+        BrokerUrl.parse("http://user:hush@h")
+    assert "hush" not in caught.value.message
+
+
+def test_unknown_settings_and_impossible_pairs_are_refused(tmp_path):
+    with pytest.raises(ValidationError, match="extra"):
+        SessionSettings(urls=("mqtt://h",), client_id="a", colour="red")  # type: ignore[call-arg]
+    with pytest.raises(ValidationError, match="needs a username"):
+        SessionSettings(urls=("mqtt://h",), client_id="a", password=SecretStr("x"))
+    with pytest.raises(ValidationError, match="go together"):
+        TlsSettings(cert_file=tmp_path)
+    with pytest.raises(ValidationError):
+        SessionSettings(urls=(), client_id="a")
+    with pytest.raises(ValidationError):
+        SessionSettings(urls=("mqtt://h",), client_id="a/b")
