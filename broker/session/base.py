@@ -8,6 +8,7 @@ holds both to this page.
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Protocol, Self
 
 
@@ -148,7 +149,13 @@ class Session(Protocol):
         """Start connecting; does not wait for the connection."""
         ...
 
-    async def __aexit__(self, *exc_info: object) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
         """Flush what waits, for a bounded time, and say goodbye (no last will)."""
         ...
 

@@ -1,0 +1,139 @@
+"""Verbs of the registry's admin topic: ``claims``, ``history``, ``stats``, ``forget``."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Final
+
+import structlog
+
+from broker.session.base import Message, Session
+from capability_schemas.admin import AdminRequest
+from capability_schemas.errors import (
+    Conflict,
+    FoamError,
+    InvalidTask,
+    ProtocolError,
+)
+from capability_schemas.reply import ErrorEvent, Result
+from capability_schemas.topics import TopicKind, Topics
+from capability_schemas.wire import decode, encode
+from registry.catalog import Catalog
+from registry.store import SqliteStore
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+_REQUEST_LIMIT_BYTES: Final = 64 * 1024
+_HISTORY_LIMIT: Final = 1_000
+
+
+class RegistryAdmin:
+    """Answers requests on ``admin/{registry}/{client}``.
+
+    Args:
+        session: sends the answers.
+        topics: the site's topics.
+        store: holds the history.
+        catalog: what is current.
+        counts: counters of the service.
+        registry_id: source of the answers.
+        clock: UTC milliseconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        session: Session,
+        topics: Topics,
+        store: SqliteStore,
+        catalog: Catalog,
+        counts: Counter[str],
+        registry_id: str,
+        clock: Callable[[], int],
+    ) -> None:
+        self._session = session
+        self._topics = topics
+        self._store = store
+        self._catalog = catalog
+        self._counts = counts
+        self._id = registry_id
+        self._clock = clock
+        self._verbs = {
+            "claims": self._claims,
+            "forget": self._forget,
+            "history": self._history,
+            "stats": self._stats,
+        }
+
+    async def answer(self, message: Message) -> None:
+        """Answer a request on ``reply/{client}/{id}/{registry}``; without an id, drop it."""
+        try:
+            client = self._topics.parse(message.topic).levels["client"]
+            request = decode(AdminRequest, message.payload, limit_bytes=_REQUEST_LIMIT_BYTES)
+        except ProtocolError as exc:
+            self._counts["bad_requests"] += 1
+            _log.warning("registry.bad_request", topic=message.topic, error=exc.message)
+            return
+        now = self._clock()
+        event: Result | ErrorEvent
+        try:
+            verb = self._verbs.get(request.verb)
+            if verb is None:
+                known = ", ".join(sorted(self._verbs))
+                raise InvalidTask(f"unknown verb {request.verb!r}: this registry knows {known}")
+            event = Result(
+                task=request.id, at=now, seq=0, output=await verb(request.args), node=self._id
+            )
+        except FoamError as exc:
+            event = ErrorEvent.from_error(exc, task=request.id, at=now)
+        topic = self._topics.build(TopicKind.REPLY, client=client, task=request.id, source=self._id)
+        try:
+            self._session.post(topic, encode(event))
+        except FoamError as exc:
+            _log.warning("registry.answer_lost", topic=topic, error=exc.message)
+
+    async def _claims(self, args: dict[str, Any]) -> list[dict[str, Any]]:
+        node = _text(args, "node", needed=False)
+        return [
+            {
+                "node": record.node,
+                "function": record.function,
+                "version": record.version,
+                "epoch": record.epoch,
+                "revision": record.revision,
+                "description": record.description,
+                "admitted_at": record.admitted_at,
+                "expires_at": record.expires_at,
+            }
+            for record in sorted(self._catalog.records(), key=lambda record: record.key)
+            if node is None or record.node == node
+        ]
+
+    async def _history(self, args: dict[str, Any]) -> list[dict[str, Any]]:
+        node = _text(args, "node", needed=True)
+        function = _text(args, "function", needed=False)
+        limit = args.get("limit", 100)
+        if not isinstance(limit, int) or not 1 <= limit <= _HISTORY_LIMIT:
+            raise InvalidTask(f"limit is a number from 1 to {_HISTORY_LIMIT}", field="args.limit")
+        entries = await self._store.history(str(node), function, limit=limit)
+        return [asdict(entry) for entry in entries]
+
+    async def _stats(self, _args: dict[str, Any]) -> dict[str, Any]:
+        return {"records": len(self._catalog), **dict(sorted(self._counts.items()))}
+
+    async def _forget(self, args: dict[str, Any]) -> bool:
+        """Admit any order under a withdrawn key again (a node whose clock was set back)."""
+        key = (str(_text(args, "node", needed=True)), str(_text(args, "function", needed=True)))
+        if key in self._catalog:
+            raise Conflict(f"{key[0]}/{key[1]} is in the catalogue: it has to be withdrawn first")
+        self._catalog.forget(key)
+        return await self._store.forget(*key)
+
+
+def _text(args: dict[str, Any], name: str, *, needed: bool) -> str | None:
+    value = args.get(name)
+    if value is None and not needed:
+        return None
+    if not isinstance(value, str):
+        raise InvalidTask(f"args.{name}: a text is needed", field=f"args.{name}")
+    return value

@@ -1,0 +1,427 @@
+"""The registry on the wire: claims in, the signed catalogue out.
+
+::
+
+    capability/{node}/{function} ─ judge ─▶ pending ─ embed ─▶ store ─▶ catalog/{node}/{function}
+
+Judging takes a fraction of a millisecond and happens as claims arrive; embedding and storing are
+one worker's, so that a thousand claims at once delay nobody. What the store cannot take now is
+tried again and published only when it is kept.
+"""
+
+import asyncio
+import hashlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from broker.lifecycle import Service
+from broker.session.base import Message, Session, Subscription
+from capability_schemas.capability import CatalogRecord
+from capability_schemas.errors import (
+    BadSignature,
+    InvalidTopic,
+    Overloaded,
+    ProtocolError,
+    Unavailable,
+)
+from capability_schemas.ids import now_ms
+from capability_schemas.node import NodeState
+from capability_schemas.signing import SigningKey, sign, verify
+from capability_schemas.topics import TopicKind, Topics
+from capability_schemas.wire import decode, encode
+from registry.admin import RegistryAdmin
+from registry.admission import (
+    Admitted,
+    Identities,
+    Key,
+    Reason,
+    Refused,
+    Unchanged,
+    check_given,
+    judge,
+)
+from registry.catalog import Catalog
+from registry.encoders.base import Vectors
+from registry.encoders.thread import EncoderThread
+from registry.pending import PendingWork, Withdrawal
+from registry.publisher import CatalogPublisher
+from registry.settings import RegistrySettings
+from registry.store import Change, HistoryEntry, SqliteStore
+from registry.vectors import capability_texts, centroid, pack_vector, unpack_vector
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+_CLAIM_QUEUE: Final = 20_000
+_SMALL_MESSAGE_BYTES: Final = 64 * 1024
+_TOLD_LIMIT: Final = 4_096
+_RENEWED_FIELDS: Final = frozenset(
+    {"revision", "expires_at", "signature", "admitted_at", "claim_digest", "embedding"}
+)
+
+
+class RegistryService(Service):
+    """Admits claims and keeps ``catalog/…``; the only writer of it.
+
+    The event loop that started it owns all of its state. Session, store and encoder are entered
+    and left by the caller, around the service.
+
+    Args:
+        session: connection with the identity ``registry_id``.
+        topics: the site's topics.
+        store: catalogue and history.
+        encoder: embeds descriptions and examples.
+        key: signs the records.
+        identities: looks nodes up.
+        registry_id: identity of this registry.
+        settings: limits and intervals.
+        clock: UTC milliseconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        session: Session,
+        topics: Topics,
+        store: SqliteStore,
+        encoder: EncoderThread,
+        key: SigningKey,
+        identities: Identities,
+        registry_id: str,
+        settings: RegistrySettings | None = None,
+        clock: Callable[[], int] = now_ms,
+    ) -> None:
+        super().__init__(service_id=registry_id)
+        self._session = session
+        self._topics = topics
+        self._store = store
+        self._encoder = encoder
+        self._key = key
+        self._identities = identities
+        self._id = registry_id
+        self._settings = settings or RegistrySettings()
+        self._clock = clock
+        self._catalog = Catalog()
+        self._pending = PendingWork(limit=self._settings.pending_limit)
+        self._publisher = CatalogPublisher(
+            session=session,
+            topics=topics,
+            catalog=self._catalog,
+            registry_id=registry_id,
+            clock=clock,
+        )
+        self._ghosts_until: int | None = None
+        self._told: OrderedDict[tuple[Key, str, str], None] = OrderedDict()
+        self._missed_claims = False
+        self._claims_subscription: Subscription | None = None
+        self._forget_listener: Callable[[], None] | None = None
+        self.counts: Counter[str] = Counter()
+        self._admin = RegistryAdmin(
+            session=session,
+            topics=topics,
+            store=store,
+            catalog=self._catalog,
+            counts=self.counts,
+            registry_id=registry_id,
+            clock=clock,
+        )
+
+    async def _on_start(self) -> None:
+        await self._restore()
+        self._forget_listener = self._session.on_connection(self._connection_changed)
+        await self._publisher.watch()
+        await self._subscribe_claims()
+        await self._session.subscribe(
+            self._topics.filter(TopicKind.NODE_STATE), self._on_node_state
+        )
+        await self._session.subscribe(
+            self._topics.filter(TopicKind.ADMIN, target=self._id), self._admin.answer
+        )
+        if self._session.connected:
+            self._connection_changed(True)
+        self.spawn(self._admit_claims(), name="admit")
+        self.spawn(self._sweep(), name="sweep")
+
+    async def _on_stopped(self) -> None:
+        if self._forget_listener is not None:
+            self._forget_listener()
+
+    # ------------------------------------------------------------------ what was known before
+
+    async def _restore(self) -> None:
+        """Read the store; a record of another space or key is known, but made anew when claimed."""
+        kept = 0
+        for stored in await self._store.load():
+            record = stored.record
+            sound = record.space == self._encoder.space and self._is_ours(record)
+            self._catalog.restore(record, withdrawn=stored.withdrawn or not sound)
+            if record.key in self._catalog:
+                kept += 1
+                self._publisher.announce(record.key)
+        _log.info("registry.restored", registry=self._id, records=kept)
+
+    def _is_ours(self, record: CatalogRecord) -> bool:
+        try:
+            verify(record, self._key.public)
+        except BadSignature:
+            return False
+        return record.registry == self._id
+
+    async def _subscribe_claims(self) -> None:
+        self._claims_subscription = await self._session.subscribe(
+            self._topics.filter(TopicKind.CAPABILITY),
+            self._on_claim,
+            queue_limit=_CLAIM_QUEUE,
+            on_overflow=self._claim_missed,
+        )
+
+    def _claim_missed(self, message: Message) -> None:
+        """Remember that retained claims must be asked for again; told by the session."""
+        if not self._missed_claims:
+            _log.warning("registry.claims_missed", registry=self._id, topic=message.topic)
+        self._missed_claims = True
+        self.counts["missed"] += 1
+
+    def _connection_changed(self, up: bool) -> None:
+        if not up:
+            self._catalog.doubt_all()
+            return
+        until = self._grace_end()
+        self._catalog.start_grace(until)
+        self._ghosts_until = until
+
+    def _grace_end(self) -> int:
+        return self._clock() + round(self._settings.grace_s * 1000)
+
+    # ------------------------------------------------------------------ what arrives
+
+    def _key_of(self, message: Message) -> Key | None:
+        """Node and function of a topic; None, counted, when its levels are no identifiers."""
+        try:
+            levels = self._topics.parse(message.topic).levels
+        except InvalidTopic as exc:
+            self.counts["bad_topics"] += 1
+            _log.warning("registry.bad_topic", error=exc.message)
+            return None
+        return levels["node"], levels["function"]
+
+    async def _on_claim(self, message: Message) -> None:
+        key = self._key_of(message)
+        if key is None:
+            return
+        if not message.payload:
+            self._withdraw(key, Change.WITHDRAWN, "its node withdrew it")
+            return
+        verdict = judge(
+            message.payload,
+            key=key,
+            standing=self._pending.standing(key) or self._catalog.standing(key),
+            identity=self._identities(key[0]),
+            now=self._clock(),
+            limit_bytes=self._settings.claim_limit_bytes,
+        )
+        if isinstance(verdict, Unchanged):
+            self.counts["unchanged"] += 1
+            self._catalog.confirm(key)
+        elif isinstance(verdict, Refused):
+            self._refuse(key, verdict, message.payload)
+        elif self._pending.offer(key, verdict):
+            self._catalog.confirm(key)
+        else:
+            full = f"{self._settings.pending_limit} claims wait to be embedded: claim again later"
+            self._refuse(key, Refused(Reason.OVERLOADED, full), message.payload)
+
+    async def _on_node_state(self, message: Message) -> None:
+        if not message.payload:
+            return
+        try:
+            node = self._topics.parse(message.topic).levels["node"]
+            state = decode(NodeState, message.payload, limit_bytes=_SMALL_MESSAGE_BYTES)
+        except ProtocolError as exc:
+            _log.warning("registry.bad_node_state", topic=message.topic, error=exc.message)
+            return
+        if state.node == node and state.state == "birth":
+            self._catalog.node_started(node, state.epoch, grace_until=self._grace_end())
+
+    def _refuse(self, key: Key, refused: Refused, payload: bytes) -> None:
+        """Count a refusal, and say it once: the same claim comes again with every connection."""
+        self.counts["refused"] += 1
+        self.counts[f"refused.{refused.reason}"] += 1
+        told = (key, refused.reason.value, hashlib.sha256(payload).hexdigest())
+        if told in self._told:
+            self._told.move_to_end(told)
+            return
+        self._told[told] = None
+        if len(self._told) > _TOLD_LIMIT:
+            self._told.popitem(last=False)
+        node, function = key
+        alarm = refused.reason is Reason.CONFLICT
+        write = _log.error if alarm else _log.warning
+        write(
+            "registry.claim_refused",
+            node=node,
+            function=function,
+            reason=refused.reason.value,
+            message=refused.message,
+        )
+        self._pending.note(
+            HistoryEntry(
+                node,
+                function,
+                Change.REFUSED,
+                self._clock(),
+                f"{refused.reason.value}: {refused.message}",
+            )
+        )
+        self._publisher.emit(
+            "claim_refused",
+            key,
+            {
+                "reason": refused.reason.value,
+                "message": refused.message,
+                "alarm": alarm,
+                "detail": refused.detail,
+            },
+        )
+
+    def _withdraw(self, key: Key, change: Change, reason: str) -> None:
+        record = self._catalog.withdraw(key)
+        if record is None:
+            self._pending.withdraw(key, None)
+            return
+        self._pending.withdraw(
+            key, HistoryEntry.of(record, change, at=self._clock(), reason=reason)
+        )
+        self._publisher.clear(key)
+        self.counts[change.value] += 1
+        _log.info("registry.capability_withdrawn", node=key[0], function=key[1], reason=reason)
+        self._publisher.emit(
+            "capability_withdrawn", key, {"change": change.value, "reason": reason}
+        )
+
+    # ------------------------------------------------------------------ the worker
+
+    async def _admit_claims(self) -> None:
+        failures = 0
+        while True:
+            key, work = await self._pending.next()
+            try:
+                await self._perform(key, work)
+            except (Unavailable, Overloaded) as exc:
+                delay = min(self._settings.retry_cap_s, self._settings.retry_first_s * 2**failures)
+                failures = min(failures + 1, 16)
+                self.counts["retried"] += 1
+                _log.warning(
+                    "registry.retry",
+                    node=key[0],
+                    function=key[1],
+                    error=exc.message,
+                    delay_s=delay,
+                    waiting=len(self._pending),
+                )
+                await asyncio.sleep(delay)
+                continue
+            except Exception:  # noqa: BLE001 - supervision boundary: one odd claim must not end the registry
+                self.counts["failed"] += 1
+                _log.exception("registry.claim_failed", node=key[0], function=key[1])
+            failures = 0
+            self._pending.done(key, work)
+
+    async def _perform(self, key: Key, work: Admitted | Withdrawal | HistoryEntry) -> None:
+        if isinstance(work, Withdrawal):
+            await self._store.withdraw(work.entry)
+        elif isinstance(work, HistoryEntry):
+            await self._store.note(work)
+        else:
+            await self._admit(key, work)
+
+    async def _admit(self, key: Key, admitted: Admitted) -> None:
+        previous = self._catalog.record(key)
+        vector = await self._embed(previous, admitted)
+        now = self._clock()
+        claim = admitted.claim
+        refused = check_given(
+            claim, vector, self._encoder.space, similarity=self._settings.given_similarity
+        )
+        if refused is not None:
+            self._refuse(key, refused, encode(claim))
+            if previous is not None and (previous.expires_at or now) < now:
+                self._withdraw(key, Change.EXPIRED, "its lease ended and its renewal was refused")
+            return
+        fields = claim.model_dump(exclude={"policy", "embedding", "space", "signature"})
+        record = sign(
+            CatalogRecord(
+                **fields,
+                policy=admitted.policy,
+                embedding=pack_vector(vector),
+                space=self._encoder.space,
+                registry=self._id,
+                admitted_at=now,
+                claim_digest=admitted.digest,
+            ),
+            self._key,
+        )
+        renewal = previous is not None and _is_renewal(previous, record)
+        entry = None if renewal else HistoryEntry.of(record, Change.ADMITTED, at=now)
+        await self._store.put(record, at=now, entry=entry)
+        if key not in self._pending:  # withdrawn while it was being embedded or stored
+            self._catalog.restore(record, withdrawn=True)
+            gone = HistoryEntry.of(
+                record, Change.WITHDRAWN, at=now, reason="withdrawn while it was being admitted"
+            )
+            self._pending.withdraw(key, gone)
+            return
+        self._catalog.admit(record, grace_until=self._grace_end())
+        self._publisher.announce(key)
+        self.counts["renewed" if renewal else "admitted"] += 1
+        if not renewal:
+            _log.info(
+                "registry.capability_admitted",
+                node=claim.node,
+                function=claim.function,
+                version=claim.version,
+                epoch=claim.epoch,
+                revision=claim.revision,
+            )
+            self._publisher.emit("capability_admitted", key, {"version": claim.version})
+
+    async def _embed(self, previous: CatalogRecord | None, admitted: Admitted) -> Vectors:
+        """Our own vector of a claim, taken from the record before where the texts are equal."""
+        claim = admitted.claim
+        if (
+            previous is not None
+            and previous.embedding is not None
+            and previous.space == self._encoder.space
+            and previous.description == claim.description
+            and previous.examples == claim.examples
+        ):
+            return unpack_vector(previous.embedding, self._encoder.space.dimension)
+        texts = capability_texts(claim.function, claim.description, claim.examples)
+        return centroid(await self._encoder.encode(texts))
+
+    # ------------------------------------------------------------------ the sweep
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.sweep_interval_s)
+            now = self._clock()
+            for lapse in self._catalog.due(now):
+                if lapse.key not in self._pending:  # else its renewal is about to replace it
+                    self._withdraw(lapse.key, Change.EXPIRED, lapse.reason)
+            self._publisher.retry()
+            if self._ghosts_until is not None and now >= self._ghosts_until:
+                self._ghosts_until = None
+                self.counts["ghosts"] += await self._publisher.clear_ghosts(spare=self._pending)
+            if self._missed_claims and not len(self._pending):
+                self._missed_claims = False
+                if self._claims_subscription is not None:
+                    await self._session.unsubscribe(self._claims_subscription)
+                await self._subscribe_claims()
+
+
+def _is_renewal(previous: CatalogRecord, record: CatalogRecord) -> bool:
+    """Whether only the lease, and what follows from it, is new."""
+    renewed = set(_RENEWED_FIELDS)
+    return previous.model_dump(exclude=renewed) == record.model_dump(exclude=renewed)
