@@ -1,0 +1,22 @@
+"""The broker that needs nothing installed: amqtt 0.12.1 in a process of its own, hardened.
+
+Stock amqtt loses acknowledged messages, lets a stranger end other people's sessions and never
+notices a dead client. ``hardened.HardenedBroker`` keeps its configuration, listeners, packet codec
+and session objects, and replaces what is wrong with them, one commented override per defect; the
+delivery path is ours, and several times faster:
+
+- ``routing.SubscriptionTree``: which sessions get a topic, in time that does not grow with the
+  number of filters;
+- ``outbox.Outbox``: what waits for one session, bounded, in order, redelivered when unacknowledged;
+- ``stream``: framing with a size limit, and writes gathered per loop turn;
+- ``connection.Connection``: one client's packets, in order, without a task per packet;
+- ``gate.Gate``: passwords and the access table.
+
+``engine.EmbeddedBroker`` runs it as a child (``python -m broker.embedded``). State lives in memory:
+when the process ends, sessions and retained messages are gone, which the mesh is made for (births
+are published again on every connect). MQTT 3.1.1 over TCP; one process serves some hundred clients.
+"""
+
+from broker.embedded.engine import EmbeddedBroker
+
+__all__ = ["EmbeddedBroker"]

@@ -1,0 +1,75 @@
+"""The broker process from inside: the service that runs it."""
+
+import asyncio
+import signal
+
+import structlog
+from amqtt.errors import BrokerError
+
+from broker.access.credentials import CredentialStore
+from broker.access.policy import AccessPolicy
+from broker.embedded.gate import Gate
+from broker.embedded.hardened import HardenedBroker
+from broker.embedded.order import ServerOrder
+from broker.lifecycle import Service
+from capability_schemas.errors import ConfigurationError
+from capability_schemas.topics import Topics
+
+_log = structlog.get_logger(__name__)
+
+
+class EmbeddedServer(Service):
+    """Runs the hardened broker in this process and reloads access on SIGHUP.
+
+    Args:
+        order: What to run.
+
+    Raises:
+        ConfigurationError: The credentials cannot be read, or amqtt is of another release.
+    """
+
+    def __init__(self, *, order: ServerOrder) -> None:
+        super().__init__(service_id=order.site)
+        self._gate = Gate(
+            credentials=CredentialStore(order.credentials),
+            policy=AccessPolicy(Topics(site=order.site, prefix=order.prefix)),
+        )
+        self._order = order
+        self._broker: HardenedBroker | None = None
+        self._reload_asked = asyncio.Event()
+
+    @property
+    def port(self) -> int:
+        """TCP port it listens on, 0 when it does not run."""
+        return self._broker.port if self._broker is not None else 0
+
+    async def _on_start(self) -> None:
+        """Listen.
+
+        Raises:
+            ConfigurationError: The address is taken.
+        """
+        broker = HardenedBroker(settings=self._order.settings, gate=self._gate)
+        try:
+            await broker.start()
+        except BrokerError as exc:
+            raise ConfigurationError(f"the embedded broker cannot listen: {exc}") from exc
+        self._broker = broker
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, self._reload_asked.set)
+        self.spawn(self._reload(broker), name="reload")
+
+    async def _on_stopped(self) -> None:
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        if self._broker is not None:
+            await self._broker.shutdown()
+        self._gate.close()
+
+    async def _reload(self, broker: HardenedBroker) -> None:
+        while True:
+            await self._reload_asked.wait()
+            self._reload_asked.clear()
+            try:
+                await broker.revoke(await self._gate.reload())
+            except ConfigurationError as exc:  # the old rules stay until the file is mended
+                _log.error("access.reload_failed", reason=exc.message)

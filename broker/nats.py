@@ -1,0 +1,107 @@
+"""nats-server with JetStream as the broker: the engine to grow into (a cluster speaks the same).
+
+Only a generated configuration. nats-server cannot check the verifiers of the credential store, so
+the plain passwords of the identities that may connect are handed in and stand in a file of mode
+0600 beside the configuration. MQTT 3.1.1, QoS 0 and 1.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Final
+
+from broker.access.compilers import nats_users
+from broker.access.credentials import CredentialStore, write_private
+from broker.access.policy import AccessPolicy
+from broker.engine import (
+    BrokerTraits,
+    EngineSettings,
+    ForeignEngine,
+    find_binary,
+    free_port,
+    guarded,
+)
+from capability_schemas.errors import ConfigurationError
+from capability_schemas.topics import Topics
+
+# The default of 100 halves the throughput.
+_MAX_ACK_PENDING: Final = 1000
+_ACK_WAIT_S: Final = 30
+
+
+class NatsBroker(ForeignEngine):
+    """Runs ``nats-server`` 2.9 or later as a child process.
+
+    Args:
+        settings: How to run the broker; ``queue_limit`` and ``session_expiry_s`` have no
+            counterpart, and its MQTT side takes packets of any size (2.9).
+        credentials: Who may connect.
+        topics: The grammar that access rules are made for.
+        passwords: Plain passwords by identity; identities without one cannot connect.
+    """
+
+    name = "nats"
+    traits = BrokerTraits(
+        mqtt5=False,
+        qos2=False,
+        merges_overlap=False,
+        redelivers_on_connect=False,
+        survives_restart=True,
+        refuses_forbidden_filter=True,
+        binds_client_id=False,
+        revokes_at_once=True,
+        limits_packets=False,
+    )
+
+    def __init__(
+        self,
+        *,
+        settings: EngineSettings,
+        credentials: CredentialStore,
+        topics: Topics,
+        passwords: Mapping[str, str],
+    ) -> None:
+        super().__init__(settings=settings, credentials=credentials, topics=topics)
+        self._passwords = passwords
+
+    @staticmethod
+    def available() -> bool:
+        """Whether the binary is on this machine."""
+        return find_binary("nats-server") is not None
+
+    def _write_access(self) -> None:
+        users = nats_users(
+            self.credentials.identities(), AccessPolicy(self.topics), self._passwords
+        )
+        write_private(self.settings.data_dir / "nats-users.conf", f"users: {users}\n")
+
+    def _command(self, port: int) -> list[str]:
+        binary = find_binary("nats-server")
+        if binary is None:
+            raise ConfigurationError(
+                "there is no nats-server binary on this machine: install the nats-server package, "
+                "or use the embedded broker"
+            )
+        path = self.settings.data_dir / "nats.conf"
+        write_private(path, self._configuration(port))
+        return guarded(binary, "-c", str(path))
+
+    def _configuration(self, port: int) -> str:
+        settings = self.settings
+
+        def quoted(host: str, number: int) -> str:
+            return json.dumps(f"{host}:{number}")
+
+        return "\n".join(
+            (
+                f"server_name: foam-{port}",
+                f"listen: {quoted(settings.host, free_port(settings.host))}",
+                f"jetstream {{ store_dir: {json.dumps(str(settings.data_dir / 'jetstream'))} }}",
+                "mqtt {",
+                f"  listen: {quoted(settings.host, port)}",
+                f"  max_ack_pending: {_MAX_ACK_PENDING}",
+                f'  ack_wait: "{_ACK_WAIT_S}s"',
+                "}",
+                "authorization { include ./nats-users.conf }",
+                "",
+            )
+        )

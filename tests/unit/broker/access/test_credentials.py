@@ -1,0 +1,130 @@
+"""The credentials file: private, atomic, and without a single password in it."""
+
+import json
+import multiprocessing
+import stat
+
+import pytest
+
+from broker.access.credentials import CredentialStore, VerifiedCache
+from broker.access.policy import Role
+from capability_schemas.errors import ConfigurationError, Conflict, NotFound, ProtocolError
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CredentialStore(tmp_path / "credentials.json", clock=lambda: 1_700_000_000_000)
+
+
+def test_the_password_given_once_is_the_one_that_verifies(store):
+    password = store.add("pump-7", Role.DEVICE)
+    found = store.verify("pump-7", password)
+    assert found is not None
+    assert (found.role, found.created_at) == (Role.DEVICE, 1_700_000_000_000)
+    assert store.verify("pump-7", password + "x") is None
+    assert store.verify("pump-7", "") is None
+    assert store.verify("pump-8", password) is None
+
+
+def test_the_file_is_private_and_holds_no_password(store):
+    password = store.add("pump-7", Role.DEVICE, public_key="a2V5")
+    assert stat.S_IMODE(store.path.stat().st_mode) == 0o600
+    assert password not in store.path.read_text()
+    assert json.loads(store.path.read_text())["identities"]["pump-7"]["public_key"] == "a2V5"
+
+
+def test_passwords_differ(store):
+    assert store.add("a", Role.DEVICE) != store.add("b", Role.DEVICE)
+
+
+def test_a_disabled_identity_is_known_and_refused(store):
+    password = store.add("pump-7", Role.DEVICE)
+    store.update("pump-7", disabled=True)
+    assert store.identities()["pump-7"].disabled
+    assert store.verify("pump-7", password) is None
+    store.update("pump-7", disabled=False, public_key="a2V5")
+    found = store.verify("pump-7", password)
+    assert found is not None
+    assert found.public_key == "a2V5"
+
+
+def test_a_removed_identity_is_gone(store):
+    password = store.add("pump-7", Role.DEVICE)
+    store.remove("pump-7")
+    assert store.verify("pump-7", password) is None
+    assert not store.identities()
+
+
+def test_mistakes_are_named(store):
+    store.add("pump-7", Role.DEVICE)
+    with pytest.raises(Conflict, match="pump-7"):
+        store.add("pump-7", Role.NODE)
+    with pytest.raises(NotFound):
+        store.remove("pump-8")
+    with pytest.raises(NotFound):
+        store.update("pump-8", disabled=True)
+    with pytest.raises(ProtocolError):
+        store.add("pump/8", Role.DEVICE)
+
+
+def test_another_process_sees_a_change_when_it_looks(store):
+    other = CredentialStore(store.path)
+    password = store.add("pump-7", Role.DEVICE)
+    assert not other.identities()
+    assert other.refresh()
+    assert not other.refresh()
+    assert other.verify("pump-7", password) is not None
+
+
+def test_two_stores_do_not_undo_each_other(store):
+    other = CredentialStore(store.path)
+    store.add("a", Role.DEVICE)
+    other.add("b", Role.DEVICE)
+    store.add("c", Role.DEVICE)
+    assert set(CredentialStore(store.path).identities()) == {"a", "b", "c"}
+
+
+def _add_some(path, prefix):
+    store = CredentialStore(path)
+    for number in range(4):
+        store.add(f"{prefix}{number}", Role.DEVICE)
+
+
+def test_two_processes_do_not_undo_each_other(store):
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_add_some, args=(store.path, p)) for p in ("a", "b")]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    store.refresh()
+    assert len(store.identities()) == 8
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"v": 2}', '{"v": 1, "identities": {"a/b": {}}}'])
+def test_a_damaged_file_is_refused_with_its_name(tmp_path, content):
+    path = tmp_path / "credentials.json"
+    path.write_text(content)
+    with pytest.raises(ConfigurationError, match=r"credentials\.json"):
+        CredentialStore(path)
+
+
+def test_a_file_that_vanishes_leaves_nobody(store):
+    store.add("pump-7", Role.DEVICE)
+    store.path.unlink()
+    assert store.refresh()
+    assert not store.identities()
+
+
+def test_the_cache_knows_a_password_until_the_verifier_changes(store):
+    password = store.add("pump-7", Role.DEVICE)
+    credential = store.identities()["pump-7"]
+    cache = VerifiedCache(limit=1)
+    assert not cache.knows("pump-7", credential, password)
+    cache.remember("pump-7", credential, password)
+    assert cache.knows("pump-7", credential, password)
+    assert not cache.knows("pump-7", credential, "other")
+    assert not cache.knows("pump-7", credential.model_copy(update={"argon2": "x"}), password)
+    cache.remember("pump-8", credential, password)
+    assert not cache.knows("pump-7", credential, password)
