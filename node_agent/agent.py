@@ -1,0 +1,292 @@
+"""The node agent: takes invocations, runs them, and says how it is."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import structlog
+
+from broker.lifecycle import Service
+from broker.session.base import Message, Session, Will
+from capability_schemas.errors import ConfigurationError, InvalidTopic, ProtocolError
+from capability_schemas.functions import FunctionSpec
+from capability_schemas.ids import is_identifier, now_ms
+from capability_schemas.invocation import Control, Invocation
+from capability_schemas.node import NodeLoad
+from capability_schemas.signing import SigningKey
+from capability_schemas.topics import MAX_LEVELS, TopicKind, Topics
+from capability_schemas.wire import decode
+from node_agent.announcer import Announcer, offline_will
+from node_agent.executor import ExecutionCounters, Executor
+from node_agent.gauge import LoadGauge
+from node_agent.invocation import HANDED_BACK, Execution, Outcome
+from node_agent.pool import InstancePool
+from node_agent.queue import AdmissionQueue
+from node_agent.reporter import Reporter
+from node_agent.runtimes.base import Runtime
+from node_agent.runtimes.llama_cpp import LlamaCppRuntime
+from node_agent.runtimes.python import PythonRuntime
+from node_agent.settings import NodeSettings
+
+_STOP_MARGIN_S: Final = 5.0
+_CONTROL_BACKLOG: Final = 1000
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+class NodeAgent(Service):
+    """One node of the mesh. All state is owned by the event loop it is started on.
+
+    The session is entered first, for leaving the agent says goodbye over it; its last will is
+    ``last_will``, or `offline_will` with the same ``epoch`` where the session connects before the
+    agent is made. SIGTERM is the business of whoever runs the process: leave the agent, which
+    drains, or call `drain` before.
+
+    Args:
+        session: The node's session, identity ``settings.node``.
+        topics: The site's topics.
+        settings: How it behaves.
+        functions: What it offers, names unique.
+        key: Signs the claims.
+        runtimes: Further runtimes by name, or replacements of the built-in ones.
+        epoch: The node's epoch, UTC milliseconds, when a last will with it was made before; the
+            time now when None.
+        clock: UTC milliseconds.
+
+    Raises:
+        ConfigurationError: A function names an unknown runtime or does not fit it.
+    """
+
+    def __init__(
+        self,
+        *,
+        session: Session,
+        topics: Topics,
+        settings: NodeSettings,
+        functions: Sequence[FunctionSpec],
+        key: SigningKey | None = None,
+        runtimes: Mapping[str, Runtime] | None = None,
+        epoch: int | None = None,
+        clock: Callable[[], int] = now_ms,
+    ) -> None:
+        super().__init__(service_id=settings.node)
+        self.stop_timeout_s = settings.drain_timeout_s + settings.cancel_grace_s + _STOP_MARGIN_S
+        self.epoch = clock() if epoch is None else epoch
+        self.bad_frames = 0
+        self._session = session
+        self._topics = topics
+        self._settings = settings
+        self._clock = clock
+        self._functions = {spec.name: spec for spec in functions}
+        if len(self._functions) != len(functions):
+            raise ConfigurationError(f"node {settings.node}: two functions share a name")
+        self._runtimes = _built_in(settings) | dict(runtimes or {})
+        queue = AdmissionQueue(limit=settings.queue_limit)
+        self._pool = InstancePool(
+            runtimes=self._runtimes,
+            backoff_s=settings.backoff_s,
+            backoff_limit_s=settings.backoff_limit_s,
+        )
+        self._executor = Executor(
+            settings=settings,
+            functions=self._functions,
+            runtimes=self._runtimes,
+            session=session,
+            reporter=Reporter(session=session, topics=topics, node=settings.node),
+            queue=queue,
+            pool=self._pool,
+            on_ended=self._on_ended,
+            on_change=self._on_change,
+            clock=clock,
+        )
+        self._gauge = LoadGauge(
+            node=settings.node,
+            epoch=self.epoch,
+            functions=self._functions,
+            queue=queue,
+            queue_limit=settings.queue_limit,
+            pool=self._pool,
+            clock=clock,
+        )
+        self._announcer = Announcer(
+            session=session,
+            topics=topics,
+            settings=settings,
+            functions=self._functions,
+            key=key,
+            epoch=self.epoch,
+            load=self._gauge.load,
+            clock=clock,
+        )
+        self._cut_off: asyncio.TimerHandle | None = None
+        self._unlisten: Callable[[], None] | None = None
+
+    @property
+    def counters(self) -> ExecutionCounters:
+        """What happened since the agent started."""
+        return self._executor.counters
+
+    def last_will(self) -> Will:
+        """Return the last will for the session's next connection."""
+        return offline_will(
+            topics=self._topics, node=self._settings.node, epoch=self.epoch, at=self._clock()
+        )
+
+    def load(self) -> NodeLoad:
+        """Return the live figures of the node."""
+        return self._gauge.load()
+
+    async def drain(self, *, timeout_s: float | None = None, reason: str = "") -> bool:
+        """Refuse what is new and wait for what is running.
+
+        Args:
+            timeout_s: Longest wait, seconds; the setting when None. What is left then goes on, and
+                goes back to the router when the agent is left.
+            reason: Why, for the state.
+
+        Returns:
+            Whether everything had ended in time. Cancellation is safe; the node stays draining.
+        """
+        self._cordon(reason)
+        limit_s = self._settings.drain_timeout_s if timeout_s is None else timeout_s
+        return await self._executor.wait_idle(limit_s)
+
+    def undrain(self) -> None:
+        """Take work again."""
+        if not self._executor.accepting:
+            self._executor.accepting = True
+            self._announcer.set_state("birth")
+
+    async def _on_start(self) -> None:
+        node = self._settings.node
+        await self._pool.start()
+        await self._executor.start()
+        await self._session.subscribe(
+            self._topics.build(TopicKind.INVOKE, node=node),
+            self._on_invoke,
+            queue_limit=self._settings.queue_limit + _CONTROL_BACKLOG,
+        )
+        await self._session.subscribe(
+            self._topics.build(TopicKind.CONTROL, node=node),
+            self._on_control,
+            queue_limit=_CONTROL_BACKLOG,
+        )
+        self._unlisten = self._session.on_connection(self._on_connection)
+        await self._announcer.start()
+        for spec in self._functions.values():
+            if spec.warm:
+                self.spawn(self._warm(spec), name=f"warm.{spec.name}")
+        _log.info("node.started", node=node, functions=sorted(self._functions), epoch=self.epoch)
+
+    async def _on_stop(self) -> None:
+        if not await self.drain(reason="stopping"):
+            left = self._executor.stop_all(HANDED_BACK)
+            _log.warning("node.handed_back", node=self._settings.node, invocations=left)
+            await self._executor.wait_idle(self._settings.cancel_grace_s + 1)
+
+    async def _on_stopped(self) -> None:
+        if self._cut_off is not None:
+            self._cut_off.cancel()
+        if self._unlisten is not None:
+            self._unlisten()
+        if self._announcer.running:
+            await self._announcer.farewell("stopped")
+        await self._announcer.stop()
+        await self._executor.stop()
+        await self._pool.stop()
+        _log.info("node.stopped", node=self._settings.node)
+
+    async def _on_invoke(self, message: Message) -> None:
+        try:
+            invocation = decode(
+                Invocation, message.payload, limit_bytes=self._settings.invocation_limit_bytes
+            )
+            reply = self._reply_topic(invocation)
+        except ProtocolError as exc:
+            self.bad_frames += 1
+            _log.warning("invocation.bad_frame", error=exc.message, bytes=len(message.payload))
+            return
+        self._executor.take(invocation, reply)
+
+    async def _on_control(self, message: Message) -> None:
+        try:
+            control = decode(Control, message.payload)
+        except ProtocolError as exc:
+            self.bad_frames += 1
+            _log.warning("control.bad_frame", error=exc.message, bytes=len(message.payload))
+            return
+        if control.verb == "drain":
+            self._cordon(control.reason)
+        elif control.verb == "undrain":
+            self.undrain()
+        elif control.task is not None:
+            self._executor.cancel(control)
+
+    def _reply_topic(self, invocation: Invocation) -> str:
+        """Return the topic of this node's events, checked to lie in the client's own subtree.
+
+        Raises:
+            InvalidTopic: It does not.
+        """
+        root = f"{self._topics.root}/reply/{invocation.client}/"
+        topic = f"{invocation.reply}/{self._settings.node}"
+        levels = topic[len(root) :].split("/")
+        if (
+            not topic.startswith(root)
+            or not all(is_identifier(level) for level in levels)
+            or topic.count("/") >= MAX_LEVELS
+        ):
+            raise InvalidTopic(f"reply topic {invocation.reply[:200]!r} is not below {root}")
+        return topic
+
+    def _cordon(self, reason: str) -> None:
+        if self._executor.accepting:
+            self._executor.accepting = False
+            self._announcer.set_state("draining", reason)
+            _log.info("node.draining", node=self._settings.node, reason=reason)
+
+    def _on_ended(self, execution: Execution, outcome: Outcome) -> None:
+        if outcome.status == "finished" and outcome.code is None:
+            self._gauge.add_run(
+                execution.spec.name, first_ms=execution.warm_first_ms, total_ms=execution.run_ms
+            )
+            self._advertise_model(execution.spec)
+
+    def _on_change(self) -> None:
+        if self._gauge.saturation_changed():
+            self._announcer.hurry()
+
+    async def _warm(self, spec: FunctionSpec) -> None:
+        await self._pool.warm(spec)
+        self._advertise_model(spec)
+        self._announcer.hurry()
+
+    def _advertise_model(self, spec: FunctionSpec) -> None:
+        instances = self._pool.instances(spec)
+        info = instances[0].info if instances else {}
+        model = self._runtimes[spec.runtime].model(spec, info)
+        if model is not None and info:
+            self._announcer.set_model(spec.name, model, context_tokens=info.get("context_tokens"))
+
+    def _on_connection(self, up: bool) -> None:
+        """Drop what runs when the node has been cut off for longer than its leases last."""
+        if self._cut_off is not None:
+            self._cut_off.cancel()
+            self._cut_off = None
+        if not up:
+            self._cut_off = asyncio.get_running_loop().call_later(
+                self._settings.cut_off_s, self._drop_leases
+            )
+
+    def _drop_leases(self) -> None:
+        dropped = self._executor.stop_all("cut off")
+        _log.warning("node.cut_off", node=self._settings.node, dropped=dropped)
+
+
+def _built_in(settings: NodeSettings) -> dict[str, Runtime]:
+    start, grace = settings.start_timeout_s, settings.cancel_grace_s
+    runtimes: tuple[Runtime, ...] = (
+        PythonRuntime(start_timeout_s=start, cancel_grace_s=grace),
+        LlamaCppRuntime(start_timeout_s=start, cancel_grace_s=grace),
+    )
+    return {runtime.name: runtime for runtime in runtimes}

@@ -1,0 +1,346 @@
+"""Admits invocations, runs them in the order of the queue, and answers for every attempt once."""
+
+import asyncio
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from broker.lifecycle import Service
+from broker.session.base import Session
+from capability_schemas.errors import (
+    ConfigurationError,
+    DeadlineExceeded,
+    FoamError,
+    NotFound,
+    Overloaded,
+)
+from capability_schemas.functions import FunctionSpec, check_input, effective_input
+from capability_schemas.invocation import Control, Invocation
+from node_agent.invocation import Execution, Outcome, OutcomeMemory
+from node_agent.pool import InstancePool
+from node_agent.queue import AdmissionQueue, Entry
+from node_agent.reporter import Reporter
+from node_agent.runtimes.base import Runtime
+from node_agent.settings import NodeSettings
+from node_agent.stream import ReplyStream
+
+_LEAST_TICK_S: Final = 0.005
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+Ended = Callable[[Execution, Outcome], None]
+"""Told about every execution that has ended."""
+
+
+@dataclass(slots=True)
+class ExecutionCounters:
+    """What happened since the agent started.
+
+    Attributes:
+        duplicates: Invocations that were known already.
+        refused: Invocations turned away.
+        finished: Invocations that ended with a terminal event of this node.
+        failed: Invocations handed back to the router.
+        dropped: Invocations ended without a word: superseded, or cut off from the broker.
+    """
+
+    duplicates: int = 0
+    refused: int = 0
+    finished: int = 0
+    failed: int = 0
+    dropped: int = 0
+
+
+class Executor(Service):
+    """The executions of a node; all state is owned by the event loop it is started on.
+
+    Args:
+        settings: The node's settings.
+        functions: What it offers, by name.
+        runtimes: Runtime by name.
+        session: Where events go.
+        reporter: What routers hear.
+        queue: The admission queue; its groups are configured here.
+        pool: The instances, started and stopped by somebody else.
+        on_ended: Told about every execution that has ended.
+        on_change: Called when something began, ended or was queued.
+        clock: UTC milliseconds.
+
+    Raises:
+        ConfigurationError: A function names an unknown runtime or does not fit it.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: NodeSettings,
+        functions: Mapping[str, FunctionSpec],
+        runtimes: Mapping[str, Runtime],
+        session: Session,
+        reporter: Reporter,
+        queue: AdmissionQueue,
+        pool: InstancePool,
+        on_ended: Ended,
+        on_change: Callable[[], None],
+        clock: Callable[[], int],
+    ) -> None:
+        super().__init__(service_id=settings.node)
+        self.counters = ExecutionCounters()
+        self.accepting = True
+        self._settings = settings
+        self._functions = functions
+        self._runtimes = runtimes
+        self._session = session
+        self._reporter = reporter
+        self._queue = queue
+        self._pool = pool
+        self._on_ended = on_ended
+        self._on_change = on_change
+        self._clock = clock
+        self._live: dict[str, Execution] = {}  # until the instance is free again
+        self._current: dict[tuple[str, str], Execution] = {}  # until the outcome is known
+        self._outcomes = OutcomeMemory(limit=settings.outcome_limit)
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._changed = asyncio.Event()
+        self._numbers = itertools.count(1)
+        for spec in functions.values():
+            runtime = runtimes.get(spec.runtime)
+            if runtime is None:
+                known = ", ".join(sorted(runtimes))
+                raise ConfigurationError(
+                    f"function {spec.name}: runtime {spec.runtime!r} is unknown; known are {known}"
+                )
+            runtime.check(spec)
+            queue.configure(runtime.group(spec), capacity=spec.concurrency)
+
+    def take(self, invocation: Invocation, reply: str) -> None:
+        """Take an invocation: admit it, refuse it, or answer again for an attempt known already.
+
+        Args:
+            invocation: What the router asks for.
+            reply: Topic of this node's events, checked.
+        """
+        if self._is_known(invocation, reply):
+            return
+        try:
+            self._admit(invocation, reply)
+        except FoamError as exc:
+            self.counters.refused += 1
+            outcome = Outcome(
+                status="refused",
+                code=exc.code.value,
+                reason=exc.message,
+                retry_after_ms=exc.detail.get("retry_after_ms"),
+            )
+            self._outcomes.record(invocation, outcome)
+            self._reporter.ended(invocation, outcome)
+
+    def cancel(self, control: Control) -> None:
+        """Stop the attempts of a task that a ``cancel`` order names."""
+        for execution in list(self._live.values()):
+            invocation = execution.invocation
+            if invocation.task != control.task or control.client not in (None, invocation.client):
+                continue
+            if control.attempt is not None and invocation.attempt > control.attempt:
+                continue
+            self._stop(execution, control.reason or "by order")
+
+    def stop_all(self, reason: str) -> int:
+        """Stop everything, for a reason of `Execution.stop`; returns how many there were."""
+        executions = list(self._live.values())
+        for execution in executions:
+            self._stop(execution, reason)
+        return len(executions)
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until nothing runs or waits.
+
+        Args:
+            timeout_s: Longest wait, seconds.
+
+        Returns:
+            Whether that is so. Cancellation is safe.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _on_start(self) -> None:
+        self.spawn(self._watch_deadlines(), name="deadlines")
+
+    def _is_known(self, invocation: Invocation, reply: str) -> bool:
+        """Answer for an attempt that runs or has ended here, or is older than one that does."""
+        current = self._current.get((invocation.client, invocation.task))
+        if current is not None and current.invocation.attempt < invocation.attempt:
+            self._stop(current, "superseded")
+            return False
+        ended = self._outcomes.find(invocation)
+        latest = self._outcomes.latest_attempt(invocation)
+        if current is None and ended is None and latest < invocation.attempt:
+            return False
+        self.counters.duplicates += 1
+        if current is not None and current.invocation.attempt == invocation.attempt:
+            self._reporter.admitted(invocation, wait_ms=0.0)
+        elif ended is not None:
+            self._reporter.repeat(invocation, ended, topic=reply)
+        return True
+
+    def _admit(self, invocation: Invocation, reply: str) -> None:
+        """Queue an invocation, or end it at once when its input is wrong.
+
+        Raises:
+            FoamError: It is refused; another node may take it.
+        """
+        spec = self._admissible(invocation)
+        runtime = self._runtimes[spec.runtime]
+        value = effective_input(invocation.text, invocation.input, spec.input_schema)
+        execution = Execution(
+            invocation=invocation,
+            spec=spec,
+            value=value,
+            node=self._settings.node,
+            stream=self._stream(invocation, spec, reply),
+            instances=self._pool,
+            options=runtime.call_options(spec),
+            clock=self._clock,
+        )
+        entry = Entry(
+            key=execution.key,
+            group=runtime.group(spec),
+            function=spec.name,
+            priority=invocation.priority,
+            deadline=invocation.deadline,
+        )
+        wait_ms = self._queue.offer(entry, now=self._clock())
+        self._live[execution.key] = execution
+        self._current[invocation.client, invocation.task] = execution
+        self._idle.clear()
+        self._reporter.admitted(invocation, wait_ms=wait_ms)
+        try:
+            check_input(value, spec.input_schema)
+        except FoamError as exc:
+            self._end_waiting(execution, exc)
+            return
+        self._dispatch()
+
+    def _admissible(self, invocation: Invocation) -> FunctionSpec:
+        """Return the function an invocation is for.
+
+        Raises:
+            Overloaded: The node takes nothing new.
+            NotFound: It has no such function, or another version of it.
+        """
+        node = self._settings.node
+        if not self.accepting:
+            raise Overloaded(f"node {node} is draining")
+        spec = self._functions.get(invocation.function)
+        if spec is None:
+            raise NotFound(f"node {node} has no function {invocation.function}")
+        if spec.version != invocation.version:
+            raise NotFound(
+                f"{spec.name} is at version {spec.version} on {node}, not {invocation.version}"
+            )
+        return spec
+
+    def _stream(self, invocation: Invocation, spec: FunctionSpec, reply: str) -> ReplyStream:
+        return ReplyStream(
+            topic=reply,
+            task=invocation.task,
+            attempt=invocation.attempt,
+            seq=invocation.seq,
+            chunks=invocation.stream,
+            post=self._session.post,
+            clock=self._clock,
+            coalesce_s=self._settings.coalesce_s,
+            working_s=self._settings.working_s,
+            chunk_limit_bytes=self._settings.chunk_limit_bytes,
+            output_limit_bytes=spec.limits.output_bytes,
+        )
+
+    def _dispatch(self) -> None:
+        """Start whatever has a free instance."""
+        while (entry := self._queue.take()) is not None:
+            self.spawn(self._run(self._live[entry.key]), name=f"run.{next(self._numbers)}")
+        self._changed.set()
+        self._on_change()
+
+    async def _run(self, execution: Execution) -> None:
+        invocation = execution.invocation
+        log = _log.bind(
+            task=invocation.task, attempt=invocation.attempt, function=execution.spec.name
+        )
+        log.debug("invocation.started")
+        try:
+            outcome = await execution.run()
+            self._conclude(execution, outcome)
+            log.info("invocation.ended", status=outcome.status, code=outcome.code)
+        finally:
+            try:
+                await execution.settle()
+            finally:
+                ran_out = execution.stopped_by is None
+                self._queue.finished(execution.key, run_ms=execution.run_ms if ran_out else None)
+                self._forget(execution)
+        self._dispatch()
+
+    def _conclude(self, execution: Execution, outcome: Outcome) -> None:
+        """Remember and report how an execution ended; it may still occupy its instance."""
+        invocation = execution.invocation
+        self._outcomes.record(invocation, outcome)
+        if self._current.get((invocation.client, invocation.task)) is execution:
+            del self._current[invocation.client, invocation.task]
+        if outcome.status == "dropped":
+            self.counters.dropped += 1
+        elif outcome.status == "failed":
+            self.counters.failed += 1
+        else:
+            self.counters.finished += 1
+        self._reporter.ended(invocation, outcome)
+        self._on_ended(execution, outcome)
+
+    def _forget(self, execution: Execution) -> None:
+        self._live.pop(execution.key, None)
+        if not self._live:
+            self._idle.set()
+
+    def _stop(self, execution: Execution, reason: str) -> None:
+        waits = self._queue.remove(execution.key) is not None
+        execution.stop(reason)
+        if waits:
+            self._end_waiting(execution, execution.stop_error())
+
+    def _end_waiting(self, execution: Execution, error: FoamError) -> None:
+        """End an invocation that has not begun."""
+        self._queue.remove(execution.key)
+        self.spawn(self._finish_waiting(execution, error), name=f"end.{next(self._numbers)}")
+        self._changed.set()
+
+    async def _finish_waiting(self, execution: Execution, error: FoamError) -> None:
+        self._conclude(execution, await execution.end_with(error))
+        self._forget(execution)
+        self._on_change()
+
+    async def _watch_deadlines(self) -> None:
+        """End what waits past its deadline."""
+        while True:
+            self._changed.clear()
+            deadline = self._queue.next_deadline
+            if deadline is None:
+                await self._changed.wait()
+                continue
+            left_s = max(_LEAST_TICK_S, (deadline - self._clock()) / 1000)
+            try:
+                async with asyncio.timeout(left_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                for entry in self._queue.expired(now=self._clock()):
+                    node = self._settings.node
+                    error = DeadlineExceeded(f"the deadline passed in the queue of node {node}")
+                    self._end_waiting(self._live[entry.key], error)

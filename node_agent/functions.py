@@ -1,0 +1,162 @@
+"""The ``@function`` decorator: a Python function becomes an advertised capability.
+
+Light on purpose: this module is what user code imports, in a child that must start fast. The
+schemas are derived from the signature only when somebody asks for them, in
+`node_agent.worker.describe`.
+
+Example::
+
+    from node_agent.functions import function
+
+    @function(version="1.2.0", examples=["how far apart are 3 and 10?"])
+    def distance(a: float, b: float) -> float:
+        '''Distance between two numbers.'''
+        return abs(a - b)
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar, overload
+
+__all__ = ["DECLARATION_ATTRIBUTE", "FunctionDeclaration", "InvocationContext", "function"]
+
+DECLARATION_ATTRIBUTE: Final = "__foam_function__"
+"""Where the decorator leaves the declaration on the function it returns unchanged."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class InvocationContext:
+    """What a function may know about its invocation; it gets one by a ``context`` parameter.
+
+    Attributes:
+        deadline: ``time.monotonic()`` seconds after which nobody waits for the answer, or None.
+        cancelled: Set when the answer is no longer wanted. A function that runs for long looks at
+            it now and then; one that does not is killed with its process after a grace time.
+    """
+
+    deadline: float | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def remaining_s(self) -> float | None:
+        """Seconds left before the deadline, at least 0; None without a deadline."""
+        if self.deadline is None:
+            return None
+        return max(0.0, self.deadline - time.monotonic())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionDeclaration:
+    """What the decorator was told; None means "derive it" (`node_agent.worker.describe`).
+
+    Attributes:
+        name: Function name in topics, 1 to 64 of ``A-Z a-z 0-9 _ -``.
+        version: Semantic version of the function.
+        description: What it does, in words that a task would use.
+        examples: Utterances that should reach it.
+        skills: Skill names it offers.
+        input_schema: JSON Schema of the input.
+        output_schema: JSON Schema of the output.
+        concurrency: Invocations at a time on one node, at least 1.
+        timeout_s: Longest run of one invocation, seconds; only the deadline counts when None.
+        extra: Further fields of the function's specification (``policy``, ``cost``, ``limits``).
+    """
+
+    name: str
+    version: str
+    description: str
+    examples: tuple[str, ...]
+    skills: tuple[str, ...]
+    input_schema: Mapping[str, Any] | None
+    output_schema: Mapping[str, Any] | None
+    concurrency: int
+    timeout_s: float | None
+    extra: Mapping[str, Any]
+
+
+@overload
+def function(target: Function, /) -> Function: ...
+
+
+@overload
+def function(
+    *,
+    name: str | None = None,
+    version: str = "1.0.0",
+    description: str | None = None,
+    examples: Sequence[str] = (),
+    skills: Sequence[str] = (),
+    input_schema: Mapping[str, Any] | None = None,
+    output_schema: Mapping[str, Any] | None = None,
+    concurrency: int = 1,
+    timeout_s: float | None = None,
+    **extra: Any,
+) -> Callable[[Function], Function]: ...
+
+
+def function(
+    target: Function | None = None,
+    /,
+    *,
+    name: str | None = None,
+    version: str = "1.0.0",
+    description: str | None = None,
+    examples: Sequence[str] = (),
+    skills: Sequence[str] = (),
+    input_schema: Mapping[str, Any] | None = None,
+    output_schema: Mapping[str, Any] | None = None,
+    concurrency: int = 1,
+    timeout_s: float | None = None,
+    **extra: Any,
+) -> Function | Callable[[Function], Function]:
+    """Declare a function (plain, async, generator or async generator) as a capability.
+
+    The function itself is returned unchanged and stays callable and testable as it is. It is called
+    with keyword arguments taken from the task's input; a parameter ``text`` gets the task's words,
+    a parameter ``context`` an `InvocationContext`. What a generator yields is streamed.
+
+    Args:
+        target: The function, when the decorator is used without parentheses.
+        name: Name in topics; the function's own name when omitted.
+        version: Semantic version.
+        description: What it does; the docstring when omitted.
+        examples: Utterances that should reach it; a handful makes matching much better.
+        skills: Skill names.
+        input_schema: JSON Schema of the input; derived from the signature when omitted.
+        output_schema: JSON Schema of the output; derived from the return annotation when omitted.
+        concurrency: Invocations at a time, at least 1. An async function runs them in one process,
+            any other in as many processes.
+        timeout_s: Longest run of one invocation, seconds.
+        **extra: Further fields of the specification (``policy``, ``cost``, ``limits``), checked
+        when
+            the node loads it.
+
+    Raises:
+        ValueError: ``concurrency`` or ``timeout_s`` is out of range.
+    """
+    if concurrency < 1:
+        raise ValueError(f"concurrency is {concurrency}: use at least 1")
+    if timeout_s is not None and timeout_s <= 0:
+        raise ValueError(f"timeout_s is {timeout_s}: use more than 0")
+
+    def declare(declared: Function) -> Function:
+        declaration = FunctionDeclaration(
+            name=name or declared.__name__,
+            version=version,
+            description=description or " ".join((declared.__doc__ or "").split()),
+            examples=tuple(examples),
+            skills=tuple(skills),
+            input_schema=input_schema,
+            output_schema=output_schema,
+            concurrency=concurrency,
+            timeout_s=timeout_s,
+            extra=extra,
+        )
+        setattr(declared, DECLARATION_ATTRIBUTE, declaration)
+        return declared
+
+    return declare if target is None else declare(target)

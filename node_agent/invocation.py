@@ -1,0 +1,352 @@
+"""One invocation from its instance to its terminal event, and the memory of ended ones."""
+
+import asyncio
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol
+
+import structlog
+
+from capability_schemas.errors import (
+    DeadlineExceeded,
+    ErrorCode,
+    FoamError,
+    TaskCancelled,
+    TooLarge,
+)
+from capability_schemas.functions import FunctionSpec
+from capability_schemas.invocation import Invocation
+from capability_schemas.reply import ErrorEvent, Result, Timing, Usage
+from capability_schemas.signing import digest
+from node_agent.runtimes.base import (
+    Final as FinalPiece,
+)
+from node_agent.runtimes.base import (
+    Instance,
+    InstanceDied,
+    InstanceFailed,
+    Piece,
+    Request,
+)
+from node_agent.stream import ReplyStream
+from node_agent.worker.frames import to_json
+
+_END_LIMIT_S: Final = 30.0
+"""How long a terminal event may wait for room in the session, seconds."""
+
+SILENT_REASONS: Final = frozenset({"superseded", "cut off"})
+"""Reasons for a stop after which nothing more may be said: another attempt has the word."""
+
+HANDED_BACK: Final = "the node is leaving"
+"""Reason of a stop that gives the task back to the router, who may find another node."""
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How an invocation ended, as it is reported, also to whoever asks again.
+
+    Attributes:
+        status: Status of the report; ``dropped``: nobody is told.
+        code: Error code; None when it went well.
+        reason: Why, in words.
+        seq: Next free number of the task.
+        retry_after_ms: When another try is sensible.
+        terminal: Payload of the terminal event this node sent, if it did.
+    """
+
+    status: Literal["finished", "failed", "refused", "dropped"]
+    code: str | None = None
+    reason: str = ""
+    seq: int | None = None
+    retry_after_ms: int | None = None
+    terminal: bytes | None = None
+
+
+class OutcomeMemory:
+    """The last outcomes by (client, task, attempt), so that nothing runs twice.
+
+    Args:
+        limit: Most outcomes; the oldest is forgotten first.
+        terminal_limit_bytes: Most bytes of terminal events kept for sending again; older outcomes
+            keep their report only.
+    """
+
+    def __init__(self, *, limit: int, terminal_limit_bytes: int = 4 * 1024 * 1024) -> None:
+        self._limit = limit
+        self._terminal_limit_bytes = terminal_limit_bytes
+        self._outcomes: OrderedDict[tuple[str, str, int], Outcome] = OrderedDict()
+        self._attempts: dict[tuple[str, str], int] = {}
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._outcomes)
+
+    def record(self, invocation: Invocation, outcome: Outcome) -> None:
+        """Remember how an attempt ended."""
+        task = (invocation.client, invocation.task)
+        key = (*task, invocation.attempt)
+        self._forget(key)
+        self._outcomes[key] = outcome
+        self._attempts[task] = max(invocation.attempt, self._attempts.get(task, 0))
+        self._bytes += len(outcome.terminal or b"")
+        while len(self._outcomes) > self._limit or self._bytes > self._terminal_limit_bytes:
+            self._forget(next(iter(self._outcomes)))
+
+    def find(self, invocation: Invocation) -> Outcome | None:
+        """Return how this very attempt ended, if it did."""
+        return self._outcomes.get((invocation.client, invocation.task, invocation.attempt))
+
+    def latest_attempt(self, invocation: Invocation) -> int:
+        """Return the highest attempt of the task that ended here; 0 when none."""
+        return self._attempts.get((invocation.client, invocation.task), 0)
+
+    def _forget(self, key: tuple[str, str, int]) -> None:
+        outcome = self._outcomes.pop(key, None)
+        if outcome is None:
+            return
+        self._bytes -= len(outcome.terminal or b"")
+        if self._attempts.get(key[:2]) == key[2]:
+            del self._attempts[key[:2]]
+
+
+class Instances(Protocol):
+    """Where an execution gets its instance: `node_agent.pool.InstancePool`."""
+
+    async def acquire(self, spec: FunctionSpec) -> Instance:
+        """Lease an instance."""
+        ...
+
+    def release(self, spec: FunctionSpec, instance: Instance, *, served: bool) -> None:
+        """Give it back."""
+        ...
+
+
+class Execution:
+    """The run of one admitted invocation; owned by the agent's event loop.
+
+    Args:
+        invocation: What the router asked for.
+        spec: The function.
+        value: Effective input, checked.
+        node: This node.
+        stream: Where the events go.
+        instances: Where the instance comes from.
+        options: Options of the runtime for this call.
+        clock: UTC milliseconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        invocation: Invocation,
+        spec: FunctionSpec,
+        value: Any,
+        node: str,
+        stream: ReplyStream,
+        instances: Instances,
+        options: dict[str, Any],
+        clock: Callable[[], int],
+    ) -> None:
+        self.invocation = invocation
+        self.spec = spec
+        self.stopped_by: str | None = None
+        self.first_ms: float | None = None
+        self.run_ms = 0.0
+        self._value = value
+        self._node = node
+        self._stream = stream
+        self._instances = instances
+        self._options = options
+        self._clock = clock
+        self._received_at = clock()
+        self._started_at: int | None = None
+        self._called_at: int | None = None
+        self._scope: asyncio.Timeout | None = None
+        self._instance: Instance | None = None
+        self._request_id = f"{invocation.client}/{invocation.task}/{invocation.attempt}"
+
+    @property
+    def key(self) -> str:
+        """Identity of the attempt."""
+        return self._request_id
+
+    @property
+    def warm_first_ms(self) -> float | None:
+        """Time from the call of the instance to its first output, milliseconds."""
+        if self.first_ms is None or self._called_at is None:
+            return None
+        return max(0.0, self._received_at + self.first_ms - self._called_at)
+
+    def stop(self, reason: str) -> None:
+        """End it soon: by a terminal ``cancelled`` or ``deadline_exceeded``, or without a word.
+
+        Args:
+            reason: ``client``, ``deadline``, ``superseded``, ``cut off``, `HANDED_BACK` or words.
+        """
+        if self.stopped_by is not None:
+            return
+        self.stopped_by = reason
+        if reason in SILENT_REASONS:
+            self._stream.drop()
+        if self._scope is not None:
+            self._scope.reschedule(asyncio.get_running_loop().time())
+
+    async def run(self) -> Outcome:
+        """Run it and send its events; returns when the terminal event is on its way.
+
+        Call `settle` afterwards, whatever happens. Cancellation stops the call in the instance and
+        sends nothing.
+        """
+        self._started_at = self._clock()
+        self._stream.open()
+        final: FinalPiece | None = None
+        error: FoamError | None = None
+        try:
+            final = await self._limited()
+        except TimeoutError:
+            error = self.stop_error()
+        except FoamError as exc:
+            error = exc if self.stopped_by is None else self.stop_error()
+        except BaseException:
+            self._stream.drop()
+            raise
+        # From the call on: the start of an instance is no property of the function.
+        self.run_ms = float(self._clock() - (self._called_at or self._started_at))
+        if final is not None and self.stopped_by not in SILENT_REASONS:
+            return await self._succeed(final)
+        return await self.end_with(error or self.stop_error())
+
+    async def settle(self) -> None:
+        """Wait until the call has left its instance (bounded by the grace time), and return it."""
+        if self._instance is None:
+            return
+        try:
+            await self._instance.settled(self._request_id)
+        finally:
+            self._instances.release(self.spec, self._instance, served=self._instance.alive)
+
+    async def _limited(self) -> FinalPiece:
+        left_ms = float(self.invocation.deadline - self._clock())
+        if self.spec.limits.timeout_ms is not None:
+            left_ms = min(left_ms, self.spec.limits.timeout_ms)
+        ends_at = asyncio.get_running_loop().time() + left_ms / 1000
+        async with asyncio.timeout_at(ends_at) as scope:
+            self._scope = scope
+            try:
+                if self.stopped_by is not None:  # stopped before it began
+                    raise self.stop_error()
+                return await self._call(left_ms)
+            finally:
+                self._scope = None
+
+    async def _call(self, left_ms: float) -> FinalPiece:
+        self._instance = await self._instances.acquire(self.spec)
+        self._called_at = self._clock()
+        request = Request(
+            id=self._request_id,
+            input=self._value,
+            text=self.invocation.text,
+            left_ms=left_ms,
+            options=self._options,
+        )
+        final: FinalPiece | None = None
+        async with contextlib.aclosing(self._instance.invoke(request)) as answers:
+            async for item in answers:
+                if self.first_ms is None:
+                    self.first_ms = float(self._clock() - self._received_at)
+                if isinstance(item, Piece):
+                    self._stream.add(item.data)
+                else:
+                    final = item
+        if final is None:
+            raise InstanceDied("the instance ended a call without a final", status=None)
+        size_bytes = len(to_json(final.output).encode())
+        limit_bytes = self.spec.limits.output_bytes
+        if size_bytes > limit_bytes:
+            raise TooLarge("output", size_bytes=size_bytes, limit_bytes=limit_bytes)
+        return final
+
+    async def _succeed(self, final: FinalPiece) -> Outcome:
+        cost = self.spec.cost.money
+        usage = Usage(
+            input_tokens=final.usage.get("input_tokens"),
+            output_tokens=final.usage.get("output_tokens"),
+            cost=cost or None,
+        )
+        began = self._started_at or self._received_at
+        output_digest = digest(final.output)
+
+        def make(seq: int, at: int) -> Result:
+            return Result(
+                task=self.invocation.task,
+                at=at,
+                seq=seq,
+                attempt=self.invocation.attempt,
+                output=final.output,
+                node=self._node,
+                function=self.spec.name,
+                version=self.spec.version,
+                usage=usage,
+                timing=Timing(
+                    queue_ms=float(began - self._received_at),
+                    first_ms=self.first_ms,
+                    total_ms=float(at - self._received_at),
+                ),
+                digest=output_digest,
+            )
+
+        terminal = await self._stream.end(make, limit_s=_END_LIMIT_S)
+        return Outcome(status="finished", seq=self._stream.seq, terminal=terminal)
+
+    async def end_with(self, error: FoamError) -> Outcome:
+        """End it by an error, or hand it back to the router; also before it has begun.
+
+        Args:
+            error: What happened. The loss of an instance, overload and a leaving node are mended by
+                another node; anything else is the task's terminal event.
+        """
+        if self.stopped_by in SILENT_REASONS:
+            return Outcome(status="dropped", reason=self.stopped_by or "")
+        lost = isinstance(error, InstanceDied | InstanceFailed) or self.stopped_by == HANDED_BACK
+        if lost or error.code == ErrorCode.OVERLOADED:
+            self._stream.drop()
+            return Outcome(
+                status="failed",
+                code=(ErrorCode.NODE_LOST if lost else error.code).value,
+                reason=error.message,
+                seq=self._stream.seq,
+                retry_after_ms=error.detail.get("retry_after_ms"),
+            )
+
+        def make(seq: int, at: int) -> ErrorEvent:
+            return ErrorEvent.from_error(
+                error, task=self.invocation.task, at=at, seq=seq, attempt=self.invocation.attempt
+            )
+
+        terminal = await self._stream.end(make, limit_s=_END_LIMIT_S)
+        return Outcome(
+            status="finished",
+            code=error.code.value,
+            reason=error.message,
+            seq=self._stream.seq,
+            terminal=terminal,
+        )
+
+    def stop_error(self) -> FoamError:
+        """Return the error for a run that was stopped or ran out of time."""
+        if self.stopped_by is not None and self.stopped_by != "deadline":
+            return TaskCancelled(f"cancelled: {self.stopped_by}", reason=self.stopped_by)
+        limit_ms = self.spec.limits.timeout_ms
+        if limit_ms is not None and self._clock() < self.invocation.deadline:
+            return DeadlineExceeded(
+                f"{self.spec.name} ran for longer than its limit of {limit_ms} ms",
+                limit_ms=limit_ms,
+            )
+        return DeadlineExceeded(
+            f"the deadline passed while {self.spec.name} ran on {self._node}",
+            deadline=self.invocation.deadline,
+        )

@@ -1,0 +1,83 @@
+"""What routers hear from a node about their invocations."""
+
+import structlog
+
+from broker.session.base import Session
+from capability_schemas.errors import FoamError
+from capability_schemas.invocation import Invocation, Report
+from capability_schemas.topics import TopicKind, Topics
+from capability_schemas.wire import encode
+from node_agent.invocation import Outcome
+
+_REASON_CHARACTERS = 1000
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+class Reporter:
+    """Sends reports, and terminal events a second time; owned by the agent's event loop.
+
+    Args:
+        session: The node's session.
+        topics: The site's topics.
+        node: The node.
+    """
+
+    def __init__(self, *, session: Session, topics: Topics, node: str) -> None:
+        self._session = session
+        self._topics = topics
+        self._node = node
+
+    def admitted(self, invocation: Invocation, *, wait_ms: float) -> None:
+        """Tell the router that it will run.
+
+        Args:
+            invocation: What it asked for.
+            wait_ms: Predicted wait, milliseconds.
+        """
+        self._send(
+            invocation,
+            Report(
+                task=invocation.task,
+                client=invocation.client,
+                attempt=invocation.attempt,
+                node=self._node,
+                status="admitted",
+                queue_ms=round(wait_ms, 3),
+            ),
+        )
+
+    def ended(self, invocation: Invocation, outcome: Outcome) -> None:
+        """Tell the router how it ended; nothing for an outcome that nobody is told."""
+        if outcome.status == "dropped":
+            return
+        self._send(
+            invocation,
+            Report(
+                task=invocation.task,
+                client=invocation.client,
+                attempt=invocation.attempt,
+                node=self._node,
+                status=outcome.status,
+                code=outcome.code,
+                reason=outcome.reason[:_REASON_CHARACTERS],
+                retry_after_ms=outcome.retry_after_ms,
+                seq=outcome.seq,
+            ),
+        )
+
+    def repeat(self, invocation: Invocation, outcome: Outcome, *, topic: str) -> None:
+        """Say again how an attempt ended: the terminal event, under its number, and the report."""
+        if outcome.terminal is not None:
+            self._post(topic, outcome.terminal)
+        self.ended(invocation, outcome)
+
+    def _send(self, invocation: Invocation, report: Report) -> None:
+        topic = self._topics.build(TopicKind.REPORT, router=invocation.router, node=self._node)
+        self._post(topic, encode(report))
+
+    def _post(self, topic: str, payload: bytes) -> None:
+        try:
+            self._session.post(topic, payload)
+        except FoamError as exc:  # no room or no session: the router's own time limit must do
+            _log.warning("report.unsent", topic=topic, error=exc.message)

@@ -1,0 +1,139 @@
+"""What joins the agent to a child process: frames in both directions, and its output."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from node_agent.worker.frames import Frame, FrameBuffer, FrameError, pack
+
+_READ_BYTES: Final = 8192
+
+
+class FrameProtocol(asyncio.Protocol):
+    """The agent's end of the socket pair, on the event loop.
+
+    Args:
+        on_frame: Gets every frame.
+        on_end: Told once the socket is closed, with the problem when the bytes were no frames.
+    """
+
+    def __init__(self, on_frame: Callable[[Frame], None], on_end: Callable[[str], None]) -> None:
+        self._on_frame = on_frame
+        self._on_end = on_end
+        self._buffer = FrameBuffer()
+        self._transport: asyncio.Transport | None = None
+        self.closed = asyncio.Event()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Remember the transport."""
+        if isinstance(transport, asyncio.Transport):
+            self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Cut the bytes into frames; a stream that is none ends the instance."""
+        try:
+            frames = self._buffer.feed(data)
+        except FrameError as exc:
+            self._on_end(str(exc))
+            return
+        for frame in frames:
+            self._on_frame(frame)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Report the end."""
+        self._transport = None
+        self.closed.set()
+        self._on_end("")
+
+    def send(self, frame: Frame) -> None:
+        """Write a frame; nothing once the child is gone, for its end is reported anyway."""
+        if self._transport is not None:
+            self._transport.write(pack(frame))
+
+    def pause(self, *, paused: bool) -> None:
+        """Stop or resume reading."""
+        if self._transport is None:
+            return
+        if paused:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def close(self) -> None:
+        """Close the socket: the child takes it as the order to end at once."""
+        if self._transport is not None:
+            self._transport.close()
+
+
+class LogTap:
+    """Turns a stream of a child into log lines, with a bound on their length and number.
+
+    Args:
+        log: Where the lines go.
+        stream: ``stdout`` or ``stderr``.
+        line_limit: Longest line, characters; the rest is cut off.
+        window_limit: Lines a second; further ones are counted and dropped.
+    """
+
+    def __init__(
+        self,
+        log: structlog.stdlib.BoundLogger,
+        *,
+        stream: str,
+        line_limit: int = 2000,
+        window_limit: int = 100,
+    ) -> None:
+        self._log = log
+        self._stream = stream
+        self._line_limit = line_limit
+        self._window_limit = window_limit
+        self._window = 0
+        self._count = 0
+        self._dropped = 0
+        self._rest = b""
+        self.tail: deque[str] = deque(maxlen=5)
+
+    async def follow(self, stream: asyncio.StreamReader) -> None:
+        """Take everything a child writes, to the end."""
+        loop = asyncio.get_running_loop()
+        while data := await stream.read(_READ_BYTES):
+            self.feed(data, now_s=loop.time())
+        self.end(now_s=loop.time())
+
+    def feed(self, data: bytes, *, now_s: float) -> None:
+        """Take what the child wrote."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > self._line_limit:
+            lines.append(self._rest)
+            self._rest = b""
+        for line in lines:
+            self._line(line, now_s)
+
+    def end(self, *, now_s: float) -> None:
+        """Write the last, unfinished line and how many were dropped."""
+        if self._rest:
+            self._line(self._rest, now_s)
+            self._rest = b""
+        self._say_dropped()
+
+    def _line(self, line: bytes, now_s: float) -> None:
+        text = line.decode("utf-8", errors="replace").rstrip()[: self._line_limit]
+        if not text:
+            return
+        self.tail.append(text)
+        if int(now_s) != self._window:
+            self._window, self._count = int(now_s), 0
+            self._say_dropped()
+        self._count += 1
+        if self._count > self._window_limit:
+            self._dropped += 1
+            return
+        self._log.info("instance.output", stream=self._stream, line=text)
+
+    def _say_dropped(self) -> None:
+        if self._dropped:
+            self._log.warning("instance.output_dropped", stream=self._stream, lines=self._dropped)
+            self._dropped = 0

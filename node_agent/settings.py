@@ -1,0 +1,51 @@
+"""Settings of a node agent."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from capability_schemas.ids import Identifier
+
+
+class NodeSettings(BaseModel):
+    """How a node behaves.
+
+    Attributes:
+        node: The node's identity at the broker.
+        queue_limit: Invocations that may wait, all functions together; beyond it they are refused.
+        load_interval_s: Time between two load messages, seconds.
+        load_gap_s: Least time between two load messages that a change calls for, seconds.
+        claim_lease_s: How long a claim holds unless it is renewed, seconds.
+        coalesce_s: Text that arrives within this time shares a chunk, seconds; the first never
+            waits.
+        working_s: Silence after which a ``working`` event is sent, seconds.
+        chunk_limit_bytes: Largest text of one chunk; longer text is split.
+        invocation_limit_bytes: Largest invocation that is looked at.
+        cut_off_s: How long the node may be without a broker before it drops what it runs, seconds:
+            by then the router has given the work to another node.
+        drain_timeout_s: Longest wait for running invocations when the node leaves, seconds.
+        cancel_grace_s: Time a cancelled call has before its process is killed, seconds.
+        start_timeout_s: Longest start of an instance, seconds.
+        outcome_limit: Ended invocations remembered to recognise duplicates.
+        backoff_s: First pause after repeated crashes of a function's instances, seconds; doubles.
+        backoff_limit_s: Longest such pause, seconds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    node: Identifier
+    queue_limit: Annotated[int, Field(ge=0, le=100_000)] = 256
+    load_interval_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
+    load_gap_s: Annotated[float, Field(ge=0)] = 0.25
+    claim_lease_s: Annotated[float, Field(ge=1)] = 120.0
+    coalesce_s: Annotated[float, Field(ge=0, le=1)] = 0.02
+    working_s: Annotated[float, Field(gt=0)] = 15.0
+    chunk_limit_bytes: Annotated[int, Field(ge=256)] = 64 * 1024
+    invocation_limit_bytes: Annotated[int, Field(ge=1024)] = 2 * 1024 * 1024
+    cut_off_s: Annotated[float, Field(gt=0)] = 30.0
+    drain_timeout_s: Annotated[float, Field(ge=0)] = 10.0
+    cancel_grace_s: Annotated[float, Field(ge=0)] = 2.0
+    start_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    outcome_limit: Annotated[int, Field(ge=1)] = 1024
+    backoff_s: Annotated[float, Field(gt=0)] = 0.5
+    backoff_limit_s: Annotated[float, Field(gt=0)] = 30.0

@@ -1,0 +1,165 @@
+"""The process of one instance; started by `node_agent.runtimes.child`, never by hand."""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from typing import Any, Final
+
+from node_agent.worker.base import Host, InvocationError, Request
+from node_agent.worker.frames import Frame, FrameError, FrameSocket
+
+_PR_SET_PDEATHSIG: Final = 1
+"""``prctl(2)``: signal to get when the thread that started this process ends (Linux only)."""
+
+_LIMITS: Final = {
+    "memory_bytes": "RLIMIT_AS",
+    "cpu_s": "RLIMIT_CPU",
+    "open_files": "RLIMIT_NOFILE",
+    "file_bytes": "RLIMIT_FSIZE",
+}
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when the agent dies, also if the agent is killed.
+
+    End of file on the socket does the same wherever a thread still runs; this covers native code
+    that holds the interpreter lock. Elsewhere than on Linux only the end of file remains.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:  # it died before the call above
+        os._exit(1)
+
+
+def apply_limits(limits: dict[str, Any]) -> None:
+    """Set the resource limits of this process, ``setrlimit(2)``; a missing or null one is not set.
+
+    Args:
+        limits: ``memory_bytes``, ``cpu_s``, ``open_files``, ``file_bytes``.
+    """
+    try:
+        import resource  # noqa: PLC0415 - absent on Windows
+    except ImportError:
+        return
+    for name, constant in _LIMITS.items():
+        wanted = limits.get(name)
+        if wanted is None:
+            continue
+        kind = getattr(resource, constant)
+        _, hard = resource.getrlimit(kind)
+        value = int(wanted) if hard == resource.RLIM_INFINITY else min(int(wanted), hard)
+        resource.setrlimit(kind, (value, value))
+    if limits.get("core_dumps") is not True:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def make_host(load: Frame, channel: FrameSocket) -> Host:
+    """Return the host that the ``load`` frame asks for, not loaded yet.
+
+    Raises:
+        InvocationError: No runtime of that name lives in a worker.
+    """
+    runtime = load.get("runtime")
+    if runtime == "python":
+        from node_agent.worker.python_host import PythonHost  # noqa: PLC0415 - only what is needed: a child starts fast
+
+        return PythonHost(
+            entry=str(load["entry"]), concurrency=int(load.get("concurrency", 1)), emit=channel.send
+        )
+    if runtime == "llama_cpp":
+        from node_agent.worker.engine_host import EngineHost  # noqa: PLC0415 - only what is needed: a child starts fast
+
+        return EngineHost(options=load.get("options") or {}, emit=channel.send)
+    raise InvocationError("internal", f"no runtime {runtime!r} in a worker")
+
+
+def read_frames(channel: FrameSocket, host: Host) -> None:
+    """Hand the agent's frames to the host until ``close``; the reader thread.
+
+    The agent's end closing means that nobody wants this process any more: it ends at once.
+    """
+    while True:
+        try:
+            frame = channel.receive()
+        except FrameError:
+            frame = None
+        if frame is None:
+            os._exit(0)
+        if frame["t"] == "invoke":
+            host.submit(Request.from_frame(frame))
+        elif frame["t"] == "cancel":
+            host.cancel(str(frame["id"]))
+        elif frame["t"] == "close":
+            host.close()
+
+
+def run(channel: FrameSocket, load: Frame) -> int:
+    """Load, report readiness and serve; returns the exit status."""
+    if load.get("folder"):
+        os.chdir(str(load["folder"]))
+        sys.path.append(str(load["folder"]))
+    if load["t"] == "describe":
+        from node_agent.worker.describe import describe  # noqa: PLC0415 - only what is needed: a child starts fast
+
+        return _describe(channel, load, describe)
+    try:
+        apply_limits(load.get("limits") or {})
+        host = make_host(load, channel)
+        info = host.load()
+    except InvocationError as exc:
+        channel.send({"t": "failed", "code": exc.code, "message": exc.message})
+        return 1
+    except BaseException as exc:  # noqa: BLE001 - supervision boundary: user code runs when it is imported
+        traceback.print_exc()
+        channel.send({"t": "failed", "code": "execution_failed", "message": _say(exc)})
+        return 1
+    threading.Thread(target=read_frames, args=(channel, host), daemon=True).start()
+    channel.send({"t": "ready", "info": info})
+    host.serve()
+    return 0
+
+
+def _describe(channel: FrameSocket, load: Frame, describe: Any) -> int:
+    try:
+        channel.send({"t": "described", "functions": describe(str(load["target"]))})
+    except BaseException as exc:  # noqa: BLE001 - supervision boundary: user code runs when it is imported
+        traceback.print_exc()
+        channel.send({"t": "failed", "code": "execution_failed", "message": _say(exc)})
+        return 1
+    return 0
+
+
+def _say(exc: BaseException) -> str:
+    return f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+
+
+def main(arguments: list[str]) -> int:
+    """Run one instance.
+
+    Args:
+        arguments: File descriptor of the socket pair's end, and the agent's process id.
+    """
+    descriptor, parent_pid = int(arguments[0]), int(arguments[1])
+    die_with_parent(parent_pid)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which then closes us
+    channel = FrameSocket(socket.socket(fileno=descriptor))
+    load = channel.receive()
+    if load is None:
+        return 0
+    try:
+        return run(channel, load)
+    except OSError:  # the agent went away while we were writing to it
+        return 1
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: threads of user code and native destructors must not keep the process alive.
+    os._exit(status)

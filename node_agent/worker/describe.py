@@ -1,0 +1,163 @@
+"""Finds the functions a module declares and derives their schemas; runs in a child process only.
+
+Importing a user's module runs the user's code, so the agent never does it. Schemas come from
+pydantic: each parameter becomes a property, the return annotation the output.
+"""
+
+import collections.abc
+import inspect
+import typing
+from typing import Any, Final
+
+from node_agent.functions import DECLARATION_ATTRIBUTE, FunctionDeclaration
+from node_agent.worker.base import InvocationError
+from node_agent.worker.python_host import import_target, load_entry
+
+_STREAMS: Final = (
+    collections.abc.Generator,
+    collections.abc.Iterator,
+    collections.abc.Iterable,
+    collections.abc.AsyncGenerator,
+    collections.abc.AsyncIterator,
+    collections.abc.AsyncIterable,
+)
+_RETURN_ARGUMENT: Final = 2
+"""Position of the return type in ``Generator[Yield, Send, Return]``."""
+
+
+def describe(target: str) -> list[dict[str, Any]]:
+    """Return the fields of every declared function of a module, ready for a specification.
+
+    Args:
+        target: ``module`` or ``file.py`` (every decorated function), or either with ``:name`` (that
+            one, decorated or not).
+
+    Raises:
+        InvocationError: Nothing is declared there, or a signature makes no schema.
+    """
+    where, _, attribute = target.rpartition(":")
+    if where and attribute:
+        _, found = load_entry(target)
+        declared = {attribute: found}
+    else:
+        where = target
+        module = import_target(target)
+        declared = {
+            name: value
+            for name, value in vars(module).items()
+            if isinstance(getattr(value, DECLARATION_ATTRIBUTE, None), FunctionDeclaration)
+            and value.__module__ == module.__name__
+        }
+        if not declared:
+            raise InvocationError(
+                "internal", f"{target} declares nothing: put @function on a function"
+            )
+    return [_fields(where, name, found) for name, found in declared.items()]
+
+
+def _fields(where: str, attribute: str, target: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "name": attribute.rpartition(".")[2],
+        "description": " ".join((inspect.getdoc(target) or "").split()),
+    }
+    declaration = getattr(target, DECLARATION_ATTRIBUTE, None)
+    schemas: dict[str, Any] = {"input_schema": None, "output_schema": None}
+    if isinstance(declaration, FunctionDeclaration):
+        fields |= {
+            "name": declaration.name,
+            "version": declaration.version,
+            "description": declaration.description,
+            "examples": list(declaration.examples),
+            "skills": list(declaration.skills),
+            "concurrency": declaration.concurrency,
+            **declaration.extra,
+        }
+        if declaration.timeout_s is not None:
+            limits = dict(fields.get("limits") or {})
+            limits.setdefault("timeout_ms", max(1, round(declaration.timeout_s * 1000)))
+            fields["limits"] = limits
+        schemas = {
+            "input_schema": declaration.input_schema,
+            "output_schema": declaration.output_schema,
+        }
+    fields["input_schema"] = schemas["input_schema"] or input_schema(target)
+    fields["output_schema"] = schemas["output_schema"] or output_schema(target)
+    fields["entry"] = f"{where}:{attribute}"
+    fields["runtime"] = "python"
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def input_schema(target: Any) -> dict[str, Any]:
+    """Derive the JSON Schema of a function's keyword arguments.
+
+    Raises:
+        InvocationError: A parameter cannot be passed by name, or its type has no schema.
+    """
+    import pydantic  # noqa: PLC0415 - costs 60 ms, and few need it
+
+    hints = typing.get_type_hints(target, include_extras=True)
+    fields: dict[str, Any] = {}
+    extra: typing.Literal["allow", "forbid"] = "forbid"
+    for name, parameter in inspect.signature(target).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            extra = "allow"
+        elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            raise InvocationError(
+                "internal", f"{target.__name__}: parameter {name} cannot be passed by name"
+            )
+        elif name != "context":
+            default = ... if parameter.default is parameter.empty else parameter.default
+            fields[name] = (hints.get(name, Any), default)
+    try:
+        model = pydantic.create_model(
+            "Input",
+            __config__=pydantic.ConfigDict(extra=extra, protected_namespaces=()),
+            **fields,
+        )
+        schema = model.model_json_schema()
+    except pydantic.PydanticUserError as exc:
+        raise InvocationError(
+            "internal",
+            f"{target.__name__}: no schema from its signature, give input_schema: {exc.message}",
+        ) from exc
+    return dict(_untitled(schema))
+
+
+def output_schema(target: Any) -> dict[str, Any] | None:
+    """Derive the JSON Schema of what a function returns; None when it does not say.
+
+    For a generator that is its return value, else the joined text or the list of what it yields.
+    """
+    import pydantic  # noqa: PLC0415 - costs 60 ms, and few need it
+
+    annotation = typing.get_type_hints(target, include_extras=True).get("return")
+    if annotation is None or annotation is Any:
+        return None
+    if typing.get_origin(annotation) in _STREAMS:
+        arguments = typing.get_args(annotation)
+        returned = arguments[_RETURN_ARGUMENT] if len(arguments) > _RETURN_ARGUMENT else type(None)
+        if returned in (Any, object):
+            return None
+        if returned is not type(None):
+            annotation = returned
+        else:
+            annotation = str if arguments[0] is str else list[arguments[0]]  # type: ignore[valid-type]
+    try:
+        return dict(_untitled(pydantic.TypeAdapter(annotation).json_schema(mode="serialization")))
+    except pydantic.PydanticUserError:
+        return None  # an array or another type of a library: the output is still turned into JSON
+
+
+def _untitled(schema: Any) -> Any:
+    """Drop the titles pydantic makes of names: they say nothing and cost bytes in every claim."""
+    if isinstance(schema, list):
+        return [_untitled(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: {name: _untitled(value) for name, value in item.items()}
+        if key in ("properties", "$defs") and isinstance(item, dict)
+        else _untitled(item)
+        for key, item in schema.items()
+        if not (key == "title" and isinstance(item, str))
+    }

@@ -1,0 +1,595 @@
+"""A node agent with real child processes: what routers and clients see of it."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from broker.session.memory import MemoryBroker, MemorySession
+from broker.session.mqtt import MqttSession
+from capability_schemas.functions import FunctionSpec
+from capability_schemas.ids import now_ms
+from capability_schemas.invocation import Control, Invocation
+from capability_schemas.signing import SigningKey, verify
+from capability_schemas.topics import TopicKind
+from capability_schemas.wire import encode
+from node_agent.agent import NodeAgent
+from node_agent.announcer import offline_will
+from node_agent.settings import NodeSettings
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "foam" / "models" / "foam-tiny-2.6m-q8_0.gguf"
+WORKSHOP = ROOT / "tests" / "data" / "functions" / "workshop.py"
+NODE = "edge-1"
+
+
+def python(name, **fields):
+    spec = {"name": name, "description": name, "entry": f"{WORKSHOP}:{name}", **fields}
+    return FunctionSpec.model_validate(spec)
+
+
+FUNCTIONS = (
+    python(
+        "add",
+        input_schema={
+            "type": "object",
+            "properties": {"a": {"type": "number"}},
+            "required": ["a"],
+        },
+    ),
+    python("words"),
+    python("fail"),
+    python("vanish"),
+    python("stubborn"),
+    python("polite"),
+    python("flood", limits={"output_bytes": 1000}),
+    FunctionSpec(
+        name="talk",
+        description="Answer with the language model.",
+        runtime="llama_cpp",
+        model=str(MODEL),
+    ),
+)
+
+
+class Router:
+    """Invokes and listens, as a router and a client would."""
+
+    def __init__(self, session, topics, eventually):
+        self.session = session
+        self.topics = topics
+        self.eventually = eventually
+        self.events = []
+        self.reports = []
+
+    async def listen(self):
+        await self.session.subscribe(self.topics.root + "/reply/#", self._on_event)
+        reports = self.topics.filter(TopicKind.REPORT, router="router-1")
+        await self.session.subscribe(reports, self._on_report)
+
+    async def _on_event(self, message):
+        self.events.append({"topic": message.topic, **json.loads(message.payload)})
+
+    async def _on_report(self, message):
+        self.reports.append(json.loads(message.payload))
+
+    def invoke(self, function, value=None, *, text=None, task="t1", left_ms=20_000, **fields):
+        invocation = {
+            "task": task,
+            "client": "pump-7",
+            "router": "router-1",
+            "function": function,
+            "version": "1.0.0",
+            "text": text,
+            "input": value,
+            "deadline": now_ms() + left_ms,
+            "reply": f"{self.topics.root}/reply/pump-7/{task}",
+            "sent_at": now_ms(),
+            **fields,
+        }
+        payload = encode(Invocation.model_validate(invocation))
+        self.session.post(self.topics.build(TopicKind.INVOKE, node=NODE), payload)
+
+    def control(self, **fields):
+        topic = self.topics.build(TopicKind.CONTROL, node=NODE)
+        self.session.post(topic, encode(Control.model_validate(fields)))
+
+    def statuses(self, task="t1"):
+        return [report["status"] for report in self.reports if report["task"] == task]
+
+    def of(self, task="t1"):
+        return [event for event in self.events if event["task"] == task]
+
+    async def ended(self, task="t1", *, times=1):
+        ends = ("finished", "failed", "refused")
+        await self.eventually(
+            lambda: sum(status in ends for status in self.statuses(task)) >= times
+        )
+        return self.of(task)
+
+
+@pytest.fixture
+async def broker():
+    return MemoryBroker()
+
+
+@pytest.fixture
+async def router(broker, topics, eventually):
+    async with MemorySession(broker=broker, client_id="router-1") as session:
+        await session.wait_connected()
+        made = Router(session, topics, eventually)
+        await made.listen()
+        yield made
+
+
+@pytest.fixture
+async def node_session(broker):
+    async with MemorySession(broker=broker, client_id=NODE) as session:
+        await session.wait_connected()
+        yield session
+
+
+@pytest.fixture
+def make_agent(node_session, topics):
+    def make(functions=FUNCTIONS, **settings):
+        options = {"node": NODE, "cancel_grace_s": 0.2, "drain_timeout_s": 5.0, **settings}
+        return NodeAgent(
+            session=node_session,
+            topics=topics,
+            settings=NodeSettings.model_validate(options),
+            functions=functions,
+            key=KEY,
+        )
+
+    return make
+
+
+@pytest.fixture
+async def agent(make_agent):
+    async with make_agent() as made:
+        yield made
+
+
+KEY = SigningKey.generate()
+
+
+async def test_a_plain_function_answers_with_one_result(agent, router):
+    router.invoke("add", {"a": 1}, seq=7)
+    (result,) = await router.ended()
+    assert result["topic"].endswith("/reply/pump-7/t1/edge-1")
+    assert (result["event"], result["seq"], result["output"]) == ("result", 7, 3)
+    assert (result["node"], result["function"], result["version"]) == (NODE, "add", "1.0.0")
+    assert result["digest"].startswith("sha256:")
+    assert router.statuses() == ["admitted", "finished"]
+    assert router.reports[-1]["seq"] == 8
+
+
+async def test_a_generator_streams_numbered_chunks(agent, router):
+    router.invoke("words", text="the pump is fine")
+    *chunks, result = await router.ended()
+    assert [event["seq"] for event in router.of()] == list(range(len(chunks) + 1))
+    assert chunks[0]["data"] == "the "
+    assert "".join(event["data"] for event in chunks) == "the pump is fine "
+    assert result["output"] == "the pump is fine "
+
+
+async def test_without_streaming_there_is_one_event(agent, router):
+    router.invoke("words", text="the pump is fine", stream=False)
+    (result,) = await router.ended()
+    assert result["output"] == "the pump is fine "
+
+
+@pytest.mark.llm
+async def test_the_language_model_streams_and_counts_its_tokens(agent, router, broker, eventually):
+    router.invoke("talk", text="Extract JSON: The humidity of greenhouse-7 is 48 %.")
+    *chunks, result = await router.ended()
+    assert json.loads(result["output"])["device"] == "greenhouse-7"
+    assert "".join(event["data"] for event in chunks) == result["output"]
+    assert len(chunks) >= 2
+    assert result["usage"]["input_tokens"] == 17
+    claims = broker.published("+/+/+/capability/+/talk")
+    await eventually(lambda: b"sha256:" in claims_of(broker, "talk")[-1])
+    claim = json.loads(claims_of(broker, "talk")[-1])
+    assert claim["model"]["engine"].startswith(("llama_cpp", "xllamacpp"))
+    assert claim["revision"] > json.loads(claims[0].payload)["revision"]
+
+
+def claims_of(broker, function):
+    return [message.payload for message in broker.published(f"+/+/+/capability/+/{function}")]
+
+
+async def test_input_that_does_not_fit_is_a_terminal_error(agent, router):
+    router.invoke("add", {"a": "one"}, seq=2)
+    (error,) = await router.ended()
+    assert (error["event"], error["code"], error["seq"]) == ("error", "invalid_task", 2)
+    assert error["detail"]["field"] == "input.a"
+
+
+async def test_an_exception_is_a_terminal_error_without_a_traceback(agent, router):
+    router.invoke("fail", {"reason": "no oil"})
+    (error,) = await router.ended()
+    assert (error["code"], error["message"]) == ("execution_failed", "ValueError: no oil")
+    assert "Traceback" not in json.dumps(error)
+    assert router.reports[-1]["code"] == "execution_failed"
+
+
+async def test_a_crash_is_handed_back_and_the_next_call_gets_a_new_process(agent, router):
+    router.invoke("vanish", {"after": 0})
+    assert await router.ended() == []
+    assert router.statuses() == ["admitted", "failed"]
+    assert (router.reports[-1]["code"], router.reports[-1]["seq"]) == ("node_lost", 0)
+    router.invoke("vanish", {"after": 2}, task="t2")
+    events = await router.ended("t2")
+    assert all(event["event"] == "chunk" for event in events)
+    assert router.reports[-1]["seq"] == len(events)
+
+
+async def test_a_crashing_function_is_paused_and_shown_as_degraded(make_agent, router):
+    async with make_agent(backoff_s=60.0, backoff_limit_s=60.0) as agent:
+        for number in range(3):
+            router.invoke("vanish", task=f"t{number}")
+            await router.ended(f"t{number}")
+        assert router.reports[-1]["code"] == "overloaded"
+        assert router.reports[-1]["retry_after_ms"] > 1000
+        router.invoke("add", {"a": 1}, task="other")
+        assert (await router.ended("other"))[-1]["output"] == 3
+        assert agent.load().functions["vanish"].instances == 0
+
+
+async def test_the_same_attempt_is_answered_again_and_never_run_twice(agent, router, tmp_path):
+    router.invoke("add", {"a": 1})
+    await router.ended()
+    router.invoke("add", {"a": 1})
+    first, second = await router.ended(times=2)
+    assert first == second
+    assert agent.counters.finished == 1
+    assert agent.counters.duplicates == 1
+
+
+async def test_a_running_attempt_is_not_started_again(agent, router, tmp_path, eventually):
+    marker = tmp_path / "pid"
+    router.invoke("polite", {"marker": str(marker)})
+    await eventually(marker.exists)
+    router.invoke("polite", {"marker": str(marker)})
+    await eventually(lambda: router.statuses() == ["admitted", "admitted"])
+    router.control(verb="cancel", task="t1", reason="client")
+    await router.ended()
+    assert agent.counters.finished == 1
+
+
+async def test_a_cancelled_task_ends_with_one_error(agent, router, tmp_path, eventually):
+    marker = tmp_path / "pid"
+    router.invoke("polite", {"marker": str(marker)})
+    await eventually(marker.exists)
+    router.control(verb="cancel", task="t1", client="pump-7", reason="client")
+    (error,) = await router.ended()
+    assert (error["code"], error["seq"]) == ("cancelled", 0)
+    os.kill(int(marker.read_text()), 0)
+
+
+async def test_a_task_can_be_cancelled_while_it_waits(agent, router, tmp_path, eventually):
+    marker = tmp_path / "pid"
+    router.invoke("polite", {"marker": str(marker)})
+    await eventually(marker.exists)
+    router.invoke("polite", {"marker": str(tmp_path / "never")}, task="t2")
+    await eventually(lambda: router.statuses("t2") == ["admitted"])
+    router.control(verb="cancel", task="t2", reason="client")
+    (error,) = await router.ended("t2")
+    assert error["code"] == "cancelled"
+    assert not (tmp_path / "never").exists()
+    router.control(verb="cancel", task="t1")
+    await router.ended()
+
+
+async def test_a_function_that_ignores_the_cancel_is_killed(agent, router, tmp_path, eventually):
+    marker = tmp_path / "pid"
+    router.invoke("stubborn", {"marker": str(marker)})
+    await eventually(marker.exists)
+    pid = int(marker.read_text())
+    router.control(verb="cancel", task="t1", reason="client")
+    (error,) = await router.ended()
+    assert error["code"] == "cancelled"
+    await eventually(lambda: not Path(f"/proc/{pid}").exists())
+    assert not agent.load().functions["stubborn"].degraded
+
+
+async def test_a_deadline_ends_a_run(agent, router, tmp_path):
+    router.invoke("polite", {"marker": str(tmp_path / "pid")}, left_ms=600)
+    (error,) = await router.ended()
+    assert error["code"] == "deadline_exceeded"
+
+
+async def test_the_functions_own_time_limit_ends_a_run(make_agent, router, tmp_path):
+    limited = python("polite", limits={"timeout_ms": 500})
+    async with make_agent((limited,)):
+        router.invoke("polite", {"marker": str(tmp_path / "pid")})
+        (error,) = await router.ended()
+    assert error["code"] == "deadline_exceeded"
+    assert error["detail"]["limit_ms"] == 500
+
+
+async def test_a_deadline_ends_a_wait_in_the_queue(agent, router, tmp_path, eventually):
+    marker = tmp_path / "pid"
+    router.invoke("polite", {"marker": str(marker)})
+    await eventually(marker.exists)
+    router.invoke("polite", {"marker": str(tmp_path / "never")}, task="t2", left_ms=100)
+    (error,) = await router.ended("t2")
+    assert error["code"] == "deadline_exceeded"
+    router.control(verb="cancel", task="t1")
+    await router.ended()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"function": "nothing"}, "no_capable_node"),
+        ({"version": "9.0.0"}, "no_capable_node"),
+        ({"left_ms": -1}, "deadline_exceeded"),
+    ],
+)
+async def test_what_the_node_cannot_do_is_refused(agent, router, wrong, code):
+    router.invoke(**{"function": "add", "value": {"a": 1}, **wrong})
+    assert await router.ended() == []
+    assert router.statuses() == ["refused"]
+    assert router.reports[-1]["code"] == code
+
+
+async def test_a_full_queue_refuses_with_a_time_to_come_back(
+    make_agent, router, tmp_path, eventually
+):
+    async with make_agent(queue_limit=0):
+        marker = tmp_path / "pid"
+        router.invoke("polite", {"marker": str(marker)})
+        await eventually(marker.exists)
+        router.invoke("polite", {"marker": str(marker)}, task="t2")
+        await router.ended("t2")
+        assert router.reports[-1]["code"] == "overloaded"
+        assert router.reports[-1]["retry_after_ms"] > 0
+        router.control(verb="cancel", task="t1")
+        await router.ended()
+
+
+async def test_too_much_output_ends_the_task(agent, router):
+    router.invoke("flood", {"size": 300})
+    events = await router.ended()
+    assert events[-1]["code"] == "too_large"
+    assert sum(len(event["data"]) for event in events[:-1]) <= 1000
+
+
+async def test_a_higher_attempt_silences_a_lower_one(agent, router, tmp_path, eventually):
+    marker = tmp_path / "pid"
+    router.invoke("polite", {"marker": str(marker)})
+    await eventually(marker.exists)
+    router.invoke("add", {"a": 1}, attempt=2)
+    (result,) = await router.ended()
+    assert (result["attempt"], result["event"]) == (2, "result")
+    await eventually(lambda: agent.counters.dropped == 1)
+    router.invoke("add", {"a": 1}, attempt=1, task="t1")
+    router.invoke("add", {"a": 1}, task="t2")
+    await router.ended("t2")
+    assert len(router.of()) == 1
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"nonsense", b'{"task": "t"}', b"\xff\xfe", b"x" * 3_000_000],
+)
+async def test_bad_frames_are_counted_and_dropped(agent, router, topics, payload, eventually):
+    router.session.post(topics.build(TopicKind.INVOKE, node=NODE), payload)
+    router.session.post(topics.build(TopicKind.CONTROL, node=NODE), payload)
+    await eventually(lambda: agent.bad_frames == 2)
+    router.invoke("add", {"a": 1})
+    await router.ended()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["foam/v1/local/reply/other/t1", "foam/v1/local/task/pump-7", "foam/v1/local/reply/pump-7/+"],
+)
+async def test_a_reply_topic_outside_the_clients_own_is_dropped(agent, router, reply, eventually):
+    router.invoke("add", {"a": 1}, reply=reply)
+    await eventually(lambda: agent.bad_frames == 1)
+    assert router.reports == []
+
+
+async def test_claims_are_signed_retained_and_withdrawn(make_agent, broker, topics, eventually):
+    def retained(kind):
+        return {
+            topic: message.payload
+            for topic, message in broker.retained.items()
+            if topics.parse(topic).kind == kind
+        }
+
+    async with make_agent() as agent:
+        await broker.settle()
+        claims = retained(TopicKind.CAPABILITY)
+        assert len(claims) == len(FUNCTIONS)
+        for payload in claims.values():
+            verify(payload, KEY.public)
+            claim = json.loads(payload)
+            assert (claim["node"], claim["epoch"]) == (NODE, agent.epoch)
+            assert claim["expires_at"] > now_ms()
+        (state,) = retained(TopicKind.NODE_STATE).values()
+        assert json.loads(state)["state"] == "birth"
+    await broker.settle()
+    assert retained(TopicKind.CAPABILITY) == {}
+    (state,) = retained(TopicKind.NODE_STATE).values()
+    assert json.loads(state)["state"] == "offline"
+
+
+async def test_claims_are_renewed_with_a_higher_revision(make_agent, broker, eventually):
+    async with make_agent((FUNCTIONS[0],), claim_lease_s=1.0):
+        await eventually(lambda: len(claims_of(broker, "add")) >= 3)
+    orders = [json.loads(payload)["revision"] for payload in claims_of(broker, "add") if payload]
+    assert orders == sorted(set(orders))
+
+
+async def test_births_come_back_with_the_connection(agent, broker, topics, eventually):
+    await broker.settle()
+    before = claims_of(broker, "add")
+    broker.retained.clear()
+    broker.down()
+    broker.up()
+    await eventually(lambda: len(claims_of(broker, "add")) > len(before))
+    assert claims_of(broker, "add")[-1] == before[-1]
+    assert topics.build(TopicKind.NODE_STATE, node=NODE) in broker.retained
+
+
+async def test_the_last_will_says_offline_with_the_epoch_of_the_births(agent, topics):
+    will = agent.last_will()
+    assert will.topic == topics.build(TopicKind.NODE_STATE, node=NODE)
+    assert will.retain
+    state = json.loads(will.payload)
+    assert (state["state"], state["epoch"]) == ("offline", agent.epoch)
+
+
+async def test_load_is_sent_at_once_when_the_node_becomes_busy(
+    make_agent, router, broker, tmp_path, eventually
+):
+    def loads():
+        return [json.loads(message.payload) for message in broker.published("+/+/+/node/+/load")]
+
+    async with make_agent(load_interval_s=3600.0, load_gap_s=0.0):
+        await eventually(loads)
+        assert loads()[-1]["running"] == 0
+        router.invoke("polite", {"marker": str(tmp_path / "pid")})
+        await eventually(lambda: loads()[-1]["running"] == 1)
+        assert loads()[-1]["functions"]["polite"]["running"] == 1
+        router.control(verb="cancel", task="t1")
+        await eventually(lambda: loads()[-1]["running"] == 0)
+
+
+async def test_a_node_told_to_drain_refuses_until_undrained(agent, router, eventually):
+    router.control(verb="drain", reason="maintenance")
+    router.invoke("add", {"a": 1})
+    await router.ended()
+    assert router.reports[-1]["code"] == "overloaded"
+    router.control(verb="undrain")
+    router.invoke("add", {"a": 1}, task="t2")
+    assert (await router.ended("t2"))[-1]["output"] == 3
+
+
+async def test_leaving_lets_what_runs_finish(make_agent, router, tmp_path, eventually):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    async with make_agent((python("meet"),)):
+        router.invoke("meet", {"name": "a", "folder": str(folder), "parties": 2})
+        await eventually((folder / "a").exists)
+        (folder / "b").touch()
+    (result,) = await router.ended()
+    assert result["output"] == ["a", "b"]
+
+
+async def test_leaving_hands_back_what_does_not_finish(make_agent, router, tmp_path, eventually):
+    marker = tmp_path / "pid"
+    async with make_agent(drain_timeout_s=0.05):
+        router.invoke("stubborn", {"marker": str(marker)})
+        await eventually(marker.exists)
+        router.invoke("stubborn", {"marker": str(marker)}, task="t2")
+        await eventually(lambda: router.statuses("t2") == ["admitted"])
+    for task in ("t1", "t2"):
+        assert await router.ended(task) == []
+        assert router.statuses(task) == ["admitted", "failed"]
+    assert not Path(f"/proc/{marker.read_text()}").exists()
+
+
+async def test_a_node_that_is_cut_off_drops_what_it_runs(
+    make_agent, router, broker, tmp_path, eventually
+):
+    marker = tmp_path / "pid"
+    async with make_agent(cut_off_s=0.01) as agent:
+        router.invoke("polite", {"marker": str(marker)})
+        await eventually(marker.exists)
+        broker.down()
+        await eventually(lambda: agent.counters.dropped == 1)
+        broker.up()
+        router.invoke("add", {"a": 1}, task="t2")
+        await router.ended("t2")
+    assert router.of() == []
+
+
+async def test_instances_of_equal_models_are_shared(make_agent, router, eventually):
+    talk = FUNCTIONS[-1]
+    advise = talk.model_copy(update={"name": "advise", "options": {"max_tokens": 2}})
+    async with make_agent((talk, advise)) as agent:
+        router.invoke("talk", text="What should I do? pump-3 flow keeps falling.")
+        router.invoke("advise", text="What should I do? pump-3 flow keeps falling.", task="t2")
+        long, short = (await router.ended()), (await router.ended("t2"))
+        assert short[-1]["usage"]["output_tokens"] == 2
+        assert long[-1]["output"].startswith(short[-1]["output"])
+        assert agent.load().functions["talk"].instances == 1
+
+
+async def test_nothing_stays_behind_when_an_agent_is_killed(tmp_path, eventually):
+    script = tmp_path / "agent.py"
+    marker = tmp_path / "pid"
+    script.write_text(KILLED_AGENT)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(script), str(ROOT), str(WORKSHOP), str(marker)
+    )
+    await eventually(lambda: marker.exists() and marker.read_text())
+    child = int(marker.read_text())
+    process.send_signal(signal.SIGKILL)
+    await process.wait()
+    await eventually(lambda: not Path(f"/proc/{child}").exists())
+
+
+KILLED_AGENT = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[1])
+from capability_schemas.functions import FunctionSpec
+from node_agent.runtimes.base import Request
+from node_agent.runtimes.python import PythonRuntime
+
+async def main():
+    spec = FunctionSpec(name="stubborn", description="d", entry=sys.argv[2] + ":stubborn")
+    instance = await PythonRuntime().start(spec, died=lambda _: None)
+    async for _ in instance.invoke(Request(id="r", input={"marker": sys.argv[3]}, text=None)):
+        pass
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.broker
+async def test_over_a_real_broker_with_its_access_rules(embedded_site, eventually):
+    topics = embedded_site.topics
+    epoch = now_ms()
+    will = offline_will(topics=topics, node=NODE, epoch=epoch, at=epoch)
+    async with (
+        MqttSession(settings=embedded_site.settings("router-1")) as routers,
+        MqttSession(settings=embedded_site.settings("edge-1"), will=will) as nodes,
+        MqttSession(settings=embedded_site.settings("watcher-1")) as watchers,
+    ):
+        router = Router(routers, topics, eventually)
+        watcher = Router(watchers, topics, eventually)
+        for session in (routers, watchers):
+            await session.wait_connected(10)
+        await router.listen()
+        states = []
+
+        async def on_state(message):
+            states.append(json.loads(message.payload)["state"])
+
+        await watchers.subscribe(topics.filter(TopicKind.NODE_STATE, node=NODE), on_state)
+        settings = NodeSettings(node=NODE)
+        agent = NodeAgent(
+            session=nodes, topics=topics, settings=settings, functions=FUNCTIONS[:2], epoch=epoch
+        )
+        async with agent:
+            await nodes.wait_connected(10)
+            await eventually(lambda: "birth" in states)
+            router.invoke("words", text="the pump is fine", task="real-1")
+            await router.ended("real-1")
+            await eventually(lambda: router.of("real-1")[-1:] and is_terminal(router.of("real-1")))
+            assert router.of("real-1")[-1]["output"] == "the pump is fine "
+        await eventually(lambda: states[-1] == "offline")
+        assert watcher.reports == []
+
+
+def is_terminal(events):
+    return events[-1]["event"] in ("result", "error")
