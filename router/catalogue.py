@@ -1,0 +1,196 @@
+"""The router's view of the fleet: admitted records, presence, load. Pure: messages and a clock in.
+
+A node is live when it has announced itself, has not gone offline in that same epoch, and its
+heartbeats (load messages) keep coming: some brokers lose last wills (PROTOCOL section 5). A will
+with an older epoch kills nobody. Times are the router's own, of receipt: node clocks differ.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from capability_schemas.capability import CatalogRecord
+from capability_schemas.node import FunctionLoad, NodeLoad, NodeState, Presence
+
+_IDLE = FunctionLoad()
+
+
+@dataclass(slots=True)
+class NodeView:
+    """What is known of one node.
+
+    Attributes:
+        node: Its id.
+        presence: What it said of itself last; None before it said anything.
+        epoch: Start of its process, as it says.
+        heartbeat_s: Interval of its load messages.
+        seen_at: When it was last heard of, UTC milliseconds.
+        load: Its last load message.
+        cordoned: Whether an administrator keeps new tasks from it.
+        assigned: Invocations of this router that have not ended; fresher than ``load``.
+        silent: Whether its heartbeats have stopped.
+        reason: Why it is in its state, as it says.
+    """
+
+    node: str
+    presence: Presence | None = None
+    epoch: int = -1
+    heartbeat_s: float = 5.0
+    seen_at: int = 0
+    load: NodeLoad | None = None
+    cordoned: bool = False
+    assigned: int = 0
+    silent: bool = False
+    reason: str = ""
+
+    @property
+    def live(self) -> bool:
+        """Whether it is there, be it draining."""
+        return self.presence in {"birth", "draining"} and not self.silent
+
+    @property
+    def open(self) -> bool:
+        """Whether it takes new tasks."""
+        return self.presence == "birth" and not self.cordoned
+
+    @property
+    def capacity(self) -> int:
+        """Tasks it can run at a time; 1 where it does not say."""
+        return max(1, self.load.capacity if self.load else 1)
+
+    @property
+    def busy(self) -> float:
+        """Share of its places that are taken, 0 to 1, its own word or ours, the greater."""
+        told = self.load.running + self.load.queued if self.load else 0
+        return min(1.0, max(told, self.assigned) / self.capacity)
+
+    @property
+    def full(self) -> bool:
+        """Whether all places and the whole queue are taken, as it says itself."""
+        load = self.load
+        if load is None or load.capacity == 0:
+            return False
+        return load.running >= load.capacity and load.queued >= load.queue_limit
+
+    def function(self, name: str) -> FunctionLoad:
+        """Return the live figures of a function; those of an idle one where none are known."""
+        return self.load.functions.get(name, _IDLE) if self.load else _IDLE
+
+
+@dataclass(slots=True)
+class Fleet:
+    """All nodes and admitted records. Owned by the router's event loop.
+
+    Attributes:
+        heartbeat_s: Interval assumed where a node names none.
+        missed_heartbeats: So many missed in a row mean that a node is gone.
+    """
+
+    heartbeat_s: float = 5.0
+    missed_heartbeats: int = 3
+    _nodes: dict[str, NodeView] = field(default_factory=dict)
+    _records: dict[tuple[str, str], CatalogRecord] = field(default_factory=dict)
+
+    @property
+    def nodes(self) -> Mapping[str, NodeView]:
+        """Nodes by id."""
+        return self._nodes
+
+    @property
+    def records(self) -> Mapping[tuple[str, str], CatalogRecord]:
+        """Admitted records by ``(node, function)``."""
+        return self._records
+
+    def node(self, node: str) -> NodeView:
+        """Return the view of a node, a blank one if it has not been heard of."""
+        view = self._nodes.get(node)
+        if view is None:
+            view = self._nodes[node] = NodeView(node=node, heartbeat_s=self.heartbeat_s)
+        return view
+
+    def named(self, function: str) -> list[CatalogRecord]:
+        """Return every record of a function name."""
+        return [record for record in self._records.values() if record.function == function]
+
+    def admit(self, record: CatalogRecord) -> bool:
+        """Take an admitted record; tell whether it is news (an older order is not)."""
+        known = self._records.get(record.key)
+        if known is not None and (record == known or record.order < known.order):
+            return False
+        self._records[record.key] = record
+        return True
+
+    def withdraw(self, key: tuple[str, str]) -> bool:
+        """Forget a record; tell whether it was there."""
+        return self._records.pop(key, None) is not None
+
+    def hear_state(self, state: NodeState, now: int) -> str | None:
+        """Take a node's presence.
+
+        Args:
+            state: The message; an empty retained payload is not one.
+            now: Time of receipt, UTC milliseconds.
+
+        Returns:
+            Why invocations given to the node so far are lost, or None when they are not: it went
+            offline or to sleep, or it started anew.
+        """
+        view = self.node(state.node)
+        if state.epoch < view.epoch:
+            return None  # the will of an earlier process
+        known = view.presence is not None
+        restarted = known and state.epoch > view.epoch
+        was_live = view.live
+        view.presence, view.epoch, view.reason = state.state, state.epoch, state.reason
+        view.heartbeat_s = state.load_interval_s or self.heartbeat_s
+        if state.state in {"birth", "draining"}:
+            view.seen_at, view.silent = now, False
+        if restarted:
+            view.load = None
+            return "the node started anew"
+        if was_live and not view.live:
+            return f"the node is {state.state}"
+        return None
+
+    def hear_load(self, load: NodeLoad, now: int) -> str | None:
+        """Take a node's heartbeat; returns as ``hear_state``."""
+        view = self.node(load.node)
+        if load.epoch < view.epoch or view.presence in {"offline", "sleeping"}:
+            return None  # of an earlier process, or late: a will overtook it
+        restarted = view.presence is not None and load.epoch > view.epoch
+        if view.presence is None or restarted:
+            view.presence, view.epoch = "birth", load.epoch
+        view.load, view.seen_at, view.silent = load, now, False
+        return "the node started anew" if restarted else None
+
+    def forget_state(self, node: str) -> bool:
+        """Take an emptied state topic: the node was removed. Tell whether it was live."""
+        view = self._nodes.get(node)
+        if view is None:
+            return False
+        was_live = view.live
+        view.presence, view.load = None, None
+        return was_live
+
+    def silenced(self, now: int) -> list[str]:
+        """Return the nodes whose heartbeats have just been found missing.
+
+        Args:
+            now: UTC milliseconds.
+        """
+        gone = []
+        for view in self._nodes.values():
+            limit_ms = view.heartbeat_s * 1000 * self.missed_heartbeats
+            if view.live and now - view.seen_at > limit_ms:
+                view.silent = True
+                gone.append(view.node)
+        return gone
+
+    def wake_all(self, now: int) -> None:
+        """Restart every heartbeat clock: the router itself was cut off and heard nobody."""
+        for view in self._nodes.values():
+            view.seen_at = max(view.seen_at, now)
+
+    def cordon(self, nodes: Iterable[str], *, closed: bool = True) -> None:
+        """Keep new tasks from nodes, or let them in again."""
+        for node in nodes:
+            self.node(node).cordoned = closed

@@ -1,0 +1,494 @@
+"""Drives the machines of all live tasks: events in, their actions out, and their time kept."""
+
+import asyncio
+import heapq
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, assert_never
+
+import structlog
+
+from broker.session.base import Session
+from capability_schemas.errors import FoamError, Overloaded
+from capability_schemas.invocation import Control, Invocation, Report
+from capability_schemas.reply import Accepted, ErrorEvent, Routed
+from capability_schemas.task import FunctionRef, decode_task
+from capability_schemas.topics import TopicKind, Topics
+from capability_schemas.wire import encode
+from registry.encoders.base import Vectors
+from router.catalogue import Fleet
+from router.entry import Entry
+from router.events import (
+    Action,
+    CancelAsked,
+    CancelNode,
+    Choose,
+    Chosen,
+    End,
+    Event,
+    Invoke,
+    Journaled,
+    MarkShown,
+    NodeGone,
+    Reported,
+    SendAccepted,
+    Tick,
+    Uninvoked,
+    Unjournaled,
+)
+from router.intake import Arrival
+from router.ledger import Ledger
+from router.machine import Phase, TaskMachine
+from router.observation import Observation
+from router.patience import ReportPatience
+from router.replies import Key, Outcome, ReplyDesk
+from router.routing import TaskRouting, Wanted
+from router.settings import RouterSettings
+from router.statistics import RouterStats
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+_LIVE_RETRY_MS: Final = 1_000
+_IDLE_ALARMS: Final = 1_000
+
+
+class Spawn(Protocol):
+    """Runs a coroutine in the background, as ``Service.spawn`` does."""
+
+    def __call__(self, coro: Coroutine[Any, Any, None], *, name: str) -> object:
+        """Run it."""
+        ...
+
+
+@dataclass(eq=False, slots=True)
+class LiveTask:
+    """A task from receipt to its end.
+
+    Attributes:
+        arrival: What the client wants.
+        machine: Its state.
+        explanation: Why it went where it went.
+        held_by: Node that has it, as counted in the fleet.
+        noted_seq: ``next_seq`` as journaled.
+        wake_at: Its entry in the clock, UTC milliseconds.
+    """
+
+    arrival: Arrival
+    machine: TaskMachine
+    explanation: dict[str, Any] | None = None
+    held_by: str | None = None
+    noted_seq: int = 0
+    wake_at: int | None = None
+    wanted: Wanted = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Derive what routing needs."""
+        arrival = self.arrival
+        self.wanted = Wanted(arrival.client, arrival.task, arrival.function, arrival.deadline)
+
+
+class Dispatcher:
+    """All live tasks of a router. Owned by its event loop; nothing awaits between check and act.
+
+    Args:
+        session: Connection to the mesh.
+        topics: Topic grammar of the site.
+        ledger: Journal.
+        fleet: Nodes and records.
+        routing: Finds candidates.
+        replies: Tells clients.
+        stats: Counters.
+        router_id: This router.
+        settings: Limits and time limits.
+        clock: UTC milliseconds.
+        spawn: Runs background work in the router's life cycle.
+    """
+
+    def __init__(
+        self,
+        *,
+        session: Session,
+        topics: Topics,
+        ledger: Ledger,
+        fleet: Fleet,
+        routing: TaskRouting,
+        replies: ReplyDesk,
+        stats: RouterStats,
+        router_id: str,
+        settings: RouterSettings,
+        clock: Callable[[], int],
+        spawn: Spawn,
+    ) -> None:
+        self._session = session
+        self._topics = topics
+        self._ledger = ledger
+        self._fleet = fleet
+        self._routing = routing
+        self._replies = replies
+        self._stats = stats
+        self._router_id = router_id
+        self._settings = settings
+        self._clock = clock
+        self._spawn = spawn
+        self._patience = ReportPatience(base_ms=settings.report_timeout_ms)
+        self._live: dict[Key, LiveTask] = {}
+        self._alarms: list[tuple[int, Key]] = []
+        self._alarm_set = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def live(self, key: Key) -> LiveTask | None:
+        """Return a task that has not ended."""
+        return self._live.get(key)
+
+    # ---- events in
+
+    def take(self, arrival: Arrival) -> None:
+        """Take a task whose key is not live.
+
+        Raises:
+            Overloaded: As many tasks are live as may be.
+        """
+        if len(self._live) >= self._settings.live_limit:
+            raise Overloaded(
+                f"{len(self._live)} tasks are live, the limit of this router",
+                retry_after_ms=_LIVE_RETRY_MS,
+            )
+        machine = TaskMachine(
+            deadline=arrival.deadline, settings=self._settings, patience=self._patience
+        )
+        live = self._live[arrival.key] = LiveTask(arrival, machine)
+        self._spawn(self._start(live), name="task")
+
+    def accept_again(self, live: LiveTask) -> None:
+        """Answer a repeated id of a live task; nothing before the first ``accepted`` is out."""
+        if live.machine.phase is not Phase.RECEIVED:
+            self._say_accepted(live)
+
+    def report(self, report: Report) -> None:
+        """Take a node's report."""
+        live = self._live.get((report.client, report.task))
+        if live is not None:
+            self._feed(live, Reported(report))
+
+    def observe(self, observation: Observation) -> None:
+        """Take what a node told a client."""
+        live = self._live.get((observation.client, observation.task_id))
+        if live is not None:
+            self._feed(live, observation.event)
+
+    def node_gone(self, node: str, reason: str) -> None:
+        """Take the loss of a node: every task it holds, or may get, hears of it."""
+        _log.info("node.gone", node=node, reason=reason)
+        event = NodeGone(node, reason)
+        for live in list(self._live.values()):
+            self._feed(live, event)
+
+    def cancel(self, key: Key) -> None:
+        """Take a client's cancellation; nothing when the task is not live."""
+        live = self._live.get(key)
+        if live is not None:
+            self._feed(live, CancelAsked())
+
+    def restore(self, entries: Iterable[Entry]) -> None:
+        """Take up tasks that an earlier process left."""
+        now = self._clock()
+        for entry in entries:
+            task = decode_task(entry.task, limit_bytes=max(len(entry.task), 1))
+            arrival = Arrival(
+                client=entry.client,
+                task_id=entry.task_id,
+                task=task,
+                reply=entry.reply,
+                received_at=entry.accepted_at,
+                deadline=entry.deadline,
+                function=FunctionRef.parse(task.function) if task.function else None,
+            )
+            machine = TaskMachine.restore(
+                deadline=entry.deadline,
+                settings=self._settings,
+                node=entry.node,
+                attempt=entry.attempt,
+                next_seq=entry.next_seq,
+                now=now,
+                patience=self._patience,
+            )
+            live = LiveTask(arrival, machine, noted_seq=entry.next_seq)
+            self._live[arrival.key] = live
+            self._hold(live, entry.node)
+            self._set_alarm(live)
+
+    def note_progress(self) -> None:
+        """Journal how far streams have come; for the sweep."""
+        for key, live in self._live.items():
+            if live.machine.next_seq != live.noted_seq:
+                live.noted_seq = live.machine.next_seq
+                self._ledger.note_shown(key, live.noted_seq)
+
+    async def keep_time(self) -> None:
+        """Wake tasks when their time has come; runs until cancelled."""
+        while True:
+            self._alarm_set.clear()
+            self._ring(self._clock())
+            delay_s = max(0, self._alarms[0][0] - self._clock()) / 1000 if self._alarms else None
+            try:
+                async with asyncio.timeout(delay_s):
+                    await self._alarm_set.wait()
+            except TimeoutError:
+                continue
+
+    # ---- one task
+
+    async def _start(self, live: LiveTask) -> None:
+        """Journal and embed at the same time, then choose."""
+        async with asyncio.TaskGroup() as group:
+            embedding = group.create_task(
+                self._embed(live), name=f"router.Dispatcher[{self._router_id}].embed"
+            )
+            await self._journal(live)
+        if self._live.get(live.arrival.key) is live:
+            self._choose(live, embedding.result())
+
+    async def _journal(self, live: LiveTask) -> None:
+        arrival = live.arrival
+        entry = Entry(
+            client=arrival.client,
+            task_id=arrival.task_id,
+            task=encode(arrival.task),
+            reply=arrival.reply,
+            accepted_at=arrival.received_at,
+            deadline=arrival.deadline,
+        )
+        try:
+            known = await self._ledger.journal(entry)
+        except FoamError as error:
+            self._feed(live, Unjournaled(error))
+            return
+        if known is None:
+            self._stats.accepted += 1
+            self._feed(live, Journaled())
+            return
+        del self._live[arrival.key]
+        self._stats.repeated += 1
+        if known.terminal is not None:
+            self._replies.repeat(known.reply, [known.terminal])
+        else:
+            self._say_accepted(live)
+
+    async def _embed(self, live: LiveTask) -> Vectors | FoamError | None:
+        try:
+            return await self._routing.embed(live.wanted)
+        except FoamError as error:
+            return error
+        except Exception as error:  # noqa: BLE001  # supervision boundary: one task, not the router
+            _log.error("task.embedding_failed", task=live.arrival.task_id, exc_info=error)
+            return FoamError("the router failed to embed the task")
+
+    def _choose(self, live: LiveTask, vector: Vectors | FoamError | None) -> None:
+        if isinstance(vector, FoamError):
+            self._feed(live, Chosen((), vector))
+            return
+        try:
+            selection = self._routing.select(live.wanted, vector, self._clock())
+        except Exception as error:  # noqa: BLE001  # supervision boundary: one task, not the router
+            _log.error("task.selection_failed", task=live.arrival.task_id, exc_info=error)
+            self._feed(live, Chosen((), FoamError("the router failed to select a node")))
+            return
+        live.explanation = selection.explanation
+        self._feed(live, Chosen(selection.choices, selection.problem))
+
+    async def _choose_again(self, live: LiveTask) -> None:
+        vector = await self._embed(live)
+        if self._live.get(live.arrival.key) is live:
+            self._choose(live, vector)
+
+    def _feed(self, live: LiveTask, event: Event) -> None:
+        for action in live.machine.handle(event, self._clock()):
+            self._do(live, action)
+        self._set_alarm(live)
+
+    # ---- actions out
+
+    def _do(self, live: LiveTask, action: Action) -> None:
+        match action:
+            case SendAccepted():
+                self._say_accepted(live)
+            case Choose():
+                self._hold(live, None)
+                self._spawn(self._choose_again(live), name="task")
+            case Invoke():
+                self._invoke(live, action)
+            case CancelNode():
+                self._cancel_node(live, action)
+            case MarkShown():
+                live.noted_seq = live.machine.next_seq
+                self._ledger.note_shown(live.arrival.key, live.noted_seq)
+            case End():
+                self._finish(live, action)
+            case _:
+                assert_never(action)
+
+    def _say_accepted(self, live: LiveTask) -> None:
+        arrival = live.arrival
+        self._replies.say(
+            arrival.reply,
+            Accepted(
+                task=arrival.task_id,
+                at=self._clock(),
+                router=self._router_id,
+                deadline=arrival.deadline,
+            ),
+        )
+
+    def _invoke(self, live: LiveTask, action: Invoke) -> None:
+        arrival, choice, now = live.arrival, action.choice, self._clock()
+        self._note_explanation(live)
+        self._ledger.note_route(
+            arrival.key,
+            node=choice.node,
+            function=choice.function,
+            version=choice.version,
+            attempt=action.attempt,
+        )
+        try:
+            self._session.post(
+                self._topics.build(TopicKind.INVOKE, node=choice.node),
+                encode(self._invocation(arrival, action, now)),
+            )
+        except FoamError as error:
+            self._feed(live, Uninvoked(error))
+            return
+        self._hold(live, choice.node)
+        self._routing.remember(live.wanted, choice.node)
+        if action.attempt == 1:
+            self._stats.route_ms.append(now - arrival.received_at)
+        else:
+            self._stats.rerouted += 1
+        routed = Routed(
+            task=arrival.task_id,
+            at=now,
+            node=choice.node,
+            function=choice.function,
+            version=choice.version,
+            score=choice.score,
+            attempt=action.attempt,
+            reason=choice.reason,
+        )
+        self._replies.say(arrival.reply, routed)
+
+    def _invocation(self, arrival: Arrival, action: Invoke, now: int) -> Invocation:
+        task = arrival.task
+        return Invocation(
+            task=arrival.task_id,
+            client=arrival.client,
+            router=self._router_id,
+            attempt=action.attempt,
+            function=action.choice.function,
+            version=action.choice.version,
+            text=task.text,
+            input=task.input,
+            deadline=arrival.deadline,
+            reply=arrival.reply,
+            seq=action.seq,
+            stream=task.stream,
+            priority=task.priority,
+            session=task.session,
+            trace=task.trace,
+            sent_at=now,
+        )
+
+    def _cancel_node(self, live: LiveTask, action: CancelNode) -> None:
+        order = Control(
+            verb="cancel",
+            task=live.arrival.task_id,
+            client=live.arrival.client,
+            attempt=action.attempt,
+            reason=action.reason,
+            sender=self._router_id,
+        )
+        try:
+            self._session.post(
+                self._topics.build(TopicKind.CONTROL, node=action.node), encode(order)
+            )
+        except FoamError as error:
+            _log.warning("control.dropped", node=action.node, error=error.message)
+
+    def _finish(self, live: LiveTask, end: End) -> None:
+        arrival, now = live.arrival, self._clock()
+        self._live.pop(arrival.key, None)
+        self._hold(live, None)
+        if not end.journaled:
+            self._stats.refused[end.code or ""] += 1
+            if end.error is not None:
+                self._replies.refuse(arrival.reply, arrival.task_id, end.error)
+            return
+        self._note_explanation(live)
+        self._stats.ended[end.code or "result"] += 1
+        self._stats.missed_chunks += live.machine.missed
+        outcome = Outcome(
+            key=arrival.key,
+            reply=arrival.reply,
+            seq=end.seq,
+            attempt=end.attempt,
+            terminal=end.payload if end.payload is not None else _final(arrival, end, now),
+            code=end.code,
+            ended_at=now,
+            told=end.payload is not None,
+            shown=tuple(live.machine.shown),
+        )
+        self._replies.remember(outcome)
+        self._spawn(self._replies.conclude(outcome), name="conclude")
+        _log.info(
+            "task.ended",
+            client=arrival.client,
+            task=arrival.task_id,
+            outcome=end.code or "result",
+            node=live.machine.node,
+            attempt=live.machine.attempt,
+            total_ms=now - arrival.received_at,
+        )
+
+    def _note_explanation(self, live: LiveTask) -> None:
+        if live.explanation is not None:
+            self._ledger.note_explanation(live.arrival.key, live.explanation)
+            live.explanation = None
+
+    def _hold(self, live: LiveTask, node: str | None) -> None:
+        """Count which node has a task."""
+        if live.held_by is not None:
+            self._fleet.node(live.held_by).assigned -= 1
+        live.held_by = node
+        if node is not None:
+            self._fleet.node(node).assigned += 1
+
+    # ---- time
+
+    def _set_alarm(self, live: LiveTask) -> None:
+        """Make sure the clock rings for a task no later than it wants; earlier does no harm."""
+        wanted = live.machine.wake_at
+        if wanted is None or (live.wake_at is not None and live.wake_at <= wanted):
+            return
+        live.wake_at = wanted
+        heapq.heappush(self._alarms, (wanted, live.arrival.key))
+        if self._alarms[0][0] == wanted:
+            self._alarm_set.set()
+        if len(self._alarms) > _IDLE_ALARMS + 3 * len(self._live):
+            # Deadlines of ended tasks, up to a day ahead.
+            self._alarms = [alarm for alarm in self._alarms if alarm[1] in self._live]
+            heapq.heapify(self._alarms)
+
+    def _ring(self, now: int) -> None:
+        while self._alarms and self._alarms[0][0] <= now:
+            time, key = heapq.heappop(self._alarms)
+            live = self._live.get(key)
+            if live is not None and live.wake_at == time:
+                live.wake_at = None
+                self._feed(live, Tick())
+
+
+def _final(arrival: Arrival, end: End, now: int) -> bytes:
+    """Make the router's own final event."""
+    error = end.error or FoamError("the task ended without a word")
+    return encode(
+        ErrorEvent.from_error(error, task=arrival.task_id, at=now, seq=end.seq, attempt=end.attempt)
+    )

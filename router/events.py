@@ -1,0 +1,174 @@
+"""What can happen to a task, and what its machine can want done: plain values."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from capability_schemas.errors import FoamError
+from capability_schemas.invocation import Report
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A node that may run the task.
+
+    Attributes:
+        node: The node.
+        function: Its function.
+        version: Version of the function.
+        score: Rank value.
+        reason: Why, in words.
+    """
+
+    node: str
+    function: str
+    version: str
+    score: float
+    reason: str = ""
+
+
+# ---- events
+
+
+@dataclass(frozen=True, slots=True)
+class Journaled:
+    """The task is in the ledger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unjournaled:
+    """The ledger cannot take the task."""
+
+    error: FoamError
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The selection is made: candidates in order, or why there are none."""
+
+    choices: tuple[Choice, ...]
+    problem: FoamError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Uninvoked:
+    """The invocation of the current attempt could not be sent."""
+
+    error: FoamError
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """A node reported on an invocation."""
+
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A node published on the reply topic.
+
+    Attributes:
+        source: Last level of the topic.
+        event: ``working``, ``chunk``, ``result`` or ``error``.
+        seq: Its number; None for ``working``.
+        attempt: Its attempt; None for ``working``.
+        payload: The bytes.
+        code: Error code of an ``error``.
+    """
+
+    source: str
+    event: Literal["working", "chunk", "result", "error"]
+    seq: int | None
+    attempt: int | None
+    payload: bytes
+    code: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeGone:
+    """A node is lost, with everything it was doing."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAsked:
+    """The client no longer wants an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The time given as ``now`` has come."""
+
+
+Event = (
+    Journaled
+    | Unjournaled
+    | Chosen
+    | Uninvoked
+    | Reported
+    | Observed
+    | NodeGone
+    | CancelAsked
+    | Tick
+)
+
+# ---- actions
+
+
+@dataclass(frozen=True, slots=True)
+class SendAccepted:
+    """Tell the client that the task is accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choose:
+    """Select candidates (anew) and feed ``Chosen``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Invoke:
+    """Invoke a node and tell the client (``routed``)."""
+
+    choice: Choice
+    attempt: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelNode:
+    """Tell a node to drop the task up to an attempt."""
+
+    node: str
+    attempt: int
+    reason: Literal["client", "deadline", "superseded"]
+
+
+@dataclass(frozen=True, slots=True)
+class MarkShown:
+    """Journal that the client has been shown something."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The task is over.
+
+    Attributes:
+        seq: Number of the final event.
+        attempt: Last attempt, at least 1.
+        error: What the router has to tell the client; None when the node has told it.
+        payload: The node's final event; None when the router makes one.
+        code: Error code, or None for a result.
+        journaled: Whether the ledger knows the task.
+    """
+
+    seq: int
+    attempt: int
+    error: FoamError | None = None
+    payload: bytes | None = None
+    code: str | None = None
+    journaled: bool = True
+
+
+Action = SendAccepted | Choose | Invoke | CancelNode | MarkShown | End

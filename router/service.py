@@ -1,0 +1,454 @@
+"""The router on the mesh: subscriptions in, one owner for everything behind them."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from broker.lifecycle import Service
+from broker.session.base import Handler, Message, Session, Will
+from capability_schemas.admin import AdminRequest
+from capability_schemas.capability import CatalogRecord
+from capability_schemas.errors import FoamError, Overloaded, ProtocolError
+from capability_schemas.ids import now_ms
+from capability_schemas.invocation import Report
+from capability_schemas.node import NodeLoad, NodeState, Presence, RouterState
+from capability_schemas.reply import ErrorEvent, Result
+from capability_schemas.task import CancelRequest, ResumeRequest
+from capability_schemas.topics import TopicKind, Topics
+from capability_schemas.wire import DEFAULT_LIMIT_BYTES, Model, decode, encode
+from registry.search import CapabilitySearch
+from router.admin import AdminDesk
+from router.catalogue import Fleet
+from router.dispatch import Dispatcher
+from router.intake import Arrival, Intake, Refusal
+from router.ledger import Ledger
+from router.observation import ReplyReader
+from router.replies import Outcome, ReplyDesk
+from router.routing import QueryEncoder, TaskRouting
+from router.settings import RouterSettings
+from router.statistics import RouterStats
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+_CONTROL_LIMIT_BYTES: Final = 64 * 1024
+_PRUNE_EVERY: Final = 60
+_OVERFLOW_RETRY_MS: Final = 1_000
+
+
+def router_will(topics: Topics, router_id: str, *, epoch: int, at: int) -> Will:
+    """Return the last will of a router: ``offline``, with its epoch.
+
+    Args:
+        topics: Topic grammar of the site.
+        router_id: The router.
+        epoch: The same as given to ``RouterService``, UTC milliseconds.
+        at: Now, UTC milliseconds.
+    """
+    return Will(
+        topic=topics.build(TopicKind.ROUTER_STATE, router=router_id),
+        payload=_state(router_id, "offline", epoch, at, "connection lost"),
+    )
+
+
+class RouterService(Service):
+    """A router: takes tasks, has them run by one node each, ends each exactly once.
+
+    The session should be persistent (``clean=False``), so that what nodes say while the router
+    restarts is not lost; then ``listen`` before the session is entered. Session, ledger and
+    encoder are entered by their owner. All state belongs to the event loop.
+
+    Args:
+        session: Connection to the mesh, with the identity ``router_id``.
+        topics: Topic grammar of the site.
+        search: Semantic index, filled from the catalogue by this service.
+        encoder: Embeds the words of tasks in the space of ``search``.
+        ledger: Journal.
+        router_id: Identity.
+        settings: Limits, time limits, weights.
+        epoch: Start of this process, UTC milliseconds; now when omitted.
+        clock: UTC milliseconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        session: Session,
+        topics: Topics,
+        search: CapabilitySearch,
+        encoder: QueryEncoder,
+        ledger: Ledger,
+        router_id: str,
+        settings: RouterSettings | None = None,
+        epoch: int | None = None,
+        clock: Callable[[], int] = now_ms,
+    ) -> None:
+        super().__init__(service_id=router_id)
+        self._session = session
+        self._topics = topics
+        self._search = search
+        self._ledger = ledger
+        self._router_id = router_id
+        self._settings = settings or RouterSettings()
+        self._clock = clock
+        self._epoch = clock() if epoch is None else epoch
+        self._presence: Presence = "birth"
+        self.stats = RouterStats()
+        self.fleet = Fleet(
+            heartbeat_s=self._settings.heartbeat_s,
+            missed_heartbeats=self._settings.missed_heartbeats,
+        )
+        self.routing = TaskRouting(
+            search=search, encoder=encoder, fleet=self.fleet, settings=self._settings
+        )
+        self._intake = Intake(topics=topics, limit_bytes=self._settings.task_limit_bytes)
+        self._reader = ReplyReader(
+            root=topics.root, router_id=router_id, limit_bytes=DEFAULT_LIMIT_BYTES
+        )
+        self._replies = ReplyDesk(
+            session=session,
+            ledger=ledger,
+            router_id=router_id,
+            recent_bytes=self._settings.recent_bytes,
+            clock=clock,
+        )
+        self.dispatcher = Dispatcher(
+            session=session,
+            topics=topics,
+            ledger=ledger,
+            fleet=self.fleet,
+            routing=self.routing,
+            replies=self._replies,
+            stats=self.stats,
+            router_id=router_id,
+            settings=self._settings,
+            clock=clock,
+            spawn=self.spawn,
+        )
+        self._admin = AdminDesk(
+            session=session,
+            topics=topics,
+            fleet=self.fleet,
+            routing=self.routing,
+            dispatcher=self.dispatcher,
+            ledger=ledger,
+            stats=self.stats,
+            router_id=router_id,
+            clock=clock,
+        )
+        self._catalogue_changed = asyncio.Event()
+        self._listening = False
+        self._ready = asyncio.Event()
+        self._forget_connection: Callable[[], None] | None = None
+
+    # ---- life
+
+    async def _on_start(self) -> None:
+        self.fleet.cordon(await self._ledger.cordons())
+        unfinished, untold = await self._ledger.unfinished(), await self._ledger.untold()
+        self.dispatcher.restore(unfinished)
+        self._forget_connection = self._session.on_connection(self._on_connection)
+        await self.listen()
+        self._session.announce(self._state_topic, self._birth)
+        self.spawn(self.dispatcher.keep_time(), name="clock")
+        self.spawn(self._sweep(), name="sweep")
+        self.spawn(self._calibrate(), name="calibrate")
+        for entry in untold:
+            if entry.terminal is not None:
+                telling = self._replies.tell(entry.key, entry.reply, entry.terminal)
+                self.spawn(telling, name="tell")
+        self._ready.set()
+        _log.info(
+            "router.started",
+            router=self._router_id,
+            unfinished=len(unfinished),
+            untold=len(untold),
+        )
+
+    async def _on_stop(self) -> None:
+        if self._forget_connection is not None:
+            self._forget_connection()
+        self._presence = "offline"
+        self._session.announce(self._state_topic, self._birth)
+        self._session.retract(self._state_topic)
+        self.dispatcher.note_progress()
+
+    @property
+    def _state_topic(self) -> str:
+        return self._topics.build(TopicKind.ROUTER_STATE, router=self._router_id)
+
+    def _birth(self) -> bytes:
+        return _state(self._router_id, self._presence, self._epoch, self._clock(), "")
+
+    def _on_connection(self, up: bool) -> None:
+        if up:
+            self.fleet.wake_all(self._clock())
+
+    async def listen(self) -> None:
+        """Subscribe; call it before the session is entered. Idempotent; starting implies it.
+
+        A persistent session hands over what was kept for it with the connection: a message that
+        no subscription asked for by then is lost. What arrives waits until the router has started.
+        Catalogue and fleet come first, tasks last: a task should find them known.
+        """
+        if self._listening:
+            return
+        self._listening = True
+        own = self._router_id
+        filters: list[tuple[str, Handler, int]] = [
+            (self._topics.filter(TopicKind.CATALOG), self._on_catalog, 1),
+            (self._topics.filter(TopicKind.NODE_STATE), self._on_node_state, 1),
+            (self._topics.filter(TopicKind.NODE_LOAD), self._on_node_load, 0),
+            (self._topics.filter(TopicKind.REPORT, router=own), self._on_report, 1),
+            (self._topics.filter(TopicKind.REPLY), self._on_reply, 1),
+            (self._topics.filter(TopicKind.ADMIN, target=own), self._on_admin, 1),
+            (self._topics.filter(TopicKind.CANCEL), self._on_cancel, 1),
+            (self._topics.filter(TopicKind.RESUME), self._on_resume, 1),
+            (self._topics.filter(TopicKind.TASK), self._on_task, 1),
+        ]
+        for topic_filter, handler, qos in filters:
+            await self._session.subscribe(
+                topic_filter,
+                self._when_ready(handler),
+                qos=qos,
+                queue_limit=self._settings.queue_limit,
+                on_overflow=self._on_task_overflow if handler == self._on_task else None,
+            )
+
+    def _when_ready(self, handler: Handler) -> Handler:
+        async def handle(message: Message) -> None:
+            if not self._ready.is_set():
+                await self._ready.wait()
+            await handler(message)
+
+        return handle
+
+    async def _sweep(self) -> None:
+        """Look for silent nodes and keep the ledger in order, until cancelled."""
+        rounds = 0
+        while True:
+            await asyncio.sleep(self._settings.sweep_s)
+            rounds += 1
+            now = self._clock()
+            if self._session.connected:
+                for node in self.fleet.silenced(now):
+                    self.dispatcher.node_gone(node, "its heartbeats stopped")
+            else:
+                self.fleet.wake_all(now)
+            self.dispatcher.note_progress()
+            await self._replies.save_again()
+            if rounds % _PRUNE_EVERY == 0:
+                try:
+                    await self._ledger.prune(now - int(self._settings.retention_s * 1000))
+                except Overloaded as error:
+                    _log.warning("ledger.unpruned", error=error.message)
+
+    async def _calibrate(self) -> None:
+        """Fit the threshold anew when the catalogue has come to rest, until cancelled."""
+        while True:
+            await self._catalogue_changed.wait()
+            self._catalogue_changed.clear()
+            await asyncio.sleep(self._settings.calibration_delay_s)
+            if self._catalogue_changed.is_set() or not self.routing.needs_calibration:
+                continue
+            try:
+                await self.routing.calibrate()
+            except Overloaded as error:
+                _log.warning("calibration.postponed", error=error.message)
+                self._catalogue_changed.set()
+            else:
+                _log.info("calibration.done", threshold=round(self.routing.threshold, 4))
+
+    # ---- tasks
+
+    async def _on_task(self, message: Message) -> None:
+        try:
+            read = self._intake.read(message.topic, message.payload, self._clock())
+        except ProtocolError:
+            self.stats.dropped["topic"] += 1
+            return
+        if await self._answer_known(read):
+            return
+        if isinstance(read, Refusal):
+            self._refuse(read.reply, read.task_id, read.error)
+            return
+        try:
+            self.dispatcher.take(read)
+        except Overloaded as error:
+            self._refuse(read.reply, read.task_id, error)
+
+    async def _answer_known(self, read: Arrival | Refusal) -> bool:
+        """Answer a repeated id; tell whether it was one. Runs nothing.
+
+        Ids that are neither live nor recent are left to the journal, which finds them while it
+        writes; a refused task is not written, so its id is looked up here.
+        """
+        live = self.dispatcher.live(read.key)
+        if live is not None:
+            self.stats.repeated += 1
+            self.dispatcher.accept_again(live)
+            return True
+        outcome = self._replies.recall(read.key)
+        if outcome is None and isinstance(read, Refusal) and read.named:
+            outcome = await self._look_up(read.key)
+        if outcome is None:
+            return False
+        self.stats.repeated += 1
+        self._replies.repeat(outcome.reply, [outcome.terminal])
+        return True
+
+    async def _look_up(self, key: tuple[str, str]) -> Outcome | None:
+        try:
+            entry = await self._ledger.find(*key)
+        except FoamError as error:
+            _log.warning("ledger.unread", error=error.message)
+            return None
+        return Outcome.of(entry) if entry is not None else None
+
+    def _refuse(self, reply: str, task_id: str, error: FoamError) -> None:
+        self.stats.refused[error.code.value] += 1
+        self._replies.refuse(reply, task_id, error)
+
+    def _on_task_overflow(self, message: Message) -> None:
+        error = Overloaded("the router has no room for the task", retry_after_ms=_OVERFLOW_RETRY_MS)
+        try:
+            refusal = self._intake.refuse(message.topic, message.payload, error, self._clock())
+        except ProtocolError:
+            self.stats.dropped["topic"] += 1
+            return
+        if refusal.named and self.dispatcher.live(refusal.key) is not None:
+            return  # a repetition: the task itself is safe
+        self._refuse(refusal.reply, refusal.task_id, refusal.error)
+
+    async def _on_cancel(self, message: Message) -> None:
+        client = self._level(message, "client")
+        request = self._read(CancelRequest, message)
+        if client is not None and request is not None:
+            self.dispatcher.cancel((client, request.task))
+
+    async def _on_resume(self, message: Message) -> None:
+        """Repeat what the client missed; a task not known (yet) is passed over."""
+        client = self._level(message, "client")
+        request = self._read(ResumeRequest, message)
+        if client is None or request is None:
+            return
+        key = (client, request.task)
+        live = self.dispatcher.live(key)
+        if live is not None:
+            missed = [data for seq, data in live.machine.shown if seq >= request.from_seq]
+            self._replies.repeat(live.arrival.reply, missed)
+            return
+        outcome = self._replies.recall(key) or await self._look_up(key)
+        if outcome is not None:
+            self._replies.repeat(outcome.reply, outcome.replay(request.from_seq))
+
+    # ---- nodes
+
+    async def _on_reply(self, message: Message) -> None:
+        observation = self._reader.read(message.topic, message.payload)
+        if observation is not None:
+            self.dispatcher.observe(observation)
+
+    async def _on_report(self, message: Message) -> None:
+        node = self._level(message, "node")
+        report = self._read(Report, message)
+        if report is None:
+            return
+        if report.node != node:
+            self.stats.dropped["impostor"] += 1
+            return
+        self.dispatcher.report(report)
+
+    async def _on_node_state(self, message: Message) -> None:
+        node = self._level(message, "node")
+        if node is None:
+            return
+        if not message.payload:
+            if self.fleet.forget_state(node):
+                self.dispatcher.node_gone(node, "the node was removed")
+            return
+        state = self._read(NodeState, message)
+        if state is None or state.node != node:
+            return
+        lost = self.fleet.hear_state(state, self._clock())
+        if lost is not None:
+            self.dispatcher.node_gone(node, lost)
+
+    async def _on_node_load(self, message: Message) -> None:
+        node = self._level(message, "node")
+        load = self._read(NodeLoad, message)
+        if load is None or load.node != node:
+            return
+        lost = self.fleet.hear_load(load, self._clock())
+        if lost is not None:
+            self.dispatcher.node_gone(load.node, lost)
+
+    async def _on_catalog(self, message: Message) -> None:
+        node, function = self._level(message, "node"), self._level(message, "function")
+        if node is None or function is None:
+            return
+        key = (node, function)
+        if not message.payload:
+            if self.fleet.withdraw(key):
+                self._search.remove(key)
+                self._catalogue_changed.set()
+            return
+        record = self._read(CatalogRecord, message, limit_bytes=DEFAULT_LIMIT_BYTES)
+        if record is None or record.key != key:
+            return
+        if self.fleet.admit(record):
+            if not self._search.upsert(record):
+                _log.warning("record.unsearchable", node=node, function=function)
+            self._catalogue_changed.set()
+
+    # ---- administration
+
+    async def _on_admin(self, message: Message) -> None:
+        client = self._level(message, "client")
+        request = self._read(AdminRequest, message)
+        if client is not None and request is not None:
+            self.spawn(self._administer(client, request), name="admin")
+
+    async def _administer(self, client: str, request: AdminRequest) -> None:
+        reply = self._intake.reply_topic(client, request.id)
+        now = self._clock()
+        try:
+            output = await self._admin.answer(request)
+        except FoamError as error:
+            self._replies.say(reply, ErrorEvent.from_error(error, task=request.id, at=now))
+            return
+        except Exception as error:  # noqa: BLE001  # supervision boundary: one request
+            _log.error("admin.failed", verb=request.verb, exc_info=error)
+            failure = FoamError(f"the verb {request.verb} failed in the router")
+            self._replies.say(reply, ErrorEvent.from_error(failure, task=request.id, at=now))
+            return
+        self._replies.say(
+            reply,
+            Result(task=request.id, at=self._clock(), seq=0, output=output, node=self._router_id),
+        )
+        _log.info("admin.answered", client=client, verb=request.verb)
+
+    # ---- frames
+
+    def _level(self, message: Message, name: str) -> str | None:
+        """Return a level of the topic; None, counted, when the topic is not of the grammar."""
+        try:
+            return self._topics.parse(message.topic).levels[name]
+        except ProtocolError:
+            self.stats.dropped["topic"] += 1
+            return None
+
+    def _read(
+        self, model: type[Model], message: Message, *, limit_bytes: int = _CONTROL_LIMIT_BYTES
+    ) -> Model | None:
+        """Decode a frame; None, counted, when it is bad."""
+        try:
+            return decode(model, message.payload, limit_bytes=limit_bytes)
+        except ProtocolError as error:
+            self.stats.dropped["decode"] += 1
+            _log.debug("frame.dropped", topic=message.topic, reason=error.message)
+            return None
+
+
+def _state(router_id: str, presence: Presence, epoch: int, at: int, reason: str) -> bytes:
+    return encode(RouterState(router=router_id, state=presence, epoch=epoch, at=at, reason=reason))

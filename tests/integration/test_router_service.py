@@ -1,0 +1,622 @@
+"""A router over a session in memory, with nodes that do what the test says."""
+
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from broker.session.base import Message
+from broker.session.memory import MemoryBroker, MemorySession
+from capability_schemas.capability import CatalogRecord
+from capability_schemas.invocation import Invocation, Report
+from capability_schemas.node import NodeLoad, NodeState
+from capability_schemas.topics import TopicKind, Topics
+from capability_schemas.wire import encode
+from registry.encoders import EncoderThread
+from registry.search import CapabilitySearch
+from router import Ledger, RouterService, RouterSettings, router_will
+from support.capabilities import make_record
+from support.encoders import WordEncoder
+
+QUICK = RouterSettings(
+    report_timeout_ms=150,
+    cancel_grace_ms=60,
+    deadline_grace_ms=40,
+    finish_grace_ms=60,
+    settle_ms=60,
+    sweep_s=0.05,
+    calibration_delay_s=3_600,
+)
+Behaviour = Callable[["ScriptedNode", Invocation], None]
+
+
+def answer(node: "ScriptedNode", invocation: Invocation) -> None:
+    """Admit, stream two chunks, finish."""
+    node.report(invocation, "admitted")
+    if invocation.stream:
+        node.reply(invocation, event="chunk", seq=0, data="hello ")
+        node.reply(invocation, event="chunk", seq=1, data="world")
+    last = 2 if invocation.stream else 0
+    node.reply(invocation, event="result", seq=last, output="hello world", node=node.node)
+    node.report(invocation, "finished", seq=last + 1)
+
+
+def refuse(node: "ScriptedNode", invocation: Invocation) -> None:
+    node.report(invocation, "refused", code="overloaded", reason="full", retry_after_ms=700)
+
+
+def admit(node: "ScriptedNode", invocation: Invocation) -> None:
+    node.report(invocation, "admitted")
+
+
+def begin(node: "ScriptedNode", invocation: Invocation) -> None:
+    node.report(invocation, "admitted")
+    node.reply(invocation, event="chunk", seq=0, data="hel")
+
+
+def say_nothing(node: "ScriptedNode", invocation: Invocation) -> None:
+    """Leave the invocation unanswered."""
+
+
+class ScriptedNode:
+    """A node that answers invocations as told."""
+
+    def __init__(self, session: MemorySession, topics: Topics, behaviour: Behaviour) -> None:
+        self.session = session
+        self.topics = topics
+        self.node = session.client_id
+        self.behaviour = behaviour
+        self.invocations: list[Invocation] = []
+        self.orders: list[dict[str, Any]] = []
+
+    async def start(self) -> None:
+        await self.session.subscribe(
+            self.topics.build(TopicKind.INVOKE, node=self.node), self._on_invoke
+        )
+        await self.session.subscribe(
+            self.topics.build(TopicKind.CONTROL, node=self.node), self._on_control
+        )
+        self.be("birth")
+
+    def be(self, state: Any, epoch: int = 10) -> None:
+        message = NodeState(node=self.node, state=state, epoch=epoch, at=1, load_interval_s=60)
+        topic = self.topics.build(TopicKind.NODE_STATE, node=self.node)
+        self.session.post(topic, encode(message), retain=True)
+
+    def load(self, **fields: Any) -> None:
+        message = NodeLoad(node=self.node, epoch=10, at=1, **fields)
+        self.session.post(self.topics.build(TopicKind.NODE_LOAD, node=self.node), encode(message))
+
+    def report(self, invocation: Invocation, status: Any, **fields: Any) -> None:
+        message = Report(
+            task=invocation.task,
+            client=invocation.client,
+            attempt=invocation.attempt,
+            node=self.node,
+            status=status,
+            **fields,
+        )
+        topic = self.topics.build(TopicKind.REPORT, router=invocation.router, node=self.node)
+        self.session.post(topic, encode(message))
+
+    def reply(self, invocation: Invocation, **fields: Any) -> None:
+        event = {"v": 1, "task": invocation.task, "at": 1, "attempt": invocation.attempt} | fields
+        self.session.post(f"{invocation.reply}/{self.node}", json.dumps(event).encode())
+
+    async def _on_invoke(self, message: Message) -> None:
+        invocation = Invocation.model_validate_json(message.payload)
+        self.invocations.append(invocation)
+        self.behaviour(self, invocation)
+
+    async def _on_control(self, message: Message) -> None:
+        self.orders.append(json.loads(message.payload))
+
+
+class Mesh:
+    """A broker, a router, nodes and one client."""
+
+    def __init__(self, stack: AsyncExitStack, path: Path, topics: Topics) -> None:
+        self.stack = stack
+        self.path = path
+        self.topics = topics
+        self.broker = MemoryBroker()
+        self.words = WordEncoder()
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.client: MemorySession
+        self.router: RouterService
+        self._router_life: AsyncExitStack | None = None
+
+    async def session(self, name: str, **options: Any) -> MemorySession:
+        session = MemorySession(broker=self.broker, client_id=name, **options)
+        return await self.stack.enter_async_context(session)
+
+    async def start_client(self, name: str = "pump-7") -> None:
+        self.client = await self.session(name)
+        await self.client.subscribe(
+            self.topics.filter(TopicKind.REPLY, client=name), self._on_reply
+        )
+
+    async def start_router(self, settings: RouterSettings = QUICK) -> RouterService:
+        life = self._router_life = AsyncExitStack()
+        ledger = await life.enter_async_context(
+            Ledger(path=self.path / "router.sqlite", limit_bytes=settings.ledger_bytes)
+        )
+        encoder = await life.enter_async_context(EncoderThread(encoder=self.words))
+        session = MemorySession(
+            broker=self.broker,
+            client_id="router-1",
+            will=router_will(self.topics, "router-1", epoch=1, at=1),
+            clean=False,
+        )
+        self.router = RouterService(
+            session=session,
+            topics=self.topics,
+            search=CapabilitySearch(space=self.words.space),
+            encoder=encoder,
+            ledger=ledger,
+            router_id="router-1",
+            settings=settings,
+        )
+        await self.router.listen()
+        await life.enter_async_context(session)
+        await life.enter_async_context(self.router)
+        await self.broker.settle()
+        return self.router
+
+    async def stop_router(self) -> None:
+        life, self._router_life = self._router_life, None
+        if life is not None:
+            await life.aclose()
+
+    async def node(
+        self, name: str, behaviour: Behaviour = answer, *records: CatalogRecord
+    ) -> ScriptedNode:
+        node = ScriptedNode(await self.session(name), self.topics, behaviour)
+        await node.start()
+        registry = self.client
+        for record in records or (make_record(self.words, name),):
+            topic = self.topics.build(TopicKind.CATALOG, node=name, function=record.function)
+            registry.post(topic, encode(record), retain=True)
+        await self.broker.settle()
+        return node
+
+    def submit(self, **fields: Any) -> None:
+        self.send(json.dumps(fields).encode())
+
+    def send(self, payload: bytes) -> None:
+        self.client.post(self.topics.build(TopicKind.TASK, client="pump-7"), payload)
+
+    def tell(self, kind: TopicKind, **fields: Any) -> None:
+        topic = self.topics.build(kind, client="pump-7")
+        self.client.post(topic, json.dumps(fields).encode())
+
+    def of(self, task: str) -> list[dict[str, Any]]:
+        return [event for _, event in self.events if event["task"] == task]
+
+    def kinds(self, task: str) -> list[str]:
+        return [event["event"] for event in self.of(task)]
+
+    def final(self, task: str) -> dict[str, Any] | None:
+        finals = [event for event in self.of(task) if event["event"] in {"result", "error"}]
+        return finals[0] if finals else None
+
+    async def admin(self, eventually: Any, verb: str, **args: Any) -> dict[str, Any]:
+        ask = f"ask-{len(self.events)}"
+        topic = self.topics.build(TopicKind.ADMIN, target="router-1", client="pump-7")
+        self.client.post(topic, json.dumps({"id": ask, "verb": verb, "args": args}).encode())
+        await eventually(lambda: self.final(ask))
+        reply = self.final(ask)
+        assert reply is not None
+        return reply
+
+    async def _on_reply(self, message: Message) -> None:
+        self.events.append((message.topic, json.loads(message.payload)))
+
+
+@pytest.fixture
+async def mesh(tmp_path: Path, topics: Topics) -> AsyncIterator[Mesh]:
+    async with AsyncExitStack() as stack:
+        mesh = Mesh(stack, tmp_path, topics)
+        await mesh.start_client()
+        await mesh.start_router()
+        yield mesh
+        await mesh.stop_router()
+
+
+async def test_a_task_is_accepted_routed_and_streamed(mesh: Mesh, eventually: Any) -> None:
+    node = await mesh.node("edge-1")
+    mesh.submit(id="t", text="echo this text")
+    await eventually(lambda: mesh.final("t"))
+    assert mesh.kinds("t") == ["accepted", "routed", "chunk", "chunk", "result"]
+    routed = mesh.of("t")[1]
+    assert (routed["node"], routed["function"], routed["attempt"]) == ("edge-1", "echo", 1)
+    assert node.invocations[0].text == "echo this text"
+    sources = [topic.rpartition("/")[2] for topic, _ in mesh.events]
+    assert sources == ["router-1", "router-1", "edge-1", "edge-1", "edge-1"]
+    await eventually(lambda: len(mesh.router.dispatcher) == 0)
+    assert mesh.router.stats.ended == {"result": 1}
+    assert mesh.router.fleet.node("edge-1").assigned == 0
+
+
+async def test_a_plain_text_task_and_a_named_function(mesh: Mesh, eventually: Any) -> None:
+    await mesh.node("edge-1")
+    mesh.send(b"echo this text")
+    mesh.submit(id="named", function="echo@>=1", input={"x": 1})
+    await eventually(lambda: mesh.router.stats.ended["result"] == 2)
+    await eventually(lambda: mesh.final("named"))
+    assert mesh.words.encoded.count("echo this text") >= 1
+
+
+async def test_one_result_and_no_chunks_when_no_stream_is_wanted(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node = await mesh.node("edge-1")
+    mesh.submit(id="t", function="echo", stream=False)
+    await eventually(lambda: mesh.final("t"))
+    assert mesh.kinds("t") == ["accepted", "routed", "result"]
+    assert not node.invocations[0].stream
+
+
+async def test_reply_to_moves_all_events(mesh: Mesh, eventually: Any) -> None:
+    await mesh.node("edge-1")
+    mesh.submit(id="t", function="echo", reply_to="reply/pump-7/inbox")
+    await eventually(lambda: mesh.final("t"))
+    assert {topic.split("/")[5] for topic, _ in mesh.events} == {"inbox"}
+
+
+async def test_a_repeated_id_gets_the_same_outcome_and_runs_nothing(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node = await mesh.node("edge-1")
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: mesh.final("t"))
+    mesh.submit(id="t", function="echo", input={"other": "content"})
+    mesh.send(b'{"id": "t", "text": ""}')
+    await eventually(lambda: mesh.kinds("t").count("result") == 3)
+    assert len(node.invocations) == 1
+    repeats = [event for event in mesh.of("t") if event["event"] == "result"]
+    assert repeats[0] == repeats[1] == repeats[2]
+    assert mesh.events[-1][0].endswith("/router-1")
+
+
+async def test_a_repeated_id_of_a_running_task_is_accepted_again_only(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node = await mesh.node("edge-1", admit)
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: node.invocations)
+    mesh.submit(id="t", function="echo")
+    mesh.send(b'{"id": "t", "text": ""}')
+    await eventually(lambda: mesh.kinds("t").count("accepted") == 3)
+    assert mesh.kinds("t").count("routed") == 1
+    assert mesh.final("t") is None
+    assert len(node.invocations) == 1
+
+
+async def test_outcomes_outlive_the_router(mesh: Mesh, eventually: Any) -> None:
+    node = await mesh.node("edge-1")
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: mesh.router.stats.ended["result"] == 1)
+    await mesh.stop_router()
+    mesh.events.clear()
+    await mesh.start_router()
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: mesh.kinds("t") == ["result"])
+    mesh.tell(TopicKind.RESUME, task="t", from_seq=0)
+    await eventually(lambda: mesh.kinds("t") == ["result", "chunk", "chunk", "result"])
+    assert len(node.invocations) == 1
+
+
+@pytest.mark.parametrize(
+    ("payload", "code"),
+    [
+        (b'{"id": "t", "text": "x", "nonsense": 1}', "invalid_task"),
+        (b'{"id": "t", "text": "x", "reply_to": "reply/other/x"}', "invalid_task"),
+        (b'{"id": "t", "function": "echo@latest"}', "invalid_task"),
+        (b'{"id": "t", "text": "x", "timeout_ms": 0}', "deadline_exceeded"),
+        (b'{"id": "t", "function": "ecko"}', "no_capable_node"),
+        (b'{"id": "t", "function": "echo@>=9"}', "no_capable_node"),
+        (b'{"id": "t", "text": "zzz qqq"}', "no_capable_node"),
+        (b'{"id": "t", "function": "echo", "policy": {"grants": ["g"]}}', "policy_denied"),
+    ],
+)
+async def test_what_cannot_be_done_ends_in_one_clear_error(
+    mesh: Mesh, eventually: Any, payload: bytes, code: str
+) -> None:
+    node = await mesh.node("edge-1")
+    mesh.send(payload)
+    await eventually(lambda: mesh.final("t"))
+    await mesh.broker.settle()
+    final = mesh.final("t")
+    assert final is not None
+    assert final["code"] == code
+    assert mesh.kinds("t").count("error") == 1
+    assert not node.invocations
+    if code == "no_capable_node":
+        assert final["detail"]["nearest"][0]["function"] == "echo"
+
+
+@pytest.mark.parametrize("payload", [b"\xff", b"", b"{", b"x" * (1024 * 1024 + 1)])
+async def test_what_cannot_be_read_is_answered_under_a_new_id(
+    mesh: Mesh, eventually: Any, payload: bytes
+) -> None:
+    mesh.send(payload)
+    await eventually(lambda: mesh.events)
+    assert mesh.events[0][1]["code"] == ("too_large" if len(payload) > 9 else "invalid_task")
+
+
+async def test_an_input_that_the_schema_refuses_is_told_with_its_path(
+    mesh: Mesh, eventually: Any
+) -> None:
+    schema = {"type": "object", "properties": {"rpm": {"type": "number"}}, "required": ["rpm"]}
+    await mesh.node("edge-1", answer, make_record(mesh.words, "edge-1", input_schema=schema))
+    mesh.submit(id="t", function="echo", input={"rpm": "fast"})
+    await eventually(lambda: mesh.final("t"))
+    final = mesh.final("t")
+    assert final is not None
+    assert final["code"] == "invalid_task"
+    assert final["detail"]["field"] == "input.rpm"
+
+
+async def test_a_refusal_goes_to_the_next_node(mesh: Mesh, eventually: Any) -> None:
+    await mesh.node("edge-1", refuse)
+    await mesh.node("edge-2")
+    mesh.submit(id="t", text="echo this text")
+    await eventually(lambda: mesh.final("t"))
+    assert mesh.kinds("t") == ["accepted", "routed", "routed", "chunk", "chunk", "result"]
+    assert [event["attempt"] for event in mesh.of("t")[1:3]] == [1, 2]
+
+
+async def test_when_all_refuse_the_client_hears_when_to_retry(mesh: Mesh, eventually: Any) -> None:
+    await mesh.node("edge-1", refuse)
+    mesh.submit(id="t", text="echo this text")
+    await eventually(lambda: mesh.final("t"))
+    final = mesh.final("t")
+    assert final is not None
+    assert (final["code"], final["retry_after_ms"]) == ("overloaded", 700)
+
+
+async def test_a_full_node_is_not_asked(mesh: Mesh, eventually: Any) -> None:
+    node = await mesh.node("edge-1")
+    node.load(running=1, capacity=1, queued=2, queue_limit=2)
+    await mesh.broker.settle()
+    mesh.submit(id="t", text="echo this text")
+    await eventually(lambda: mesh.final("t"))
+    final = mesh.final("t")
+    assert final is not None
+    assert final["code"] == "overloaded"
+    assert final["retry_after_ms"] > 0
+    assert not node.invocations
+
+
+async def test_a_silent_node_is_superseded(mesh: Mesh, eventually: Any) -> None:
+    silent = await mesh.node("edge-1", say_nothing)
+    await mesh.node("edge-2")
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: mesh.final("t"))
+    assert [event["node"] for event in mesh.of("t") if event["event"] == "routed"] == [
+        "edge-1",
+        "edge-2",
+    ]
+    await eventually(lambda: silent.orders)
+    assert (silent.orders[0]["verb"], silent.orders[0]["reason"]) == ("cancel", "superseded")
+    assert mesh.of("t")[-1]["attempt"] == 2
+
+
+async def test_a_node_that_dies_in_mid_answer_is_a_clear_end(mesh: Mesh, eventually: Any) -> None:
+    node = await mesh.node("edge-1", begin)
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: "chunk" in mesh.kinds("t"))
+    await mesh.broker.settle()
+    node.be("offline")
+    await eventually(lambda: mesh.final("t"))
+    final = mesh.final("t")
+    assert final is not None
+    assert (final["code"], final["seq"], final["retryable"]) == ("node_lost", 1, True)
+
+
+async def test_a_node_whose_heartbeats_stop_is_lost(mesh: Mesh, eventually: Any) -> None:
+    node = await mesh.node("edge-1", admit)
+    await mesh.node("edge-2")
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: node.invocations)
+    await mesh.broker.settle()
+    mesh.router.fleet.node("edge-1").seen_at -= 3 * 60_000 + 1
+    await eventually(lambda: mesh.final("t"))
+    assert mesh.of("t")[-1]["event"] == "result"
+
+
+async def test_a_cancelled_task_ends_whatever_the_node_does(mesh: Mesh, eventually: Any) -> None:
+    node = await mesh.node("edge-1", begin)
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: "chunk" in mesh.kinds("t"))
+    mesh.tell(TopicKind.CANCEL, task="t")
+    await eventually(lambda: mesh.final("t"))
+    final = mesh.final("t")
+    assert final is not None
+    assert (final["code"], final["seq"]) == ("cancelled", 1)
+    assert node.orders[0]["reason"] == "client"
+
+
+async def test_a_deadline_ends_a_task_and_cancels_the_node(mesh: Mesh, eventually: Any) -> None:
+    node = await mesh.node("edge-1", admit)
+    mesh.submit(id="t", function="echo", timeout_ms=80)
+    await eventually(lambda: mesh.final("t"))
+    final = mesh.final("t")
+    assert final is not None
+    assert final["code"] == "deadline_exceeded"
+    assert node.orders[0]["reason"] == "deadline"
+
+
+async def test_missed_events_are_repeated_on_request(mesh: Mesh, eventually: Any) -> None:
+    node = await mesh.node("edge-1", begin)
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: "chunk" in mesh.kinds("t"))
+    await mesh.broker.settle()
+    mesh.tell(TopicKind.RESUME, task="t", from_seq=0)
+    await eventually(lambda: mesh.kinds("t").count("chunk") == 2)
+    assert mesh.events[-1][0].endswith("/router-1")
+    node.reply(node.invocations[0], event="result", seq=1, output="hel")
+    await eventually(lambda: mesh.final("t"))
+    await eventually(lambda: len(mesh.router.dispatcher) == 0)
+    mesh.tell(TopicKind.RESUME, task="t", from_seq=1)
+    await eventually(lambda: mesh.kinds("t").count("result") == 2)
+    assert mesh.kinds("t").count("chunk") == 2
+    mesh.tell(TopicKind.RESUME, task="stranger", from_seq=0)
+    await mesh.broker.settle()
+    assert mesh.of("stranger") == []
+
+
+async def test_only_the_node_that_holds_the_task_counts(mesh: Mesh, eventually: Any) -> None:
+    node = await mesh.node("edge-1", admit)
+    other = await mesh.node("edge-2", answer, make_record(mesh.words, "edge-2", "other"))
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: node.invocations)
+    other.reply(node.invocations[0], event="result", seq=0, output="mine!")
+    await mesh.broker.settle()
+    assert len(mesh.router.dispatcher) == 1
+
+
+async def test_live_tasks_are_bounded(mesh: Mesh, eventually: Any) -> None:
+    await mesh.stop_router()
+    await mesh.start_router(QUICK.model_copy(update={"live_limit": 1}))
+    await mesh.node("edge-1", admit)
+    mesh.submit(id="a", function="echo")
+    mesh.submit(id="b", function="echo")
+    await eventually(lambda: mesh.final("b"))
+    final = mesh.final("b")
+    assert final is not None
+    assert (final["code"], final["retryable"]) == ("overloaded", True)
+    assert mesh.final("a") is None
+
+
+async def test_a_full_ledger_refuses_tasks_aloud(mesh: Mesh, eventually: Any) -> None:
+    await mesh.stop_router()
+    await mesh.start_router(QUICK.model_copy(update={"ledger_bytes": 128 * 1024}))
+    node = await mesh.node("edge-1", admit)
+    mesh.submit(id="big", function="echo", input={"x": "y" * 200_000})
+    await eventually(lambda: mesh.final("big"))
+    final = mesh.final("big")
+    assert final is not None
+    assert (final["code"], final["retry_after_ms"]) == ("overloaded", 5000)
+    assert "accepted" not in mesh.kinds("big")
+    assert not node.invocations
+    mesh.submit(id="small", function="echo")
+    await eventually(lambda: "accepted" in mesh.kinds("small"))
+
+
+async def test_a_restarted_router_runs_again_what_had_not_begun(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node = await mesh.node("edge-1", admit)
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: node.invocations)
+    await mesh.broker.settle()
+    await mesh.stop_router()
+    node.behaviour = answer
+    await mesh.start_router()
+    await eventually(lambda: mesh.final("t"))
+    assert mesh.of("t")[-1]["event"] == "result"
+    assert [invocation.attempt for invocation in node.invocations] == [1, 2]
+
+
+async def test_a_restarted_router_takes_what_was_said_meanwhile(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node = await mesh.node("edge-1", begin)
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: "chunk" in mesh.kinds("t"))
+    await mesh.broker.settle()
+    await mesh.stop_router()
+    node.reply(node.invocations[0], event="result", seq=1, output="hel")
+    await eventually(lambda: mesh.final("t"))
+    await mesh.start_router()
+    await eventually(lambda: len(mesh.router.dispatcher) == 0)
+    await mesh.broker.settle()
+    assert mesh.kinds("t").count("result") == 1
+    assert len(node.invocations) == 1
+
+
+async def test_a_restarted_router_ends_what_is_past_its_deadline(
+    mesh: Mesh, eventually: Any
+) -> None:
+    await mesh.node("edge-1", admit)
+    mesh.submit(id="t", function="echo", timeout_ms=60)
+    await eventually(lambda: "routed" in mesh.kinds("t"))
+    await mesh.stop_router()
+    await mesh.start_router()
+    await eventually(lambda: mesh.final("t"))
+    final = mesh.final("t")
+    assert final is not None
+    assert final["code"] == "deadline_exceeded"
+    await mesh.broker.settle()
+    assert mesh.kinds("t").count("error") == 1
+
+
+async def test_administration(mesh: Mesh, eventually: Any) -> None:
+    node = await mesh.node("edge-1")
+    mesh.submit(id="t", text="echo this text")
+    await eventually(lambda: mesh.router.stats.ended["result"] == 1)
+
+    functions = (await mesh.admin(eventually, "functions"))["output"]["functions"]
+    assert [(row["node"], row["function"], row["live"]) for row in functions] == [
+        ("edge-1", "echo", True)
+    ]
+    nodes = (await mesh.admin(eventually, "nodes"))["output"]["nodes"]
+    assert [(row["node"], row["state"], row["functions"]) for row in nodes] == [
+        ("edge-1", "birth", ["echo"])
+    ]
+    explained = (await mesh.admin(eventually, "explain", text="echo this text"))["output"]
+    assert explained["chosen"] == ["edge-1", "echo"]
+    assert explained["candidates"][0]["gates"]["schema"] == "pass"
+    assert "alpha" in explained["candidates"][0]["terms"]
+    stored = (await mesh.admin(eventually, "task", id="t"))["output"]
+    assert stored["outcome"] == "result"
+    assert stored["explanation"]["chosen"] == ["edge-1", "echo"]
+    stats = (await mesh.admin(eventually, "stats"))["output"]
+    assert stats["ended"] == {"result": 1}
+    assert stats["route_ms"]["count"] == 1
+
+    assert (await mesh.admin(eventually, "drain", node="edge-1"))["output"]["ordered"] == "drain"
+    await eventually(lambda: [order["verb"] for order in node.orders] == ["drain"])
+    for verb, args in (("reboot", {}), ("task", {"id": "no"}), ("nodes", {"x": 1})):
+        assert (await mesh.admin(eventually, verb, **args))["event"] == "error"
+    assert len(node.invocations) == 1
+
+
+async def test_a_cordon_holds_across_a_restart(mesh: Mesh, eventually: Any) -> None:
+    node = await mesh.node("edge-1")
+    await mesh.admin(eventually, "cordon", node="edge-1")
+    await mesh.stop_router()
+    await mesh.start_router()
+    mesh.submit(id="t", text="echo this text")
+    await eventually(lambda: mesh.final("t"))
+    final = mesh.final("t")
+    assert final is not None
+    assert (final["code"], final["retryable"]) == ("no_capable_node", True)
+    await mesh.admin(eventually, "uncordon", node="edge-1")
+    mesh.submit(id="u", text="echo this text")
+    await eventually(lambda: mesh.final("u"))
+    assert len(node.invocations) == 1
+
+
+async def test_a_withdrawn_record_is_forgotten(mesh: Mesh, eventually: Any) -> None:
+    await mesh.node("edge-1")
+    topic = mesh.topics.build(TopicKind.CATALOG, node="edge-1", function="echo")
+    mesh.client.post(topic, b"", retain=True)
+    await mesh.broker.settle()
+    mesh.submit(id="t", text="echo this text")
+    await eventually(lambda: mesh.final("t"))
+    final = mesh.final("t")
+    assert final is not None
+    assert final["code"] == "no_capable_node"
+
+
+async def test_the_router_announces_itself_and_its_end(mesh: Mesh) -> None:
+    topic = mesh.topics.build(TopicKind.ROUTER_STATE, router="router-1")
+    assert json.loads(mesh.broker.retained[topic].payload)["state"] == "birth"
+    await mesh.stop_router()
+    assert json.loads(mesh.broker.retained[topic].payload)["state"] == "offline"

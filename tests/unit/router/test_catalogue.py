@@ -1,0 +1,126 @@
+from typing import Any
+
+import pytest
+
+from capability_schemas.capability import CatalogRecord
+from capability_schemas.node import NodeLoad, NodeState
+from router.catalogue import Fleet
+
+
+def state(presence: Any = "birth", epoch: int = 10, node: str = "n1") -> NodeState:
+    return NodeState(node=node, state=presence, epoch=epoch, at=0, load_interval_s=1.0)
+
+
+def load(epoch: int = 10, **fields: Any) -> NodeLoad:
+    return NodeLoad(node="n1", epoch=epoch, at=0, **fields)
+
+
+def record(revision: int = 1, **fields: Any) -> CatalogRecord:
+    values: dict[str, Any] = {
+        "node": "n1",
+        "function": "echo",
+        "version": "1.0.0",
+        "epoch": 10,
+        "revision": revision,
+        "description": "Repeat the text.",
+        "registry": "registry-1",
+        "admitted_at": 0,
+        "claim_digest": "sha256:0",
+    }
+    return CatalogRecord(**(values | fields))
+
+
+@pytest.fixture
+def fleet() -> Fleet:
+    fleet = Fleet()
+    fleet.hear_state(state(), 0)
+    return fleet
+
+
+def test_a_node_is_live_and_open_after_its_birth(fleet: Fleet) -> None:
+    assert fleet.node("n1").live
+    assert fleet.node("n1").open
+    assert not fleet.node("stranger").live
+
+
+def test_offline_of_the_same_epoch_loses_its_work(fleet: Fleet) -> None:
+    assert fleet.hear_state(state("offline"), 1) is not None
+    assert not fleet.node("n1").live
+
+
+def test_a_will_of_an_earlier_process_kills_nobody(fleet: Fleet) -> None:
+    assert fleet.hear_state(state("offline", epoch=9), 1) is None
+    assert fleet.node("n1").live
+
+
+def test_a_birth_again_in_the_same_epoch_loses_nothing(fleet: Fleet) -> None:
+    assert fleet.hear_state(state(), 1) is None
+
+
+def test_a_new_epoch_means_the_earlier_work_is_lost(fleet: Fleet) -> None:
+    assert fleet.hear_state(state(epoch=11), 1) == "the node started anew"
+    assert fleet.node("n1").live
+    assert fleet.hear_load(load(epoch=12), 2) == "the node started anew"
+
+
+def test_three_missed_heartbeats_silence_a_node_once(fleet: Fleet) -> None:
+    assert fleet.silenced(3_000) == []
+    assert fleet.silenced(3_001) == ["n1"]
+    assert fleet.silenced(9_000) == []
+    assert not fleet.node("n1").live
+    assert fleet.hear_load(load(), 9_500) is None
+    assert fleet.node("n1").live
+
+
+def test_a_load_that_a_will_overtook_revives_nobody(fleet: Fleet) -> None:
+    fleet.hear_state(state("offline"), 1)
+    fleet.hear_load(load(), 2)
+    assert not fleet.node("n1").live
+
+
+def test_being_cut_off_ourselves_silences_nobody(fleet: Fleet) -> None:
+    fleet.wake_all(60_000)
+    assert fleet.silenced(61_000) == []
+
+
+def test_draining_and_cordoned_nodes_are_live_but_closed(fleet: Fleet) -> None:
+    assert fleet.hear_state(state("draining"), 1) is None
+    assert fleet.node("n1").live
+    assert not fleet.node("n1").open
+    fleet.hear_state(state(), 2)
+    fleet.cordon(["n1"])
+    assert not fleet.node("n1").open
+    fleet.cordon(["n1"], closed=False)
+    assert fleet.node("n1").open
+
+
+def test_a_node_that_went_to_sleep_is_not_live(fleet: Fleet) -> None:
+    assert fleet.hear_state(state("sleeping"), 1) == "the node is sleeping"
+
+
+def test_an_emptied_state_topic_removes_the_node(fleet: Fleet) -> None:
+    assert fleet.forget_state("n1")
+    assert not fleet.forget_state("n1")
+    assert not fleet.forget_state("stranger")
+
+
+def test_an_older_record_is_no_news(fleet: Fleet) -> None:
+    assert fleet.admit(record(2))
+    assert not fleet.admit(record(1))
+    assert not fleet.admit(record(2))
+    assert fleet.admit(record(3))
+    assert fleet.named("echo") == [record(3)]
+    assert fleet.withdraw(("n1", "echo"))
+    assert not fleet.withdraw(("n1", "echo"))
+
+
+def test_busy_takes_the_greater_of_its_word_and_ours(fleet: Fleet) -> None:
+    view = fleet.node("n1")
+    assert view.busy == 0
+    fleet.hear_load(load(running=1, capacity=4, queue_limit=2), 1)
+    assert view.busy == 0.25
+    view.assigned = 2
+    assert view.busy == 0.5
+    fleet.hear_load(load(running=4, queued=2, capacity=4, queue_limit=2), 2)
+    assert view.full
+    assert view.busy == 1.0

@@ -1,0 +1,173 @@
+import asyncio
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capability_schemas.errors import ConfigurationError, Overloaded, Unavailable
+from router.entry import Entry, pack_chunks, unpack_chunks
+from router.ledger import Ledger
+
+
+def entry(task_id: str = "t", client: str = "c", task: bytes = b"{}", at: int = 1) -> Entry:
+    return Entry(
+        client=client,
+        task_id=task_id,
+        task=task,
+        reply="foam/v1/local/reply/c/t",
+        accepted_at=at,
+        deadline=100,
+    )
+
+
+async def conclude(ledger: Ledger, task_id: str = "t", **fields: Any) -> None:
+    values: dict[str, Any] = {
+        "terminal": b"done",
+        "seq": 3,
+        "chunks": None,
+        "code": None,
+        "ended_at": 50,
+        "told": True,
+    } | fields
+    await ledger.conclude(("c", task_id), **values)
+
+
+async def test_a_task_is_journaled_once_and_its_outcome_kept(tmp_path: Path) -> None:
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        assert await ledger.journal(entry()) is None
+        known = await ledger.journal(entry(task=b"{other}"))
+        assert known is not None
+        assert (known.task, known.terminal) == (b"{}", None)
+        assert await ledger.journal(entry(client="other")) is None
+        await conclude(ledger, chunks=pack_chunks([(0, b"a")]))
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        found = await ledger.find("c", "t")
+        assert found is not None
+        assert (found.terminal, found.next_seq, found.ended_at) == (b"done", 3, 50)
+        assert unpack_chunks(found.chunks or b"") == ((0, b"a"),)
+        assert [left.client for left in await ledger.unfinished()] == ["other"]
+        assert await ledger.find("c", "unknown") is None
+
+
+async def test_the_first_outcome_stands(tmp_path: Path) -> None:
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        await ledger.journal(entry())
+        await conclude(ledger)
+        await conclude(ledger, terminal=b"other", code="internal")
+        found = await ledger.find("c", "t")
+        assert found is not None
+        assert found.terminal == b"done"
+
+
+async def test_notes_are_kept_in_order_without_waiting(tmp_path: Path) -> None:
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        await ledger.journal(entry())
+        ledger.note_route(("c", "t"), node="a", function="f", version="1.0.0", attempt=1)
+        ledger.note_route(("c", "t"), node="b", function="f", version="1.0.0", attempt=2)
+        ledger.note_explanation(("c", "t"), {"chosen": ["b", "f"]})
+        ledger.note_shown(("c", "t"), 7)
+        (left,) = await ledger.unfinished()
+        assert (left.node, left.attempt, left.next_seq) == ("b", 2, 7)
+        assert await ledger.explanation("t") == (left, {"chosen": ["b", "f"]})
+        assert await ledger.explanation("t", "stranger") is None
+
+
+async def test_outcomes_not_yet_told_are_found_again(tmp_path: Path) -> None:
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        await ledger.journal(entry())
+        await conclude(ledger, told=False)
+        assert [left.task_id for left in await ledger.untold()] == ["t"]
+        ledger.note_told(("c", "t"))
+        assert await ledger.untold() == []
+
+
+async def test_outcomes_leave_by_age_and_number(tmp_path: Path) -> None:
+    async with Ledger(path=tmp_path / "l.sqlite", retained_tasks=2) as ledger:
+        for number in range(5):
+            await ledger.journal(entry(str(number)))
+            await conclude(ledger, str(number), ended_at=number)
+        await ledger.journal(entry("running"))
+        assert await ledger.prune(before=1) == 3
+        assert await ledger.find("c", "2") is None
+        assert await ledger.find("c", "3") is not None
+        assert len(await ledger.unfinished()) == 1
+
+
+async def test_a_full_file_is_overloaded_and_makes_room(tmp_path: Path) -> None:
+    async with Ledger(path=tmp_path / "l.sqlite", limit_bytes=256 * 1024) as ledger:
+        await ledger.journal(entry("old"))
+        await conclude(ledger, "old", chunks=b"x" * 100_000)
+        with pytest.raises(Overloaded) as caught:
+            await ledger.journal(entry("new", task=b"x" * 150_000))
+        assert caught.value.retry_after_ms > 0
+        assert ledger.failing is True
+        assert await ledger.find("c", "old") is None
+        assert await ledger.journal(entry("new", task=b"x" * 150_000)) is None
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        assert (await ledger.unfinished())[0].task_id == "new"
+
+
+async def test_a_locked_file_is_overloaded(tmp_path: Path) -> None:
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        other = sqlite3.connect(tmp_path / "l.sqlite", isolation_level=None)
+        try:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(Overloaded, match="locked"):
+                await ledger.journal(entry())
+            other.execute("ROLLBACK")
+        finally:
+            other.close()
+        assert await ledger.journal(entry()) is None
+
+
+async def test_a_burst_shares_commits(tmp_path: Path) -> None:
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        async with asyncio.TaskGroup() as group:
+            for number in range(300):
+                group.create_task(ledger.journal(entry(str(number))))
+        assert len(await ledger.unfinished()) == 300
+        assert ledger.pending == 0
+
+
+async def test_cordons_are_kept(tmp_path: Path) -> None:
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        await ledger.set_cordon("b", closed=True)
+        await ledger.set_cordon("a", closed=True)
+        await ledger.set_cordon("a", closed=True)
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        assert await ledger.cordons() == ["a", "b"]
+        await ledger.set_cordon("a", closed=False)
+        assert await ledger.cordons() == ["b"]
+
+
+@pytest.mark.parametrize("content", ["not a database, but long enough to be looked at" * 99, None])
+async def test_a_file_that_is_no_ledger_is_said(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "l.sqlite"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    with pytest.raises(ConfigurationError, match="cannot be opened"):
+        async with Ledger(path=path):
+            pass
+
+
+async def test_a_newer_ledger_is_left_alone(tmp_path: Path) -> None:
+    db = sqlite3.connect(tmp_path / "l.sqlite")
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(ConfigurationError, match="version 99"):
+        async with Ledger(path=tmp_path / "l.sqlite"):
+            pass
+
+
+async def test_what_waits_is_written_before_the_end(tmp_path: Path) -> None:
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        await ledger.journal(entry())
+        for number in range(600):
+            ledger.note_shown(("c", "t"), number)
+    with pytest.raises(Unavailable):
+        await ledger.find("c", "t")
+    async with Ledger(path=tmp_path / "l.sqlite") as again:
+        assert (await again.unfinished())[0].next_seq == 599

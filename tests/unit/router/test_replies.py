@@ -1,0 +1,47 @@
+import json
+
+from router.entry import Entry, pack_chunks, unpack_chunks
+from router.replies import Outcome
+
+
+def outcome(shown: tuple[tuple[int, bytes], ...], seq: int = 3) -> Outcome:
+    return Outcome(
+        key=("c", "t"),
+        reply="r",
+        seq=seq,
+        attempt=2,
+        terminal=b"final",
+        code=None,
+        ended_at=9,
+        told=True,
+        shown=shown,
+    )
+
+
+def test_chunks_survive_packing() -> None:
+    shown = ((0, b""), (1, b"one\n"), (7, b"x" * 70_000))
+    assert unpack_chunks(pack_chunks(shown)) == shown
+    assert unpack_chunks(b"") == ()
+
+
+def test_a_replay_starts_where_it_is_wanted() -> None:
+    kept = outcome(((0, b"0"), (1, b"1"), (2, b"2")))
+    assert kept.replay(0) == [b"0", b"1", b"2", b"final"]
+    assert kept.replay(2) == [b"2", b"final"]
+    assert kept.replay(3) == kept.replay(99) == [b"final"]
+
+
+def test_chunks_no_longer_kept_leave_no_gap() -> None:
+    events = outcome(((2, b"2"),)).replay(0)
+    assert [json.loads(event)["seq"] for event in events[:2]] == [0, 1]
+    assert all(json.loads(event)["data"] == "" for event in events[:2])
+    assert events[2:] == [b"2", b"final"]
+
+
+def test_an_entry_that_has_not_ended_has_no_outcome() -> None:
+    running = Entry("c", "t", b"{}", "r", 1, 2)
+    assert Outcome.of(running) is None
+    ended = Entry("c", "t", b"{}", "r", 1, 2, attempt=2, next_seq=1, ended_at=3, terminal=b"f")
+    read = Outcome.of(ended)
+    assert read is not None
+    assert (read.seq, read.attempt, read.told) == (1, 2, True)
