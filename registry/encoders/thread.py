@@ -120,7 +120,13 @@ class EncoderThread(Service):
     async def _on_start(self) -> None:
         source = self._source
         if callable(source):
-            self._encoder = await asyncio.get_running_loop().run_in_executor(self._pool, source)
+
+            def load() -> Encoder:
+                made = source()
+                made.encode(["warm up"])  # the first run of a graph takes a hundred times as long
+                return made
+
+            self._encoder = await asyncio.get_running_loop().run_in_executor(self._pool, load)
         else:
             self._encoder = source
 

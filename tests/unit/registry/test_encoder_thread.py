@@ -102,6 +102,13 @@ async def test_loading_happens_on_the_thread_and_its_error_is_told() -> None:
             pass
 
 
+async def test_an_encoder_it_loads_has_run_before_it_serves() -> None:
+    inner = GatedEncoder()
+    inner.gate.set()
+    async with EncoderThread(encoder=lambda: inner):
+        assert inner.threads, "the slow first run must not fall to the first task"
+
+
 async def test_it_must_be_entered() -> None:
     thread = EncoderThread(encoder=WordEncoder())
     with pytest.raises(RuntimeError, match="async with"):
