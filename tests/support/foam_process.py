@@ -83,11 +83,11 @@ class FoamProcess:
         self._news.put(None)
 
     def wait_line(self, start: str, *, where: str = "out", timeout_s: float = _START_S) -> str:
-        """Wait for a line that starts with (stdout) or holds (stderr) some text."""
+        """Wait for a line of stdout or stderr that holds some text."""
         until = time.monotonic() + timeout_s
         while True:
             for line in tuple(self.out if where == "out" else self.err):
-                if line.startswith(start) or (where == "err" and start in line):
+                if start in line:
                     return line
             if self.process.poll() is not None and not any(r.is_alive() for r in self._readers):
                 raise AssertionError(f"ended with {self.process.returncode}: {self.out} {self.err}")

@@ -1,0 +1,5 @@
+"""``python -m foam``: the same as the ``foam`` command."""
+
+from foam.cli import main
+
+main()

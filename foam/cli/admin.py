@@ -1,0 +1,96 @@
+"""``foam admin``: orders to the router."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from foam.cli.app import (
+    DataOption,
+    PasswordOption,
+    SiteOption,
+    UrlOption,
+    UsernameOption,
+    app,
+    client_settings,
+)
+from foam.cli.codes import CODES_EPILOG
+from foam.cli.look import show
+
+__all__ = ["admin"]
+
+admin = typer.Typer(
+    help="Steer the mesh: drain, cordon, stats, task.", no_args_is_help=True, epilog=CODES_EPILOG
+)
+app.add_typer(admin, name="admin")
+
+NodeArgument = Annotated[str, typer.Argument(help="The node.")]
+TargetOption = Annotated[
+    str | None,
+    typer.Option("--target", help="Router (or registry) to ask; that of the mesh otherwise."),
+]
+
+
+def _draw(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer, ensure_ascii=False, indent=2) + "\n")
+
+
+def _order(verb: str, words: str) -> None:
+    """Make the command for a verb that takes a node."""
+
+    def order(
+        node: NodeArgument,
+        *,
+        target: TargetOption = None,
+        data: DataOption = None,
+        url: UrlOption = None,
+        username: UsernameOption = None,
+        password: PasswordOption = None,
+        site: SiteOption = None,
+    ) -> None:
+        settings = client_settings(
+            data=data, url=url, username=username, password=password, site=site
+        )
+        show(settings, verb, _draw, target=target, node=node)
+
+    admin.command(verb, help=words, epilog=CODES_EPILOG)(order)
+
+
+_order("drain", "Have a node finish what it runs and take nothing new.")
+_order("undrain", "Have a drained node take work again.")
+_order("cordon", "Route nothing to a node any more; it hears nothing of it.")
+_order("uncordon", "Route to a node again.")
+
+
+@admin.command(epilog=CODES_EPILOG)
+def stats(
+    *,
+    target: TargetOption = None,
+    data: DataOption = None,
+    url: UrlOption = None,
+    username: UsernameOption = None,
+    password: PasswordOption = None,
+    site: SiteOption = None,
+) -> None:
+    """Show the counters of the router."""
+    settings = client_settings(data=data, url=url, username=username, password=password, site=site)
+    show(settings, "stats", _draw, target=target)
+
+
+@admin.command(epilog=CODES_EPILOG)
+def task(
+    task_id: Annotated[str, typer.Argument(help="Id of the task.")],
+    *,
+    client: Annotated[str | None, typer.Option("--client", help="Whose task it is.")] = None,
+    target: TargetOption = None,
+    data: DataOption = None,
+    url: UrlOption = None,
+    username: UsernameOption = None,
+    password: PasswordOption = None,
+    site: SiteOption = None,
+) -> None:
+    """Show what became of a task, and why it went where it went."""
+    settings = client_settings(data=data, url=url, username=username, password=password, site=site)
+    args: dict[str, Any] = {"id": task_id} if client is None else {"id": task_id, "client": client}
+    show(settings, "task", _draw, target=target, **args)

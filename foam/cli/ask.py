@@ -1,0 +1,252 @@
+"""``foam ask``: one task from the terminal, streamed."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from capability_schemas.errors import FoamError, InvalidTask, TaskCancelled
+from capability_schemas.reply import Chunk, ErrorEvent, Result, Routed
+from foam.cli.app import (
+    DataOption,
+    PasswordOption,
+    SiteOption,
+    UrlOption,
+    UsernameOption,
+    app,
+    client_settings,
+    complain,
+    run_async,
+)
+from foam.cli.codes import CODES_EPILOG
+
+if TYPE_CHECKING:
+    from broker.lifecycle import ProcessEnd
+    from capability_schemas.reply import ReplyEvent
+    from foam.sdk.client import TaskHandle
+    from foam.settings import Settings
+
+__all__ = ["EventPrinter", "ask", "read_json_option"]
+
+_CANCEL_GRACE_S: Final = 5.0
+
+
+def read_json_option(value: str | None, what: str) -> Any:
+    """Read an option that is JSON, or ``@file`` naming a file with JSON.
+
+    Args:
+        value: The option; None gives None.
+        what: Name of the option, for messages.
+
+    Raises:
+        InvalidTask: It is not JSON, or the file cannot be read.
+    """
+    if value is None:
+        return None
+    try:
+        text = Path(value[1:]).read_text(encoding="utf-8") if value.startswith("@") else value
+        return json.loads(text)
+    except OSError as exc:
+        raise InvalidTask(f"{what} {value}: {exc.strerror or exc}", field=what) from exc
+    except ValueError as exc:
+        raise InvalidTask(f"{what} is not JSON: {exc}", field=what) from exc
+
+
+def _read_text(text: str) -> str:
+    if text != "-":
+        return text
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise InvalidTask(
+            f"standard input is not UTF-8 text (byte {exc.start})", field="text"
+        ) from exc
+
+
+class EventPrinter:
+    """Shows reply events: the answer on stdout as it comes, everything about it on stderr.
+
+    Args:
+        as_json: Write every event as one JSON line on stdout instead.
+        quiet: Leave stderr alone but for errors.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self._as_json = as_json
+        self._quiet = quiet
+        self._text_open = False
+        self._shown = False
+
+    def show(self, event: "ReplyEvent") -> None:
+        """Show one event."""
+        if self._as_json:
+            sys.stdout.write(event.model_dump_json(exclude_none=True) + "\n")
+            sys.stdout.flush()
+            return
+        match event:
+            case Chunk(data=str() as text):
+                sys.stdout.write(text)
+                sys.stdout.flush()
+                self._text_open = not text.endswith("\n")
+                self._shown = True
+            case Chunk(data=data):
+                self._say_json(data)
+            case Routed():
+                self._close_text()
+                again = f", attempt {event.attempt}" if event.attempt > 1 else ""
+                why = f" ({event.reason})" if event.reason else ""
+                self._note(
+                    f"-> {event.node}: {event.function} {event.version}, "
+                    f"score {event.score:.2f}{again}{why}"
+                )
+            case Result():
+                self._close(event)
+            case ErrorEvent():
+                self._close_text()
+            case _:
+                pass
+
+    def _close(self, event: Result) -> None:
+        if not self._shown:
+            if isinstance(event.output, str):
+                sys.stdout.write(event.output.rstrip("\n") + "\n")
+            else:
+                self._say_json(event.output)
+        self._close_text()
+        facts = []
+        if event.timing is not None:
+            facts.append(f"{event.timing.total_ms:.0f} ms on the node")
+            if event.timing.first_ms is not None:
+                facts.append(f"first output after {event.timing.first_ms:.0f} ms")
+        if event.usage is not None and event.usage.output_tokens:
+            facts.append(f"{event.usage.output_tokens} tokens")
+        if facts:
+            self._note("   " + ", ".join(facts))
+
+    def _say_json(self, data: Any) -> None:
+        self._close_text()
+        sys.stdout.write(
+            json.dumps(data, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None) + "\n"
+        )
+        sys.stdout.flush()
+        self._shown = True
+
+    def _close_text(self) -> None:
+        if self._text_open:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            self._text_open = False
+
+    def _note(self, line: str) -> None:
+        if not self._quiet:
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+
+
+async def _follow(handle: "TaskHandle", printer: EventPrinter) -> FoamError | None:
+    failure: FoamError | None = None
+    try:
+        async for event in handle:
+            printer.show(event)
+            if isinstance(event, ErrorEvent):
+                failure = event.to_error()
+    except FoamError as error:
+        return error
+    except BrokenPipeError:
+        await handle.cancel()
+        return TaskCancelled("cancelled: nobody reads the output any more")
+    return failure
+
+
+async def _cancel_when_asked(handle: "TaskHandle", end: "ProcessEnd") -> None:
+    await end.wait()
+    sys.stderr.write("\ncancelling …\n")
+    await handle.cancel()
+
+
+async def _run(settings: "Settings", *, printer: EventPrinter, task: dict[str, Any]) -> int:
+    from broker.lifecycle import ProcessEnd
+    from foam.sdk.address import find_mesh
+    from foam.sdk.client import MeshClient
+
+    async with ProcessEnd() as end, MeshClient.at(find_mesh(settings)) as mesh:
+        handle = await mesh.submit(**task)
+        async with asyncio.TaskGroup() as group:
+            following = group.create_task(_follow(handle, printer), name="foam.cli.ask.follow")
+            cancelling = group.create_task(
+                _cancel_when_asked(handle, end), name="foam.cli.ask.cancel"
+            )
+            await asyncio.wait({following, cancelling}, return_when=asyncio.FIRST_COMPLETED)
+            if not following.done():
+                await asyncio.wait({following}, timeout=_CANCEL_GRACE_S)
+            following.cancel()
+            cancelling.cancel()
+        if following.cancelled():
+            return complain(TaskCancelled("cancelled; the mesh did not confirm it in time"))
+        error = following.result()
+        return 0 if error is None else complain(error)
+
+
+@app.command(epilog=CODES_EPILOG)
+def ask(
+    text: Annotated[
+        str | None, typer.Argument(help="What is wanted, in words; - reads standard input.")
+    ] = None,
+    *,
+    input_: Annotated[
+        str | None, typer.Option("--input", help="Input for the function: JSON or @file.")
+    ] = None,
+    function: Annotated[
+        str | None, typer.Option("--function", help="Address a function by name, or name@>=1.2.")
+    ] = None,
+    skills: Annotated[
+        list[str] | None, typer.Option("--skills", help="Skill the function must offer.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="Seconds allowed.", min=0.0, max=86_400.0)
+    ] = 60.0,
+    session: Annotated[
+        str | None, typer.Option("--session", help="Affinity key of a conversation.")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Demands on the node: JSON or @file.")
+    ] = None,
+    priority: Annotated[
+        int, typer.Option("--priority", help="0 (last) to 9 (first).", min=0, max=9)
+    ] = 5,
+    task_id: Annotated[
+        str | None,
+        typer.Option("--id", help="Id of the task; the same id again gives the same outcome."),
+    ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream/--no-stream", help="Show the answer as it comes.")
+    ] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write every reply event as a JSON line.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer.")] = False,
+    data: DataOption = None,
+    url: UrlOption = None,
+    username: UsernameOption = None,
+    password: PasswordOption = None,
+    site: SiteOption = None,
+) -> None:
+    """Ask the mesh, and watch the answer come. Ctrl-C cancels the task."""
+    settings = client_settings(data=data, url=url, username=username, password=password, site=site)
+    task = {
+        "text": _read_text(text) if text is not None else None,
+        "input": read_json_option(input_, "input"),
+        "function": function,
+        "skills": tuple(skills or ()),
+        "timeout_s": timeout,
+        "session": session,
+        "policy": read_json_option(policy, "policy"),
+        "priority": priority,
+        "task_id": task_id,
+        "stream": stream,
+    }
+    printer = EventPrinter(as_json=as_json, quiet=quiet)
+    run_async(_run(settings, printer=printer, task=task))

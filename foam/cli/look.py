@@ -1,0 +1,218 @@
+"""Looking at a mesh: ``foam nodes``, ``foam functions``, ``foam explain``."""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from foam.cli.app import (
+    DataOption,
+    PasswordOption,
+    SiteOption,
+    UrlOption,
+    UsernameOption,
+    app,
+    client_settings,
+    run_async,
+)
+from foam.cli.ask import read_json_option
+from foam.cli.codes import CODES_EPILOG
+from foam.settings import Settings
+
+__all__ = ["JsonOption", "ask_admin", "explain", "functions", "nodes", "show"]
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Write the answer as JSON.")]
+
+
+async def ask_admin(
+    settings: Settings, verb: str, *, target: str | None = None, **args: Any
+) -> dict[str, Any]:
+    """Connect as the administrator, ask one verb, return the answer.
+
+    Args:
+        settings: Which mesh.
+        verb: What to do.
+        target: Who shall do it; the router when None.
+        args: Arguments of the verb.
+
+    Raises:
+        FoamError: No mesh, no broker, no answer, or what the target answered.
+    """
+    from foam.sdk.address import find_mesh
+    from foam.sdk.client import MeshClient
+
+    async with MeshClient.at(find_mesh(settings, admin=True)) as mesh:
+        return await mesh.admin(verb, target=target, **args)
+
+
+def show(
+    settings: Settings,
+    verb: str,
+    draw: Callable[[dict[str, Any]], None],
+    *,
+    as_json: bool = False,
+    target: str | None = None,
+    **args: Any,
+) -> None:
+    """Ask one verb and show the answer.
+
+    Args:
+        settings: Which mesh.
+        verb: What to ask.
+        draw: Shows the answer to a person.
+        as_json: Write it as JSON instead.
+        target: Who is asked.
+        args: Arguments of the verb.
+    """
+
+    async def main() -> None:
+        answer = await ask_admin(settings, verb, target=target, **args)
+        if as_json:
+            sys.stdout.write(json.dumps(answer, ensure_ascii=False, indent=2) + "\n")
+        else:
+            draw(answer)
+
+    run_async(main())
+
+
+def _table(*columns: str, title: str | None = None) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _print(thing: Any) -> None:
+    from rich.console import Console
+
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(thing)
+
+
+def _draw_nodes(answer: dict[str, Any]) -> None:
+    table = _table("node", "state", "running", "queued", "seen", "functions")
+    for row in answer.get("nodes", ()):
+        load = row.get("load") or {}
+        state = "cordoned" if row.get("cordoned") else str(row.get("state", ""))
+        if not row.get("live") and state == "birth":
+            state = "silent"
+        seen = row.get("seen_ms_ago")
+        table.add_row(
+            row["node"],
+            "ready" if state == "birth" else state,
+            str(load.get("running", "")),
+            str(load.get("queued", "")),
+            f"{seen / 1000:.0f} s ago" if seen is not None else "",
+            ", ".join(row.get("functions", ())),
+        )
+    _print(table)
+
+
+def _draw_functions(answer: dict[str, Any]) -> None:
+    table = _table("function", "version", "node", "live", "description")
+    for row in answer.get("functions", ()):
+        table.add_row(
+            row["function"],
+            row["version"],
+            row["node"],
+            "yes" if row.get("live") else "no",
+            row.get("description", ""),
+        )
+    _print(table)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, int | float) else "" if value is None else str(value)
+
+
+def _draw_explanation(answer: dict[str, Any]) -> None:
+    _print(f"by {answer.get('by')}, threshold {_number(answer.get('threshold'))}")
+    rows = list(answer.get("candidates", ()))
+    terms: list[str] = []
+    for row in rows:
+        terms += [name for name in row.get("terms", {}) if name not in terms]
+    table = _table("node", "function", "similarity", *terms, "score", "verdict")
+    for row in rows:
+        values = row.get("terms", {})
+        table.add_row(
+            str(row.get("node", "")),
+            f"{row.get('function', '')} {row.get('version', '')}",
+            _number(row.get("similarity", {}).get("score")),
+            *(_number(values.get(term)) for term in terms),
+            _number(row.get("value")),
+            str(row.get("verdict", "")),
+        )
+    _print(table)
+    chosen = answer.get("chosen")
+    if chosen:
+        _print(f"chosen: {chosen[0]}/{chosen[1]}")
+    elif answer.get("problem"):
+        _print(f"nobody: {answer['problem'].get('code')}: {answer['problem'].get('message')}")
+
+
+@app.command(epilog=CODES_EPILOG)
+def nodes(
+    *,
+    as_json: JsonOption = False,
+    data: DataOption = None,
+    url: UrlOption = None,
+    username: UsernameOption = None,
+    password: PasswordOption = None,
+    site: SiteOption = None,
+) -> None:
+    """List the nodes of the mesh."""
+    settings = client_settings(data=data, url=url, username=username, password=password, site=site)
+    show(settings, "nodes", _draw_nodes, as_json=as_json)
+
+
+@app.command(epilog=CODES_EPILOG)
+def functions(
+    *,
+    as_json: JsonOption = False,
+    data: DataOption = None,
+    url: UrlOption = None,
+    username: UsernameOption = None,
+    password: PasswordOption = None,
+    site: SiteOption = None,
+) -> None:
+    """List the functions that the mesh can route to."""
+    settings = client_settings(data=data, url=url, username=username, password=password, site=site)
+    show(settings, "functions", _draw_functions, as_json=as_json)
+
+
+@app.command(epilog=CODES_EPILOG)
+def explain(
+    text: Annotated[str | None, typer.Argument(help="What would be asked.")] = None,
+    *,
+    function: Annotated[
+        str | None, typer.Option("--function", help="Address a function by name.")
+    ] = None,
+    input_: Annotated[str | None, typer.Option("--input", help="Input: JSON or @file.")] = None,
+    skills: Annotated[
+        list[str] | None, typer.Option("--skills", help="Skill the function must offer.")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Demands on the node: JSON or @file.")
+    ] = None,
+    as_json: JsonOption = False,
+    data: DataOption = None,
+    url: UrlOption = None,
+    username: UsernameOption = None,
+    password: PasswordOption = None,
+    site: SiteOption = None,
+) -> None:
+    """Show who would be chosen for a task, and why, without running it."""
+    settings = client_settings(data=data, url=url, username=username, password=password, site=site)
+    fields = {
+        "text": text,
+        "function": function,
+        "input": read_json_option(input_, "input"),
+        "skills": skills or None,
+        "policy": read_json_option(policy, "policy"),
+    }
+    task = {name: value for name, value in fields.items() if value is not None}
+    show(settings, "explain", _draw_explanation, as_json=as_json, task=task)

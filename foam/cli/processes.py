@@ -1,0 +1,210 @@
+"""``foam up``, and each of its processes alone: ``foam broker | registry | router | node``."""
+
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from capability_schemas.errors import ConfigurationError, FoamError
+from foam.cli.app import (
+    DataOption,
+    PasswordOption,
+    SiteOption,
+    UrlOption,
+    UsernameOption,
+    app,
+    run_async,
+)
+from foam.cli.codes import CODES_EPILOG, exit_code
+from foam.logging import configure_logging
+from foam.settings import Settings, load_settings
+from foam.status import ProcessStatus
+
+__all__ = ["broker", "node", "registry", "router", "up"]
+
+_DEFAULT_PORT: Final = 1883
+
+SupervisedOption = Annotated[bool, typer.Option("--supervised", hidden=True)]
+HostOption = Annotated[str, typer.Option("--host", help="Address the broker listens on.")]
+PortOption = Annotated[
+    int, typer.Option("--port", help="Its port; 0 takes a free one.", min=0, max=65535)
+]
+IdentityOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--identity",
+        help="Identity file, made by `foam device add`; that of the data folder otherwise.",
+    ),
+]
+
+
+@app.command(epilog=CODES_EPILOG)
+def up(
+    *,
+    port: PortOption = _DEFAULT_PORT,
+    host: HostOption = "127.0.0.1",
+    data: DataOption = None,
+    broker: Annotated[
+        str | None,
+        typer.Option(
+            "--broker",
+            help="embedded, mosquitto, nats, or the URL of a broker that runs elsewhere. "
+            "Default: mosquitto where its program is installed, else embedded.",
+        ),
+    ] = None,
+    site: SiteOption = None,
+    nodes: Annotated[
+        str,
+        typer.Option(
+            "--nodes", help="Which nodes to run without --node: demo (a small plant) or none."
+        ),
+    ] = "demo",
+    node: Annotated[
+        list[Path] | None,
+        typer.Option("--node", help="Node file (TOML or Python) to run; may be repeated."),
+    ] = None,
+) -> None:
+    """Run a whole mesh on this machine; Ctrl-C stops it.
+
+    Prints one line `FOAM READY {json}` on stdout when tasks can be served.
+    """
+    from foam.up import UpPlan, run_up
+
+    settings = load_settings(data=data, site=site)
+    plan = UpPlan(
+        broker=broker,
+        host=host,
+        port=port,
+        site=settings.site or "local",
+        nodes=tuple(path.absolute() for path in node) if node else _named_nodes(nodes),
+    )
+    run_async(run_up(settings, plan))
+
+
+def _named_nodes(name: str) -> tuple[Path, ...]:
+    if name == "none":
+        return ()
+    if name != "demo":
+        raise ConfigurationError(f"nodes {name!r}: use demo or none, or name files with --node")
+    from foam.demo import PLANT_NODES
+
+    return PLANT_NODES
+
+
+@app.command(epilog=CODES_EPILOG)
+def broker(
+    *,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="embedded, mosquitto or nats.")
+    ] = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = _DEFAULT_PORT,
+    data: DataOption = None,
+    site: SiteOption = None,
+    supervised: SupervisedOption = False,
+) -> None:
+    """Run the broker alone, over the identities of the data folder."""
+    from foam.up import choose_engine
+    from foam.wiring import run_broker
+
+    settings = _process_settings("broker", data=data, site=site)
+    status = ProcessStatus(title="broker", supervised=supervised)
+
+    async def main() -> int:
+        name, _ = choose_engine(engine)
+        return await run_broker(settings, engine=name, host=host, port=port, status=status)
+
+    _run(main(), status)
+
+
+@app.command(epilog=CODES_EPILOG)
+def registry(
+    *,
+    identity: IdentityOption = None,
+    data: DataOption = None,
+    url: UrlOption = None,
+    username: UsernameOption = None,
+    password: PasswordOption = None,
+    site: SiteOption = None,
+    supervised: SupervisedOption = False,
+) -> None:
+    """Run the registry alone."""
+    from foam.wiring import run_registry
+
+    settings = _process_settings(
+        "registry", data=data, url=url, username=username, password=password, site=site
+    )
+    status = ProcessStatus(title="registry", supervised=supervised)
+    _run(run_registry(settings, identity_file=identity, status=status), status)
+
+
+@app.command(epilog=CODES_EPILOG)
+def router(
+    *,
+    identity: IdentityOption = None,
+    data: DataOption = None,
+    url: UrlOption = None,
+    username: UsernameOption = None,
+    password: PasswordOption = None,
+    site: SiteOption = None,
+    supervised: SupervisedOption = False,
+) -> None:
+    """Run a router alone."""
+    from foam.wiring import run_router
+
+    settings = _process_settings(
+        "router", data=data, url=url, username=username, password=password, site=site
+    )
+    status = ProcessStatus(title="router", supervised=supervised)
+    _run(run_router(settings, identity_file=identity, status=status), status)
+
+
+@app.command(epilog=CODES_EPILOG)
+def node(
+    source: Annotated[
+        str,
+        typer.Argument(help="Node file (.toml), Python file (.py) or module with its functions."),
+    ],
+    *,
+    node_id: Annotated[
+        str | None, typer.Option("--id", help="Id of the node; that of the file otherwise.")
+    ] = None,
+    identity: IdentityOption = None,
+    data: DataOption = None,
+    url: UrlOption = None,
+    username: UsernameOption = None,
+    password: PasswordOption = None,
+    site: SiteOption = None,
+    supervised: SupervisedOption = False,
+) -> None:
+    """Run a node: its functions become capabilities of the mesh.
+
+    On another machine: `foam device add ID --role node` here, copy the identity file and its key
+    there, then `foam node FILE --identity ID.json`.
+    """
+    from foam.wiring import run_node
+
+    settings = _process_settings(
+        "node", data=data, url=url, username=username, password=password, site=site
+    )
+    status = ProcessStatus(title="node", supervised=supervised)
+    _run(
+        run_node(settings, source=source, node_id=node_id, identity_file=identity, status=status),
+        status,
+    )
+
+
+def _process_settings(name: str, **given: Any) -> Settings:
+    settings = load_settings(**given)
+    configure_logging(settings.log_level, process=name)
+    return settings
+
+
+def _run(main: Coroutine[Any, Any, int], status: ProcessStatus) -> None:
+    try:
+        run_async(main)
+    except FoamError as error:
+        status.failed(error)
+        sys.exit(exit_code(error))

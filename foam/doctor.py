@@ -1,0 +1,181 @@
+"""Checks of the surroundings: what a mesh needs here, and what to do where it is missing."""
+
+import asyncio
+import importlib.util
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from capability_schemas.errors import FoamError
+from foam.settings import Settings
+
+__all__ = ["Check", "run_checks"]
+
+_MIN_PYTHON: Final = (3, 11)
+_MIN_FREE_BYTES: Final = 500 * 1024 * 1024
+_CONNECT_S: Final = 3.0
+
+Verdict = Literal["ok", "note", "missing"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing looked at.
+
+    Attributes:
+        what: What was looked at.
+        verdict: ``ok``, ``note`` (works without it) or ``missing`` (the mesh does not work).
+        found: What was found.
+        remedy: What to do; empty when nothing.
+    """
+
+    what: str
+    verdict: Verdict
+    found: str
+    remedy: str = ""
+
+
+def _python(_: Settings) -> Iterable[Check]:
+    version = platform.python_version()
+    if sys.version_info >= _MIN_PYTHON:
+        yield Check("python", "ok", f"{version} on {platform.machine()}")
+    else:
+        yield Check("python", "missing", version, "use Python 3.11 or newer")
+
+
+def _brokers(_: Settings) -> Iterable[Check]:
+    from broker.engine import find_binary
+
+    has_amqtt = importlib.util.find_spec("amqtt") is not None
+    mosquitto, nats = find_binary("mosquitto"), find_binary("nats-server")
+    verdict: Verdict = "ok" if has_amqtt else "note" if mosquitto else "missing"
+    yield Check(
+        "embedded broker",
+        verdict,
+        "amqtt" if has_amqtt else "no amqtt",
+        "" if has_amqtt else "pip install 'foam-mesh[broker]'",
+    )
+    yield Check(
+        "mosquitto",
+        "ok" if mosquitto else "note",
+        str(mosquitto or "not installed"),
+        "" if mosquitto else "install the package mosquitto: 10 to 20 times the throughput",
+    )
+    yield Check(
+        "nats-server",
+        "ok" if nats else "note",
+        str(nats or "not installed"),
+        "" if nats else "only needed for --broker nats",
+    )
+
+
+def _encoder(settings: Settings) -> Iterable[Check]:
+    remedy = (
+        "python3 deploy/bootstrap.py demo sets it up; "
+        "or: python -m registry.encoders.export --out DIR"
+    )
+    try:
+        from registry.encoders.manifest import default_folder, read_manifest
+
+        folder = settings.encoder or default_folder()
+        manifest = read_manifest(folder, verify=True)
+    except ImportError as exc:
+        yield Check("encoder", "missing", f"no {exc.name}", "pip install 'foam-mesh[registry]'")
+    except FoamError as error:
+        yield Check("encoder", "missing", error.message, remedy)
+    else:
+        yield Check(
+            "encoder",
+            "ok",
+            f"{manifest.space.model} ({manifest.space.dimension} dimensions), {folder}",
+        )
+
+
+def _engines(_: Settings) -> Iterable[Check]:
+    found = [
+        name for name in ("llama_cpp", "xllamacpp") if importlib.util.find_spec(name) is not None
+    ]
+    yield Check(
+        "model engine",
+        "ok" if found else "missing",
+        ", ".join(found) or "none",
+        ""
+        if found
+        else "pip install 'foam-mesh[llm]' (needs a compiler) or 'foam-mesh[llm-wheel]'",
+    )
+
+
+def _model(settings: Settings) -> Iterable[Check]:
+    shipped = Path(__file__).resolve().parent / "models" / "foam-tiny-2.6m-q8_0.gguf"
+    path = settings.model or shipped
+    try:
+        with path.open("rb") as file:
+            sound = file.read(4) == b"GGUF"
+    except OSError as exc:
+        yield Check("model", "missing", f"{path}: {exc.strerror}", "set FOAM_MODEL to a GGUF file")
+        return
+    if sound:
+        yield Check("model", "ok", f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    else:
+        yield Check("model", "missing", f"{path} is no GGUF file", "set FOAM_MODEL to a GGUF file")
+
+
+def _disk(settings: Settings) -> Iterable[Check]:
+    place = settings.data
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    found = f"{settings.data}: {free / 1e9:.1f} GB free"
+    if free < _MIN_FREE_BYTES:
+        yield Check(
+            "data folder", "missing", found, "free some space, or name another folder with --data"
+        )
+    else:
+        yield Check("data folder", "ok", found)
+
+
+async def _broker_reach(settings: Settings) -> Check:
+    from foam.sdk.address import find_mesh
+    from foam.sdk.client import MeshClient
+
+    try:
+        address = find_mesh(settings, admin=True)
+        async with MeshClient.at(address, connect_timeout_s=_CONNECT_S) as mesh:
+            stats = await mesh.admin("stats", timeout_s=_CONNECT_S)
+    except FoamError as error:
+        remedy = (
+            "start a mesh with: foam up"
+            if settings.url is None
+            else "check --url, name and password"
+        )
+        return Check("mesh", "note", error.message, remedy)
+    return Check(
+        "mesh",
+        "ok",
+        f"{address.url}: {stats.get('nodes')} nodes, {stats.get('functions')} functions",
+    )
+
+
+_CHECKS: Final[tuple[Callable[[Settings], Iterable[Check]], ...]] = (
+    _python,
+    _brokers,
+    _encoder,
+    _engines,
+    _model,
+    _disk,
+)
+
+
+def run_checks(settings: Settings) -> list[Check]:
+    """Look at everything; blocks for some seconds at most.
+
+    Args:
+        settings: Which folder, encoder, model and mesh.
+    """
+    checks = [check for look in _CHECKS for check in look(settings)]
+    checks.append(asyncio.run(_broker_reach(settings)))
+    return checks

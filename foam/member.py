@@ -1,0 +1,93 @@
+"""A member of a mesh as its own process sees it: who it is, and where it connects."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from pydantic import SecretStr
+
+from broker.access.policy import Role
+from broker.session.settings import BrokerUrl
+from capability_schemas.errors import ConfigurationError, NotFound
+from capability_schemas.topics import DEFAULT_SITE
+from foam.mesh import Identity, MeshFolder, MeshRecord
+from foam.settings import Settings
+
+__all__ = ["Member"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """An identity with everything its process needs to join a mesh.
+
+    Attributes:
+        identity: Who it is.
+        folder: Folder of its identity file (its key stands beside it).
+        url: Broker, without credentials.
+        site: Site level of the topics.
+        username: Name to log on with.
+        password: Its password.
+    """
+
+    identity: Identity
+    folder: Path
+    url: str
+    site: str
+    username: str | None
+    password: SecretStr | None
+
+    @classmethod
+    def resolve(
+        cls,
+        settings: Settings,
+        *,
+        role: Role,
+        default_id: str | None = None,
+        identity_file: Path | None = None,
+    ) -> Self:
+        """Find or make the identity, and where it connects to.
+
+        Without an identity file the data folder is ours, and a member it does not know yet is made.
+        The broker is that of the settings, else of the identity file, else of the folder's mesh.
+
+        Raises:
+            ConfigurationError: No broker is named anywhere, or the identity has another role.
+        """
+        folder = MeshFolder(settings.data)
+        record: MeshRecord | None = None
+        if identity_file is not None:
+            identity, where = Identity.read(identity_file), identity_file.resolve().parent
+        elif default_id is None:
+            raise ConfigurationError("no identity: give --id, or --identity FILE")
+        else:
+            with contextlib.suppress(NotFound):
+                record = folder.record()
+            identity, where = (
+                folder.prepare().ensure(default_id, role),
+                folder.identity_path(default_id).parent,
+            )
+        if identity.role is not role:
+            raise ConfigurationError(f"{identity.id} is a {identity.role}, not a {role}")
+        found = settings.url or identity.broker or (record.broker if record is not None else None)
+        if found is None:
+            raise ConfigurationError(
+                f"no broker is known in {settings.data}: give --url, or run `foam up` first"
+            )
+        url = BrokerUrl.parse(found)
+        username, password = identity.username, identity.password
+        if url.username is not None:
+            username, password = url.username, url.password
+        if settings.username is not None:
+            username, password = settings.username, settings.password
+        site = (
+            settings.site or identity.site or (record.site if record is not None else DEFAULT_SITE)
+        )
+        return cls(
+            identity=identity,
+            folder=where,
+            url=str(url),
+            site=site,
+            username=username,
+            password=password,
+        )

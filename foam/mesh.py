@@ -1,0 +1,343 @@
+"""The data folder of a mesh: what outlives its processes, and how another terminal finds them.
+
+::
+
+    DIR/                     0700
+      mesh.json              0600  where the running mesh is: broker, site, the credentials for
+      people credentials.json       0600  who may log on, hashed (broker.access.credentials)
+      identities/<id>.json   0600  one identity: role, username, password, broker, site
+      identities/<id>.key    0600  its Ed25519 signing key (nodes and the registry) broker/
+      the broker's own files registry.sqlite  router.sqlite logs/<process>.log lock
+      held by the ``foam up`` that runs on this folder
+
+Passwords stand in clear in ``identities/`` because the processes of this machine log on with them;
+the folder is readable by its owner only, and everything in it that a mesh can do, its owner can do.
+"""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError, field_serializer
+
+from broker.access.credentials import CredentialStore, write_private
+from broker.access.policy import Role
+from capability_schemas.errors import ConfigurationError, Conflict, NotFound
+from capability_schemas.ids import Identifier, check_identifier
+from capability_schemas.signing import SigningKey
+
+__all__ = ["REGISTRY_ID", "ROUTER_ID", "Identity", "MeshFolder", "MeshRecord", "Person"]
+
+ROUTER_ID: Final = "router-1"
+REGISTRY_ID: Final = "registry-1"
+DEVICE_ID: Final = "device-1"
+ADMIN_ID: Final = "admin-1"
+_SIGNING_ROLES: Final = frozenset({Role.NODE, Role.REGISTRY, Role.ROUTER})
+
+
+class _Stored(BaseModel):
+    """A file of the folder: secrets are written in clear, and only into files with mode 0600."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_serializer("password", when_used="json", check_fields=False)
+    def _reveal(self, password: SecretStr | None) -> str | None:
+        return password.get_secret_value() if password is not None else None
+
+
+_S = TypeVar("_S", bound=_Stored)
+
+
+class Identity(_Stored):
+    """One member of the mesh as its own process needs it.
+
+    Attributes:
+        id: Its name in topics (``{client}``, ``{node}`` …).
+        role: What it may do (PROTOCOL section 6).
+        username: Name it logs on with; equals ``id`` at our own broker.
+        password: Its password; None where the broker asks for none.
+        signing_key: File name of its key, beside the identity file; None for roles that sign
+            nothing.
+        broker: Broker URL it was made for; None means the mesh of the folder.
+        site: Site it was made for; likewise.
+    """
+
+    id: Identifier
+    role: Role
+    username: str | None
+    password: SecretStr | None = None
+    signing_key: str | None = None
+    broker: str | None = None
+    site: Identifier | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read an identity file.
+
+        Raises:
+            ConfigurationError: It is missing, unreadable or not an identity file.
+        """
+        return _read(cls, path, hint="make one with: foam device add ID --role node")
+
+
+class Person(_Stored):
+    """Credentials that a person or a device may use: what ``FOAM READY`` prints."""
+
+    id: Identifier
+    username: str
+    password: SecretStr | None = None
+
+    def shown(self) -> dict[str, str | None]:
+        """Return the three fields in clear, for the one place that is meant to show them."""
+        secret = self.password.get_secret_value() if self.password is not None else None
+        return {"id": self.id, "username": self.username, "password": secret}
+
+
+class MeshRecord(_Stored):
+    """``mesh.json``: where a mesh is and how to log on to it.
+
+    Attributes:
+        broker: Broker URL, without credentials.
+        site: Site level of its topics.
+        router: Router that answers administration.
+        registry: Registry of the mesh.
+        device: Credentials to ask with.
+        admin: Credentials to administrate with.
+        own_broker: Whether ``foam`` runs the broker (and may write its access rules).
+    """
+
+    broker: str
+    site: Identifier
+    router: Identifier = ROUTER_ID
+    registry: Identifier = REGISTRY_ID
+    device: Person
+    admin: Person
+    own_broker: bool = True
+
+
+class MeshFolder:
+    """The files of one mesh on this machine. Blocking; used at start-up and by one-shot commands.
+
+    Args:
+        path: The folder; made on first use.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.logs = path / "logs"
+        self.broker_data = path / "broker"
+        self.registry_database = path / "registry.sqlite"
+        self.router_database = path / "router.sqlite"
+        self.credentials_file = path / "credentials.json"
+        self._identities = path / "identities"
+        self._record = path / "mesh.json"
+
+    def prepare(self) -> Self:
+        """Make the folders, readable by their owner only.
+
+        Raises:
+            ConfigurationError: They cannot be made or written.
+        """
+        try:
+            for folder in (self.path, self._identities, self.logs, self.broker_data):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.chmod(0o700)
+            self._identities.chmod(0o700)
+        except OSError as exc:
+            raise ConfigurationError(
+                f"data folder {self.path} cannot be used: {exc.strerror or exc}; "
+                "name another one with --data or FOAM_DATA",
+                path=str(self.path),
+            ) from exc
+        return self
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for one running mesh.
+
+        Raises:
+            Conflict: Another ``foam up`` runs on it.
+        """
+        with (self.path / "lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                raise Conflict(
+                    f"a mesh already runs on {self.path}; stop it, or name another folder "
+                    "with --data",
+                    path=str(self.path),
+                ) from exc
+            yield
+
+    def credentials(self) -> CredentialStore:
+        """Return the store of who may log on."""
+        return CredentialStore(self.credentials_file)
+
+    def identity_path(self, identity: str) -> Path:
+        """Return where the file of ``identity`` is, whether or not it exists."""
+        return self._identities / f"{check_identifier(identity, 'identity')}.json"
+
+    def identity(self, identity: str) -> Identity:
+        """Read the file of one member.
+
+        Raises:
+            ConfigurationError: There is none, or it cannot be read.
+        """
+        return Identity.read(self.identity_path(identity))
+
+    def signing_key(self, identity: Identity) -> SigningKey:
+        """Load the key of a member of this folder.
+
+        Raises:
+            ConfigurationError: It has none, or the file cannot be read.
+        """
+        return load_key(identity, self._identities)
+
+    def ensure(self, identity: str, role: Role, *, external: Person | None = None) -> Identity:
+        """Return a member, making it (password, key, right to log on) where it does not exist.
+
+        Args:
+            identity: Its id.
+            role: Its role.
+            external: Credentials of a broker that is not ours: used as they are, nothing is stored
+                in the access file.
+
+        Raises:
+            Conflict: It exists with another role.
+        """
+        path = self.identity_path(identity)
+        enrolled = self.credentials().identities()
+        known = Identity.read(path) if path.exists() and identity in enrolled else None
+        if known is not None and known.role is not role:
+            raise Conflict(f"{identity} already exists as {known.role}, not {role}", id=identity)
+        if known is None:
+            if identity in enrolled:  # its file is lost: nobody can know its password any more
+                self.credentials().remove(identity)
+            known = self._create(identity, role)
+        if external is not None:
+            return known.model_copy(
+                update={"username": external.username, "password": external.password}
+            )
+        return known
+
+    def create(self, identity: str, role: Role) -> Identity:
+        """Make a new member that may be carried to another machine: it knows broker and site.
+
+        Raises:
+            Conflict: It exists.
+            ConfigurationError: Its files cannot be written.
+        """
+        record: MeshRecord | None = None
+        with contextlib.suppress(NotFound):
+            record = self.record()
+        return self._create(
+            identity,
+            role,
+            broker=record.broker if record is not None else None,
+            site=record.site if record is not None else None,
+        )
+
+    def _create(
+        self, identity: str, role: Role, *, broker: str | None = None, site: str | None = None
+    ) -> Identity:
+        if identity in self.credentials().identities():
+            raise Conflict(f"identity {identity!r} exists already", identity=identity)
+        key_name = None
+        public = None
+        if role in _SIGNING_ROLES:
+            key = SigningKey.generate()
+            key_name = f"{identity}.key"
+            key.save(self._identities / key_name)
+            public = key.public
+        password = self.credentials().add(identity, role, public_key=public)
+        made = Identity(
+            id=identity,
+            role=role,
+            username=identity,
+            password=SecretStr(password),
+            signing_key=key_name,
+            broker=broker,
+            site=site,
+        )
+        _write(self.identity_path(identity), made.model_dump_json(indent=1))
+        return made
+
+    def remove(self, identity: str) -> None:
+        """Withdraw a member's right to log on and delete its files.
+
+        Raises:
+            NotFound: It is not known.
+        """
+        self.credentials().remove(identity)
+        with contextlib.suppress(FileNotFoundError):
+            self.identity_path(identity).unlink()
+        with contextlib.suppress(FileNotFoundError):
+            (self._identities / f"{identity}.key").unlink()
+
+    def passwords(self) -> dict[str, str]:
+        """Return the clear passwords of the members made here (NATS keeps no verifiers)."""
+        found: dict[str, str] = {}
+        for path in self._identities.glob("*.json"):
+            identity = Identity.read(path)
+            if identity.username is not None and identity.password is not None:
+                found[identity.username] = identity.password.get_secret_value()
+        return found
+
+    def write_record(self, record: MeshRecord) -> None:
+        """Say where the mesh is, for other terminals."""
+        _write(self._record, record.model_dump_json(indent=1))
+
+    def record(self) -> MeshRecord:
+        """Read where the mesh is.
+
+        Raises:
+            NotFound: No mesh was ever up on this folder.
+            ConfigurationError: The file cannot be read.
+        """
+        if not self._record.exists():
+            raise NotFound(
+                f"no mesh in {self.path}: start one with `foam up`, "
+                "or name one with --data or --url",
+                path=str(self.path),
+            )
+        return _read(MeshRecord, self._record, hint="start the mesh again with: foam up")
+
+
+def load_key(identity: Identity, folder: Path) -> SigningKey:
+    """Load the signing key that stands beside an identity file.
+
+    Args:
+        identity: Whose key.
+        folder: Folder of its identity file.
+
+    Raises:
+        ConfigurationError: It has none, or the file cannot be read.
+    """
+    if identity.signing_key is None:
+        raise ConfigurationError(f"identity {identity.id} ({identity.role}) has no signing key")
+    return SigningKey.load(folder / identity.signing_key)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_private(path, text + "\n")
+    except OSError as exc:
+        raise ConfigurationError(
+            f"{path} cannot be written: {exc.strerror or exc}", path=str(path)
+        ) from exc
+
+
+def _read(model: type[_S], path: Path, *, hint: str) -> _S:
+    try:
+        return model.model_validate(json.loads(path.read_bytes()))
+    except FileNotFoundError as exc:
+        raise ConfigurationError(f"{path} does not exist; {hint}", path=str(path)) from exc
+    except OSError as exc:
+        raise ConfigurationError(
+            f"{path} cannot be read: {exc.strerror or exc}", path=str(path)
+        ) from exc
+    except (ValueError, ValidationError) as exc:
+        raise ConfigurationError(f"{path} is damaged; {hint}", path=str(path)) from exc

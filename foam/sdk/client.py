@@ -1,0 +1,357 @@
+"""``MeshClient``: tasks in, streamed answers out, over one MQTT session."""
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Any, Final, Self
+
+import structlog
+from pydantic import SecretStr, ValidationError
+
+from broker.rpc import ReplyInbox, TaskStream, call_admin
+from broker.session.mqtt import MqttSession
+from broker.session.settings import SessionSettings
+from capability_schemas.errors import (
+    BrokerUnavailable,
+    ExecutionFailed,
+    FoamError,
+    InvalidTask,
+    TooLarge,
+)
+from capability_schemas.ids import new_uuid7, now_ms
+from capability_schemas.reply import Chunk, ErrorEvent, ReplyEvent, Result, Routed
+from capability_schemas.task import TASK_LIMIT_BYTES, CancelRequest, Task, TaskPolicy
+from capability_schemas.topics import TopicKind, Topics
+from capability_schemas.wire import encode, first_problem
+from foam.logging import configure_logging
+from foam.sdk.address import MeshAddress, find_mesh
+from foam.settings import load_settings
+
+__all__ = ["MeshClient", "TaskHandle"]
+
+_CONNECT_S: Final = 10.0
+
+
+class TaskHandle:
+    """One submitted task: its events, its text, its result. One reader at a time.
+
+    Iterating yields every reply event in order and ends after the terminal one, be it a result or
+    an error. `text` and `result` raise the error instead. Leaving the client closes every handle.
+
+    Attributes:
+        id: Id of the task.
+        routed: The latest choice of a node; None before the first.
+        outcome: The terminal event; None before it has arrived.
+    """
+
+    def __init__(self, *, stream: TaskStream, client: "MeshClient") -> None:
+        self.id = stream.task
+        self.routed: Routed | None = None
+        self.outcome: Result | ErrorEvent | None = None
+        self._stream = stream
+        self._client = client
+
+    def __aiter__(self) -> AsyncIterator[ReplyEvent]:
+        return self
+
+    async def __anext__(self) -> ReplyEvent:
+        """Return the next event; cancellation is safe.
+
+        Raises:
+            StopAsyncIteration: The terminal event was read.
+            DeadlineExceeded: Nobody ended the task in time.
+            BrokerUnavailable: The session cannot go on.
+        """
+        event = await anext(self._stream)
+        if isinstance(event, Routed):
+            self.routed = event
+        elif isinstance(event, Result | ErrorEvent):
+            self.outcome = event
+        return event
+
+    async def text(self) -> AsyncIterator[str]:
+        """Yield the answer as text, piece by piece; an answer without chunks comes as one piece.
+
+        Raises:
+            FoamError: The task ended with an error; its class tells the code.
+        """
+        seen = False
+        async for event in self:
+            if isinstance(event, Chunk) and isinstance(event.data, str):
+                seen = True
+                yield event.data
+            elif isinstance(event, ErrorEvent):
+                raise event.to_error()
+            elif isinstance(event, Result) and not seen and isinstance(event.output, str):
+                yield event.output
+
+    async def result(self) -> Result:
+        """Wait for the end and return the result event.
+
+        Raises:
+            FoamError: The task ended with an error; its class tells the code.
+        """
+        async for _ in self:
+            pass
+        if isinstance(self.outcome, Result):
+            return self.outcome
+        if isinstance(self.outcome, ErrorEvent):
+            raise self.outcome.to_error()
+        raise BrokerUnavailable(
+            f"the events of task {self.id} were closed before its end", task=self.id
+        )
+
+    async def cancel(self) -> None:
+        """Ask for the end of the task; its last event, whatever came first, still arrives.
+
+        Raises:
+            BrokerUnavailable: The broker did not confirm the request in time.
+        """
+        await self._client.cancel(self.id)
+
+    def close(self) -> None:
+        """Stop listening; the task itself goes on. Idempotent."""
+        self._stream.close()
+
+
+class MeshClient:
+    """A client of one mesh; an async context manager, entered once.
+
+    Without arguments it uses the mesh that ``foam up`` runs in the default data folder (or the one
+    that ``FOAM_URL`` and its companions name)::
+
+        async with MeshClient() as mesh:
+            result = await mesh.ask("summarise: pump 7 was serviced on Monday, bearings replaced")
+
+    A program that has not configured structlog gets warnings on stderr.
+
+    Args:
+        url: Broker, ``mqtt://[user:password@]host:port``.
+        client: Level ``{client}`` of the topics; the user name when omitted.
+        username: Name to log on with.
+        password: Its password.
+        site: Site level of the topics.
+        admin: Take the administrator of the data folder rather than its device.
+        connect_timeout_s: How long entering waits for the broker, seconds; None: without end.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        client: str | None = None,
+        username: str | None = None,
+        password: str | SecretStr | None = None,
+        site: str | None = None,
+        admin: bool = False,
+        connect_timeout_s: float | None = _CONNECT_S,
+    ) -> None:
+        settings = load_settings(url=url, username=username, password=password, site=site)
+        address = find_mesh(settings, admin=admin)
+        self._setup(address, client=client, connect_timeout_s=connect_timeout_s)
+
+    @classmethod
+    def at(cls, address: MeshAddress, *, connect_timeout_s: float | None = _CONNECT_S) -> Self:
+        """Make a client for an address that is known already.
+
+        Args:
+            address: The mesh and the identity.
+            connect_timeout_s: As for the class.
+        """
+        made = cls.__new__(cls)
+        made._setup(  # noqa: SLF001 - our own second constructor
+            address, client=None, connect_timeout_s=connect_timeout_s
+        )
+        return made
+
+    def _setup(
+        self, address: MeshAddress, *, client: str | None, connect_timeout_s: float | None
+    ) -> None:
+        if not structlog.is_configured():  # its default writes to stdout, which is the caller's
+            configure_logging("warning")
+        self.address = address
+        self.client = client or address.client
+        self._connect_timeout_s = connect_timeout_s
+        self._topics = Topics(site=address.site)
+        self._session = MqttSession(
+            settings=SessionSettings(
+                urls=(address.url,),
+                client_id=f"{self.client}-{secrets.token_hex(4)}",
+                username=address.username,
+                password=address.password,
+            )
+        )
+        self._inbox = ReplyInbox(session=self._session, topics=self._topics, client=self.client)
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        """Connect.
+
+        Raises:
+            BrokerUnavailable: The broker does not answer in time.
+            AccessDenied: It refuses the name or the password.
+        """
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._session)
+            try:
+                await self._session.wait_connected(self._connect_timeout_s)
+            except BrokerUnavailable as error:
+                raise BrokerUnavailable(
+                    f"the broker {self.address.url} does not answer: {error.message}"
+                ) from error
+            await stack.enter_async_context(self._inbox)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Disconnect; open handles end."""
+        await self._stack.__aexit__(kind, error, trace)
+
+    async def submit(
+        self,
+        text: str | None = None,
+        *,
+        function: str | None = None,
+        input: Any = None,  # noqa: A002 - the field's name in PROTOCOL section 2
+        skills: Sequence[str] = (),
+        timeout_s: float = 60.0,
+        priority: int = 5,
+        policy: TaskPolicy | Mapping[str, Any] | None = None,
+        stream: bool = True,
+        session: str | None = None,
+        task_id: str | None = None,
+        trace: str | None = None,
+    ) -> TaskHandle:
+        """Publish a task and return the handle on its events.
+
+        The task carries an id, so that publishing it again after a lost connection runs nothing
+        twice.
+
+        Args:
+            text: What is wanted, in words; needed unless ``function`` is given.
+            function: A function by name, optionally with a version range: ``name@>=1.2``.
+            input: Any JSON for the function.
+            skills: Skills the function must offer, all of them.
+            timeout_s: Time allowed, 0 to 86,400 seconds.
+            priority: 0 (last) to 9 (first).
+            policy: Demands on the node (PROTOCOL section 2).
+            stream: Whether chunks are wanted before the result.
+            session: Affinity key of a conversation.
+            task_id: Id of the task; the same id again gives the same outcome. Made when omitted.
+            trace: W3C ``traceparent``.
+
+        Raises:
+            InvalidTask: A value does not fit; ``detail["field"]`` names it.
+            TooLarge: The task exceeds 1 MiB.
+            BrokerUnavailable: The broker did not confirm the task in time.
+        """
+        fields: dict[str, Any] = {
+            "text": text,
+            "function": function,
+            "input": input,
+            "skills": tuple(skills),
+            "timeout_ms": round(timeout_s * 1000),
+            "priority": priority,
+            "stream": stream,
+            "session": session,
+            "id": task_id or new_uuid7(),
+            "trace": trace,
+        }
+        if policy is not None:
+            fields["policy"] = policy
+        try:
+            task = Task.model_validate(fields)
+        except ValidationError as exc:
+            field, problem = first_problem(exc)
+            problem = problem.removeprefix("Value error, ")
+            raise InvalidTask(f"{field}: {problem}" if field else problem, field=field) from exc
+        payload = encode(task)
+        if len(payload) > TASK_LIMIT_BYTES:
+            raise TooLarge("task", size_bytes=len(payload), limit_bytes=TASK_LIMIT_BYTES)
+        deadline = now_ms() + task.timeout_ms
+        opened = self._inbox.open(str(task.id), deadline=deadline)
+        try:
+            await self._session.publish(
+                self._topics.build(TopicKind.TASK, client=self.client), payload
+            )
+        except BaseException:
+            opened.close()
+            raise
+        return TaskHandle(stream=opened, client=self)
+
+    async def ask(self, text: str | None = None, **options: Any) -> Result:
+        """Submit a task and wait for its result.
+
+        Args:
+            text: What is wanted, in words.
+            options: As for `submit`.
+
+        Raises:
+            FoamError: The task ended with an error; its class tells the code.
+        """
+        handle = await self.submit(text, **options)
+        try:
+            return await handle.result()
+        except asyncio.CancelledError:
+            with contextlib.suppress(FoamError):
+                await handle.cancel()
+            raise
+
+    async def cancel(self, task_id: str) -> None:
+        """Ask for the end of a task of this client.
+
+        Raises:
+            BrokerUnavailable: The broker did not confirm the request in time.
+        """
+        topic = self._topics.build(TopicKind.CANCEL, client=self.client)
+        await self._session.publish(topic, encode(CancelRequest(task=task_id)))
+
+    async def admin(
+        self, verb: str, *, target: str | None = None, timeout_s: float = 10.0, **args: Any
+    ) -> dict[str, Any]:
+        """Ask a router or registry to do something; the client must be an administrator.
+
+        Args:
+            verb: What to do: ``nodes``, ``functions``, ``explain``, ``stats``, ``drain`` …
+            target: Who shall do it; the router of the mesh when omitted.
+            timeout_s: Time limit, seconds.
+            args: Arguments of the verb, JSON values.
+
+        Returns:
+            Its answer.
+
+        Raises:
+            DeadlineExceeded: No answer: it is not running, or this client may not ask it.
+            FoamError: What it answered.
+        """
+        output = await call_admin(
+            self._inbox,
+            target=target or self.address.router,
+            verb=verb,
+            args=args,
+            timeout_s=timeout_s,
+        )
+        if not isinstance(output, dict):
+            raise ExecutionFailed(f"the answer to {verb} is not an object", remote=True, verb=verb)
+        return output
+
+    async def live_functions(self) -> set[tuple[str, str]]:
+        """Return the pairs (node, function) that the router would route to now.
+
+        Raises:
+            FoamError: As for `admin`.
+        """
+        answer = await self.admin("functions", timeout_s=2.0)
+        return {
+            (str(row["node"]), str(row["function"]))
+            for row in answer.get("functions", ())
+            if row.get("live")
+        }

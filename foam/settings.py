@@ -1,0 +1,114 @@
+"""Settings of the ``foam`` programs, and the only door to ``os.environ``.
+
+A value is taken from, in this order: the command line (or a keyword argument), the environment, the
+default.
+Environment variables are named ``FOAM_`` plus the field name in capitals: ``FOAM_DATA``,
+``FOAM_URL``, ``FOAM_USERNAME``, ``FOAM_PASSWORD``, ``FOAM_SITE``, ``FOAM_ENCODER``,
+``FOAM_ENCODER_BACKEND``, ``FOAM_MODEL``, ``FOAM_LOG_LEVEL``. A variable that looks like a
+misspelling of one of these is refused: ``FOAM_PASWORD`` must not silently mean "no password".
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Literal
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from capability_schemas.errors import ConfigurationError
+from capability_schemas.ids import Identifier
+
+__all__ = ["ENVIRONMENT_PREFIX", "Settings", "child_environment", "load_settings"]
+
+ENVIRONMENT_PREFIX: Final = "FOAM_"
+_MISSPELT: Final = 0.8
+"""Similarity (difflib ratio) from which an unknown name is taken for a misspelling."""
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def _default_data() -> Path:
+    return platformdirs.user_state_path("foam")
+
+
+class Settings(BaseModel):
+    """What every ``foam`` command needs to know about its surroundings.
+
+    Attributes:
+        data: Folder of the mesh on this machine (``foam.mesh.MeshFolder``). Default: the user's
+            state folder.
+        url: Broker to use instead of the one the data folder names:
+            ``mqtt://[user:password@]host:port``.
+        username: Authenticated name to use with ``url``; it is also the ``{client}`` level of the
+            topics.
+        password: Password of ``username``.
+        site: Level ``{site}`` of every topic; None means the site that the data folder names, or
+            ``local``.
+        encoder: Folder of the exported ONNX encoder; None means the default folder of
+            ``registry.encoders``.
+        encoder_backend: ``onnx`` (default) or ``sentence_transformers`` (the reference; needs
+            torch).
+        model: GGUF file that the demo's language node runs; None means the shipped demo model.
+        log_level: Least severe level that is written.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: Path = Field(default_factory=_default_data)
+    url: str | None = None
+    username: Identifier | None = None
+    password: SecretStr | None = None
+    site: Identifier | None = None
+    encoder: Path | None = None
+    encoder_backend: Literal["onnx", "sentence_transformers"] = "onnx"
+    model: Path | None = None
+    log_level: LogLevel = "info"
+
+
+def load_settings(environ: Mapping[str, str] | None = None, **given: object) -> Settings:
+    """Join the environment and explicit values into checked settings.
+
+    Args:
+        environ: Variables to read; None means the process's own.
+        given: Values that win over the environment; None means "not given".
+
+    Raises:
+        ConfigurationError: A ``FOAM_`` variable is misspelt, or a value does not fit its field.
+    """
+    source = os.environ if environ is None else environ
+    values: dict[str, object] = {}
+    for name, value in source.items():
+        if not name.startswith(ENVIRONMENT_PREFIX) or not value:
+            continue
+        field = name.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if field not in Settings.model_fields:
+            meant = difflib.get_close_matches(field, Settings.model_fields, n=1, cutoff=_MISSPELT)
+            if meant:
+                known = ENVIRONMENT_PREFIX + meant[0].upper()
+                raise ConfigurationError(
+                    f"environment variable {name} is unknown; did you mean {known}?", variable=name
+                )
+            continue
+        values[field] = value
+    values.update({name: value for name, value in given.items() if value is not None})
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise ConfigurationError(f"setting {where}: {first['msg']}", field=where) from exc
+    return settings.model_copy(update={"data": settings.data.expanduser().absolute()})
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """Return this process's environment for a child, without what names the user's own mesh.
+
+    Args:
+        extra: Variables to set in the child.
+    """
+    dropped = {
+        f"{ENVIRONMENT_PREFIX}{name}" for name in ("URL", "USERNAME", "PASSWORD", "SITE", "DATA")
+    }
+    return {name: value for name, value in os.environ.items() if name not in dropped} | extra

@@ -1,0 +1,282 @@
+"""Child processes of ``foam up``: started, watched, restarted, and never left behind.
+
+A child is a ``foam`` command of its own with ``--supervised``: it reports on stdout
+(`foam.status`), logs to a file of its own, and watches its stdin, a pipe whose other end only the
+supervisor holds. When the supervisor dies, however it dies (``kill -9`` included), the pipes close
+and the children stop by themselves. Each child has a process group of its own, so that Ctrl-C in a
+terminal reaches the supervisor alone and the order of stopping stays ours: last started, first
+stopped.
+
+A child that ends is started again after a back-off with full jitter; one that said that it cannot
+work (a wrong setting, a wrong password, a port in use) is not, and neither is one that crashed
+`RestartPolicy.limit` times in a row: the supervisor then ends with that reason.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from broker.lifecycle import Service
+from capability_schemas.errors import AccessDenied, ConfigurationError, FoamError, Unavailable
+from foam.status import parse_status
+
+__all__ = ["Child", "ChildSpec", "RestartPolicy", "Supervisor"]
+
+_LINE_LIMIT_BYTES: Final = 1024 * 1024
+_DRAIN_S: Final = 1.0
+_LOG_KEPT_BYTES: Final = 8 * 1024 * 1024
+_FATAL: Final[Mapping[str, type[FoamError]]] = {
+    "ConfigurationError": ConfigurationError,
+    "Conflict": ConfigurationError,
+    "AccessDenied": AccessDenied,
+}
+"""Failures that another start cannot mend; anything else is a crash."""
+
+Facts = Mapping[str, Any]
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartPolicy:
+    """When a crashed child is started again.
+
+    Attributes:
+        base_s: Longest wait before the first restart, seconds; doubles with every further one.
+        cap_s: Longest wait of all, seconds.
+        limit: Crashes in a row after which the supervisor gives up.
+        settled_s: A child that was ready for this long starts counting anew, seconds.
+    """
+
+    base_s: float = 0.5
+    cap_s: float = 15.0
+    limit: int = 6
+    settled_s: float = 30.0
+
+    def delay_s(self, crashes: int, chance: float) -> float:
+        """Return the wait before the next start: full jitter, exponential, capped.
+
+        Args:
+            crashes: Crashes in a row so far, at least 1.
+            chance: Uniform random number in [0, 1).
+        """
+        return chance * min(self.cap_s, self.base_s * 2.0 ** (crashes - 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildSpec:
+    """How to run one child.
+
+    Attributes:
+        name: Name in messages and of its log file.
+        command: Makes the command line from the facts the child was last ready with (None at
+            first), so that a broker that found itself a port comes back on the same one.
+        log: File of its stderr.
+        environment: Its environment.
+        stop_s: Time it gets between SIGTERM and SIGKILL, seconds.
+    """
+
+    name: str
+    command: Callable[[Facts | None], Sequence[str]]
+    log: Path
+    environment: Mapping[str, str]
+    stop_s: float = 10.0
+
+
+class Child:
+    """One child as others see it; its state is owned by the supervisor task that keeps it.
+
+    Attributes:
+        spec: How it is run.
+        process: Its latest process.
+        facts: What it was last ready with.
+        ready: Set while it serves.
+        crashes: Crashes in a row.
+        failure: Why it can never work, once it said so.
+    """
+
+    def __init__(self, spec: ChildSpec) -> None:
+        self.spec = spec
+        self.process: asyncio.subprocess.Process | None = None
+        self.facts: Facts | None = None
+        self.ready = asyncio.Event()
+        self.crashes = 0
+        self.failure: FoamError | None = None
+
+    async def wait_ready(self) -> Facts:
+        """Wait, without limit, until it serves; a failure to do so is the supervisor's crash.
+
+        Returns:
+            What it reported.
+        """
+        await self.ready.wait()
+        return self.facts or {}
+
+
+class Supervisor(Service):
+    """Runs children until it is stopped; the failure of one that cannot be mended is its crash.
+
+    Args:
+        policy: When to restart.
+        notify: Told in one sentence about everything a person should hear (waiting, crash,
+            restart).
+        chance: Source of jitter, uniform in [0, 1); the system's when None.
+    """
+
+    stop_timeout_s = 60.0
+
+    def __init__(
+        self,
+        *,
+        policy: RestartPolicy | None = None,
+        notify: Callable[[str], None],
+        chance: Callable[[], float] | None = None,
+    ) -> None:
+        super().__init__(service_id="up")
+        self._policy = policy or RestartPolicy()
+        self._notify = notify
+        self._chance = chance or random.SystemRandom().random
+        self._children: list[Child] = []
+        self._stop_asked = asyncio.Event()
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids of the children that live, by name."""
+        return {
+            child.spec.name: child.process.pid
+            for child in self._children
+            if child.process is not None and child.process.returncode is None
+        }
+
+    def add(self, spec: ChildSpec) -> Child:
+        """Start a child and keep it alive.
+
+        Args:
+            spec: How to run it.
+        """
+        child = Child(spec)
+        self._children.append(child)
+        self.spawn(self._keep(child), name=f"keep.{spec.name}")
+        return child
+
+    async def _on_stop(self) -> None:
+        self._stop_asked.set()
+        for child in reversed(self._children):
+            await self._end(child)
+
+    async def _keep(self, child: Child) -> None:
+        while not self._stop_asked.is_set():
+            started = asyncio.get_running_loop().time()
+            code = await self._run(child)
+            if self._stop_asked.is_set():
+                return
+            if child.failure is not None:
+                raise child.failure
+            lived = asyncio.get_running_loop().time() - started
+            settled = child.ready.is_set() and lived >= self._policy.settled_s
+            child.crashes = 1 if settled else child.crashes + 1
+            child.ready.clear()
+            why = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            _log.error(
+                "supervisor.child_ended", child=child.spec.name, code=code, crashes=child.crashes
+            )
+            if child.crashes >= self._policy.limit:
+                raise Unavailable(
+                    f"{child.spec.name} ended {child.crashes} times in a row, last with {why}; "
+                    f"its log is {child.spec.log}",
+                    retryable=False,
+                )
+            delay_s = self._policy.delay_s(child.crashes, self._chance())
+            self._notify(f"{child.spec.name} ended ({why}); starting it again in {delay_s:.1f} s")
+            await asyncio.sleep(delay_s)
+
+    async def _run(self, child: Child) -> int:
+        spec = child.spec
+        child.failure = None
+        command = spec.command(child.facts)
+        with _open_log(spec.log) as log:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                env=dict(spec.environment),
+                limit=_LINE_LIMIT_BYTES,
+                process_group=0,
+            )
+        child.process = process
+        _log.info("supervisor.child_started", child=spec.name, pid=process.pid)
+        try:
+            async with asyncio.TaskGroup() as group:
+                reader = group.create_task(
+                    self._read(child, process), name=f"foam.Supervisor[up].read.{spec.name}"
+                )
+                code = await process.wait()
+                # A stray grandchild may still hold the pipe: what the child itself said is in it by
+                # now.
+                await asyncio.wait([reader], timeout=_DRAIN_S)
+                reader.cancel()
+            return code
+        finally:
+            if process.returncode is None:
+                await self._end(child)
+
+    async def _read(self, child: Child, process: asyncio.subprocess.Process) -> None:
+        stdout = process.stdout
+        if stdout is None:
+            return
+        while True:
+            try:
+                line = await stdout.readline()
+            except ValueError:
+                continue  # a line beyond the limit is no report
+            if not line:
+                return
+            report = parse_status(line)
+            if report is None:
+                continue
+            if report.status == "ready":
+                child.facts = report.facts
+                child.ready.set()
+                _log.info("supervisor.child_ready", child=child.spec.name)
+                continue
+            message = str(report.facts.get("message", ""))
+            if report.status == "waiting":
+                self._notify(f"{child.spec.name}: {message}")
+            elif (kind := _FATAL.get(str(report.facts.get("kind")))) is not None:
+                child.failure = kind(f"{child.spec.name}: {message}")
+            else:
+                self._notify(f"{child.spec.name} failed: {message}")
+
+    async def _end(self, child: Child) -> None:
+        process = child.process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(child.spec.stop_s):
+                await process.wait()
+        except TimeoutError:
+            self._notify(
+                f"{child.spec.name} did not stop in {child.spec.stop_s:.0f} s and is killed"
+            )
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def _open_log(path: Path) -> Any:
+    """Open a child's log for appending; one that grew too large is set aside first."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_size > _LOG_KEPT_BYTES:
+            path.replace(path.with_suffix(".log.1"))
+    return path.open("ab")

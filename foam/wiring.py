@@ -1,0 +1,410 @@
+"""The only place that joins concrete classes into processes.
+
+`run_broker`, `run_registry`, `run_router` and `run_node` are each the whole life of one process:
+settings in, sessions and services entered in order, ready reported, everything left in reverse
+order on SIGTERM, SIGINT or the death of the parent. Nothing here decides anything about tasks.
+
+Imports stand inside the functions on purpose: a node process must not load what only a router needs
+(numpy and the encoder), and the broker process none of either.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import structlog
+
+from broker.access.policy import Role
+from broker.session.mqtt import MqttSession
+from broker.session.settings import SessionSettings
+from capability_schemas.errors import (
+    BrokerUnavailable,
+    ConfigurationError,
+    Conflict,
+    Unavailable,
+)
+from capability_schemas.ids import now_ms
+from capability_schemas.topics import DEFAULT_SITE, Topics
+from foam.member import Member
+from foam.mesh import REGISTRY_ID, ROUTER_ID, MeshFolder, load_key
+from foam.process import Process, run_process
+from foam.settings import Settings
+from foam.status import ProcessStatus
+
+if TYPE_CHECKING:
+    from broker.engine import BrokerEngine
+    from broker.session.base import WillFactory
+    from capability_schemas.functions import FunctionSpec
+    from registry.encoders.thread import EncoderThread
+
+__all__ = [
+    "ENGINES",
+    "engine_available",
+    "node_identity",
+    "run_broker",
+    "run_node",
+    "run_registry",
+    "run_router",
+]
+
+ENGINES: Final = ("embedded", "mosquitto", "nats")
+_WAITING_AFTER_S: Final = 3.0
+_WAITING_AGAIN_S: Final = 30.0
+_ACCESS_POLL_S: Final = 0.5
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+def _session(
+    member: Member, will: "WillFactory | None" = None, *, clean: bool = True
+) -> MqttSession:
+    """Make a member's session; its MQTT client id is the identity (PROTOCOL section 6)."""
+    return MqttSession(
+        settings=SessionSettings(
+            urls=(member.url,),
+            client_id=member.identity.id,
+            username=member.username,
+            password=member.password,
+            clean=clean,
+        ),
+        will=will,
+    )
+
+
+async def _connect(process: Process, session: MqttSession, url: str) -> None:
+    """Enter the session and wait for the broker, saying so when it takes long.
+
+    Raises:
+        AccessDenied: The broker refuses the identity.
+    """
+    await process.enter(session)
+    patience_s = _WAITING_AFTER_S
+    while True:
+        try:
+            await session.wait_connected(patience_s)
+        except BrokerUnavailable:
+            process.status.waiting(f"the broker {url} does not answer; waiting for it")
+            patience_s = _WAITING_AGAIN_S
+        else:
+            return
+
+
+async def run_broker(
+    settings: Settings, *, engine: str, host: str, port: int, status: ProcessStatus
+) -> int:
+    """Run a broker over the identities of the data folder until told to end.
+
+    Args:
+        settings: Data folder and site.
+        engine: One of `ENGINES`.
+        host: Address to listen on.
+        port: Port; 0 takes a free one.
+        status: Where readiness is reported.
+
+    Raises:
+        ConfigurationError: The port is in use, the program is missing, the folder unusable.
+        Unavailable: The broker ended by itself.
+    """
+    from broker.access.credentials import CredentialStore
+
+    folder = MeshFolder(settings.data).prepare()
+    store = CredentialStore(folder.credentials_file)
+    passwords = folder.passwords() if engine == "nats" else {}
+
+    async def assemble(process: Process) -> Mapping[str, Any]:
+        made = _engine(
+            engine, folder, host=host, port=port, site=settings.site, passwords=passwords
+        )
+        runner = await process.enter(_EngineRunner(made))
+        process.spawn(_follow_access(store, made, passwords, folder), name="access")
+        return {"url": runner.engine.url, "engine": engine}
+
+    return await run_process(Process(name="broker", assemble=assemble, status=status))
+
+
+class _EngineRunner:
+    """A broker engine whose end is an error, for this process exists for it alone."""
+
+    def __init__(self, engine: "BrokerEngine") -> None:
+        self.engine = engine
+        self._leaving = False
+
+    async def __aenter__(self) -> Self:
+        await self.engine.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._leaving = True
+        await self.engine.__aexit__(kind, error, trace)
+
+    async def wait(self) -> None:
+        code = await self.engine.wait()
+        if self._leaving:
+            return
+        raise Unavailable(f"the broker process ended by itself (status {code})")
+
+
+def _engine(
+    name: str,
+    folder: MeshFolder,
+    *,
+    host: str,
+    port: int,
+    site: str | None,
+    passwords: Mapping[str, str],
+) -> "BrokerEngine":
+    from broker.engine import EngineSettings
+
+    settings = EngineSettings(data_dir=folder.broker_data, host=host, port=port)
+    credentials, topics = folder.credentials(), Topics(site=site or DEFAULT_SITE)
+    if name == "mosquitto":
+        from broker.mosquitto import MosquittoBroker
+
+        return MosquittoBroker(settings=settings, credentials=credentials, topics=topics)
+    if name == "nats":
+        from broker.nats import NatsBroker
+
+        return NatsBroker(
+            settings=settings, credentials=credentials, topics=topics, passwords=passwords
+        )
+    from broker.embedded import EmbeddedBroker
+
+    return EmbeddedBroker(settings=settings, credentials=credentials, topics=topics)
+
+
+def engine_available(name: str) -> bool:
+    """Tell whether the program an engine needs is on this machine."""
+    from broker.engine import find_binary
+
+    program = {"mosquitto": "mosquitto", "nats": "nats-server"}.get(name)
+    return program is None or find_binary(program) is not None
+
+
+async def _follow_access(
+    store: Any, engine: "BrokerEngine", passwords: dict[str, str], folder: MeshFolder
+) -> None:
+    """Have the broker read its access files again when the credentials change."""
+    while True:
+        await asyncio.sleep(_ACCESS_POLL_S)
+        try:
+            if not await asyncio.to_thread(store.refresh):
+                continue
+            if passwords:
+                passwords.update(await asyncio.to_thread(folder.passwords))
+            await engine.reload_access()
+        except (ConfigurationError, BrokerUnavailable) as error:
+            _log.warning("broker.access_not_reloaded", error=error.message)
+        else:
+            _log.info("broker.access_reloaded", identities=len(store.identities()))
+
+
+async def _encoder(process: Process, settings: Settings) -> "EncoderThread":
+    from registry.encoders import load_encoder
+    from registry.encoders.thread import EncoderThread
+
+    return await process.enter(
+        EncoderThread(encoder=lambda: load_encoder(settings.encoder_backend, settings.encoder))
+    )
+
+
+async def run_registry(
+    settings: Settings, *, identity_file: Path | None, status: ProcessStatus
+) -> int:
+    """Run the registry until told to end.
+
+    Args:
+        settings: Data folder, broker, site, encoder.
+        identity_file: Its identity; that of the data folder when None.
+        status: Where readiness is reported.
+
+    Raises:
+        FoamError: It cannot start or go on.
+    """
+    from registry.service import RegistryService
+    from registry.store import SqliteStore
+
+    member = await asyncio.to_thread(
+        Member.resolve,
+        settings,
+        role=Role.REGISTRY,
+        default_id=REGISTRY_ID,
+        identity_file=identity_file,
+    )
+    folder = MeshFolder(settings.data).prepare()
+    credentials = folder.credentials()
+
+    def public_key(node: str) -> str | None:
+        credentials.refresh()
+        known = credentials.identities().get(node)
+        return known.public_key if known is not None and not known.disabled else None
+
+    async def assemble(process: Process) -> Mapping[str, Any]:
+        encoder = await _encoder(process, settings)
+        store = await process.enter(SqliteStore(path=folder.registry_database))
+        session = _session(member)
+        await _connect(process, session, member.url)
+        await process.enter(
+            RegistryService(
+                session=session,
+                topics=Topics(site=member.site),
+                store=store,
+                encoder=encoder,
+                key=load_key(member.identity, member.folder),
+                identities=public_key,
+                registry_id=member.identity.id,
+            )
+        )
+        return {"id": member.identity.id}
+
+    return await run_process(Process(name=member.identity.id, assemble=assemble, status=status))
+
+
+async def run_router(
+    settings: Settings, *, identity_file: Path | None, status: ProcessStatus
+) -> int:
+    """Run a router until told to end.
+
+    Args:
+        settings: Data folder, broker, site, encoder.
+        identity_file: Its identity; that of the data folder when None.
+        status: Where readiness is reported.
+
+    Raises:
+        FoamError: It cannot start or go on.
+    """
+    from registry.search import CapabilitySearch
+    from router.ledger import Ledger
+    from router.service import RouterService, router_will
+
+    member = await asyncio.to_thread(
+        Member.resolve,
+        settings,
+        role=Role.ROUTER,
+        default_id=ROUTER_ID,
+        identity_file=identity_file,
+    )
+    folder = MeshFolder(settings.data).prepare()
+    topics = Topics(site=member.site)
+    epoch = now_ms()
+
+    async def assemble(process: Process) -> Mapping[str, Any]:
+        encoder = await _encoder(process, settings)
+        ledger = await process.hold(Ledger(path=folder.router_database))
+        session = _session(
+            member,
+            will=lambda: router_will(topics, member.identity.id, epoch=epoch, at=now_ms()),
+            clean=False,  # tasks and answers that arrive while it restarts wait at the broker
+        )
+        router = RouterService(
+            session=session,
+            topics=topics,
+            search=CapabilitySearch(space=encoder.space),
+            encoder=encoder,
+            ledger=ledger,
+            router_id=member.identity.id,
+            epoch=epoch,
+        )
+        await _connect(process, session, member.url)
+        await process.enter(router)
+        return {"id": member.identity.id}
+
+    return await run_process(Process(name=member.identity.id, assemble=assemble, status=status))
+
+
+def node_identity(source: str | Path) -> str:
+    """Return the id that a node declaration asks for: its own, else the name of the file.
+
+    Raises:
+        ConfigurationError: It cannot be read.
+    """
+    text = str(source)
+    if text.endswith(".toml"):
+        import tomllib
+
+        try:
+            named = tomllib.loads(Path(text).read_text(encoding="utf-8")).get("node", {}).get("id")
+        except OSError as exc:
+            raise ConfigurationError(f"node file {text}: {exc.strerror or exc}", path=text) from exc
+        except ValueError as exc:
+            raise ConfigurationError(f"node file {text}: {exc}", path=text) from exc
+        if named is not None:
+            return str(named)
+    stem = Path(text).stem if text.endswith((".toml", ".py")) else text.rpartition(".")[2]
+    return stem.replace(" ", "-").replace(".", "-")
+
+
+async def run_node(
+    settings: Settings,
+    *,
+    source: str,
+    node_id: str | None,
+    identity_file: Path | None,
+    status: ProcessStatus,
+) -> int:
+    """Run a node agent until told to end; it drains before it goes.
+
+    Args:
+        settings: Data folder, broker, site; ``model`` replaces the model of its language functions.
+        source: Node file, Python file or module with its functions.
+        node_id: Its id; that of the declaration when None.
+        identity_file: Its identity; that of the data folder when None.
+        status: Where readiness is reported.
+
+    Raises:
+        ConfigurationError: The declaration, a function or the identity is not usable.
+        FoamError: It cannot go on.
+    """
+    from node_agent.agent import NodeAgent
+    from node_agent.declaration import load_declaration
+    from node_agent.settings import NodeSettings
+
+    declaration = load_declaration(source)
+    member = Member.resolve(
+        settings,
+        role=Role.NODE,
+        default_id=None if identity_file is not None else node_id or node_identity(source),
+        identity_file=identity_file,
+    )
+    if identity_file is not None and node_id not in {None, member.identity.id}:
+        raise Conflict(
+            f"--id {node_id} is not the identity {member.identity.id} of {identity_file}"
+        )
+    functions = [_with_model(spec, settings.model) for spec in declaration.functions]
+    agents: list[NodeAgent] = []
+    session = _session(member, will=lambda: agents[0].last_will() if agents else None)
+    agents.append(
+        NodeAgent(
+            session=session,
+            topics=Topics(site=member.site),
+            settings=NodeSettings(node=member.identity.id),
+            functions=functions,
+            key=load_key(member.identity, member.folder),
+        )
+    )
+
+    async def assemble(process: Process) -> Mapping[str, Any]:
+        await _connect(process, session, member.url)
+        await process.enter(agents[0])
+        return {"id": member.identity.id, "functions": [spec.name for spec in functions]}
+
+    process = Process(
+        name=member.identity.id,
+        assemble=assemble,
+        status=status,
+        stop_s=agents[0].stop_timeout_s + 5.0,
+    )
+    return await run_process(process)
+
+
+def _with_model(spec: "FunctionSpec", model: Path | None) -> "FunctionSpec":
+    """Put another model under a language function, without the phrasing for the shipped one."""
+    if model is None or spec.runtime != "llama_cpp":
+        return spec
+    options = {name: value for name, value in spec.options.items() if name != "prepare"}
+    return spec.model_copy(update={"model": str(model.expanduser().absolute()), "options": options})

@@ -1,0 +1,89 @@
+"""The benchmarks: each compares the mesh with a baseline measured in the same run.
+
+    python tests/benchmarks/run.py all
+    python tests/benchmarks/run.py round_trip first_token --brokers mosquitto embedded
+    python tests/benchmarks/run.py footprint --json out.json
+
+Verbs: ``round_trip``, ``first_token``, ``throughput``, ``footprint``, ``routing`` (which needs no
+mesh), ``all``. Tables go to stdout, the same numbers to ``--json``.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parents[1])]
+
+from benchmarks import (  # noqa: E402 - the test folders are no installed packages
+    agent_footprint,
+    first_token,
+    task_round_trip,
+    token_throughput,
+)
+from benchmarks.measure import BenchMesh, bench_mesh, machine, table  # noqa: E402
+from broker.mosquitto import MosquittoBroker  # noqa: E402
+from broker.nats import NatsBroker  # noqa: E402
+from foam.logging import configure_logging  # noqa: E402
+
+Measure = Callable[[BenchMesh], Awaitable[dict[str, Any]]]
+VERBS: dict[str, Measure] = {
+    "round_trip": task_round_trip.measure,
+    "first_token": first_token.measure,
+    "throughput": token_throughput.measure,
+    "footprint": agent_footprint.measure,
+}
+ONCE = ("footprint",)
+"""Benchmarks that do not depend on the broker run on the first one only."""
+
+
+def brokers_here() -> list[str]:
+    found = ["embedded"]
+    found += ["mosquitto"] if MosquittoBroker.available() else []
+    found += ["nats"] if NatsBroker.available() else []
+    return found
+
+
+async def run(verbs: list[str], brokers: list[str]) -> dict[str, list[dict[str, Any]]]:
+    rows: dict[str, list[dict[str, Any]]] = {verb: [] for verb in verbs}
+    for place, broker in enumerate(brokers):
+        async with bench_mesh(broker) as mesh:
+            for verb in verbs:
+                if place == 0 or verb not in ONCE:
+                    rows[verb].append(await VERBS[verb](mesh))
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Benchmarks of the mesh.")
+    parser.add_argument("verbs", nargs="+", choices=[*VERBS, "routing", "all"])
+    parser.add_argument("--brokers", nargs="+", default=None, help="default: all on this machine")
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    wanted = [*VERBS, "routing"] if "all" in options.verbs else options.verbs
+    configure_logging("error")
+    facts = machine()
+    print(json.dumps(facts))
+    rows = asyncio.run(run([v for v in wanted if v in VERBS], options.brokers or brokers_here()))
+    for verb, found in rows.items():
+        if found:
+            print(f"\n{table(verb, found)}")
+    if options.json is not None:
+        options.json.write_text(json.dumps({"machine": facts, **rows}, indent=1) + "\n")
+    if "routing" in wanted:
+        script = str(FOLDER / "routing_quality.py")
+        return subprocess.call(
+            [sys.executable, script],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2])},
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,69 @@
+"""``foam nodes``, ``functions``, ``explain``, ``admin``, ``doctor``."""
+
+import json
+
+import pytest
+
+from support.foam_process import FoamUp, run_foam
+
+pytestmark = [pytest.mark.e2e, pytest.mark.broker, pytest.mark.encoder]
+
+
+def _json(mesh: FoamUp, *arguments: str) -> dict:
+    done = run_foam(*arguments, "--data", str(mesh.data))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_nodes_and_functions_are_listed(mesh: FoamUp) -> None:
+    (node,) = _json(mesh, "nodes", "--json")["nodes"]
+    assert (node["node"], node["state"], node["live"]) == ("trial", "birth", True)
+    functions = _json(mesh, "functions", "--json")["functions"]
+    assert {row["function"] for row in functions} == {"broken", "count", "echo", "runs"}
+    table = run_foam("functions", "--data", str(mesh.data)).stdout.decode()
+    assert "Repeat the words of the task" in table
+
+
+def test_explain_shows_candidates_gates_and_choice(mesh: FoamUp) -> None:
+    told = _json(mesh, "explain", "count slowly to ten, please", "--json")
+    assert told["chosen"] == ["trial", "count"]
+    assert {row["function"] for row in told["candidates"]} >= {"count", "echo"}
+    shown = run_foam("explain", "count slowly to ten, please", "--data", str(mesh.data))
+    assert b"chosen: trial/count" in shown.stdout
+
+
+def test_cordon_and_uncordon(mesh: FoamUp) -> None:
+    assert _json(mesh, "admin", "cordon", "trial") == {"node": "trial", "cordoned": True}
+    refused = mesh.ask("say back what I said")
+    _json(mesh, "admin", "uncordon", "trial")
+    assert refused.returncode == 11
+    assert b"cordon" in refused.stderr
+    assert mesh.ask("say back what I said").returncode == 0
+
+
+def test_unknown_node_and_task(mesh: FoamUp) -> None:
+    for arguments in (["admin", "drain", "nobody"], ["admin", "task", "nothing"]):
+        done = run_foam(*arguments, "--data", str(mesh.data))
+        assert done.returncode == 11
+        assert b"is not known" in done.stderr
+
+
+def test_stats(mesh: FoamUp) -> None:
+    assert _json(mesh, "admin", "stats")["nodes"] == 1
+
+
+def test_doctor_finds_everything_a_running_mesh_needs(mesh: FoamUp) -> None:
+    done = run_foam("doctor", "--json", "--data", str(mesh.data))
+    checks = {check["what"]: check for check in json.loads(done.stdout)}
+    assert checks["mesh"]["verdict"] == "ok"
+    assert checks["encoder"]["verdict"] == "ok"
+
+
+def test_doctor_says_what_to_do(tmp_path) -> None:
+    done = run_foam(
+        "doctor", "--data", str(tmp_path), FOAM_MODEL=str(tmp_path / "no.gguf"), FOAM_ENCODER="/no"
+    )
+    assert done.returncode == 1
+    assert b"MISSING model" in done.stdout
+    assert b"do: set FOAM_MODEL" in done.stdout
+    assert b"MISSING encoder" in done.stdout

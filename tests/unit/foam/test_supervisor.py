@@ -1,0 +1,128 @@
+"""The supervisor over small scripts that play the part of ``foam`` processes."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from capability_schemas.errors import AccessDenied, ConfigurationError, Unavailable
+from foam.supervisor import ChildSpec, Facts, RestartPolicy, Supervisor
+
+READY = 'import json,sys; print(json.dumps({"status": "ready", "run": %s}), flush=True)\n'
+UNTIL_PARENT_ENDS = "sys.stdin.read()\n"
+QUICK = RestartPolicy(base_s=0.01, cap_s=0.02, limit=3)
+
+
+def _spec(folder: Path, code: str, *, name: str = "part", stop_s: float = 5.0) -> ChildSpec:
+    def command(facts: Facts | None) -> Sequence[str]:
+        run = 0 if facts is None else int(facts["run"]) + 1
+        return (sys.executable, "-S", "-c", code.replace("%s", str(run)))
+
+    return ChildSpec(
+        name=name,
+        command=command,
+        log=folder / f"{name}.log",
+        environment=dict(os.environ),
+        stop_s=stop_s,
+    )
+
+
+async def test_ready_facts_and_orderly_stop(tmp_path: Path) -> None:
+    async with Supervisor(notify=lambda _: None) as supervisor:
+        child = supervisor.add(_spec(tmp_path, READY + UNTIL_PARENT_ENDS))
+        assert await child.wait_ready() == {"run": 0}
+        process = psutil.Process(supervisor.pids["part"])
+    assert not process.is_running()
+
+
+async def test_a_crashed_child_comes_back_with_what_it_learned(tmp_path: Path, eventually) -> None:
+    told: list[str] = []
+    async with Supervisor(policy=QUICK, notify=told.append) as supervisor:
+        child = supervisor.add(_spec(tmp_path, READY + UNTIL_PARENT_ENDS))
+        await child.wait_ready()
+        os.kill(supervisor.pids["part"], signal.SIGKILL)
+        await eventually(lambda: child.facts == {"run": 1})
+    assert any("part ended (signal SIGKILL)" in sentence for sentence in told)
+
+
+async def test_crash_after_crash_gives_up_with_a_reason(tmp_path: Path) -> None:
+    async with Supervisor(policy=QUICK, notify=lambda _: None) as supervisor:
+        supervisor.add(_spec(tmp_path, "raise SystemExit(7)"))
+        with pytest.raises(Unavailable, match="part ended 3 times in a row, last with exit code 7"):
+            await supervisor.wait()
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"), [("ConfigurationError", ConfigurationError), ("AccessDenied", AccessDenied)]
+)
+async def test_what_no_restart_can_mend_is_not_restarted(
+    tmp_path: Path, kind: str, error: type[Exception]
+) -> None:
+    code = (
+        f'print(\'{{"status": "failed", "kind": "{kind}", "message": "no way"}}\', flush=True)\n'
+        "raise SystemExit(20)"
+    )
+    told: list[str] = []
+    async with Supervisor(policy=QUICK, notify=told.append) as supervisor:
+        supervisor.add(_spec(tmp_path, code))
+        with pytest.raises(error, match="part: no way"):
+            await supervisor.wait()
+    assert told == []
+
+
+async def test_one_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    deaf = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + READY
+    told: list[str] = []
+    async with Supervisor(notify=told.append) as supervisor:
+        child = supervisor.add(_spec(tmp_path, deaf + "while True: time.sleep(60)", stop_s=0.2))
+        await child.wait_ready()
+        process = psutil.Process(supervisor.pids["part"])
+    assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    assert any("is killed" in sentence for sentence in told)
+
+
+async def test_waiting_is_passed_on_and_stderr_goes_to_the_log(tmp_path: Path, eventually) -> None:
+    code = (
+        'import sys\nprint(\'{"status": "waiting", "message": "no broker"}\', flush=True)\n'
+        'print("detail", file=sys.stderr, flush=True)\nprint("noise", flush=True)\n'
+    )
+    told: list[str] = []
+    async with Supervisor(notify=told.append) as supervisor:
+        supervisor.add(_spec(tmp_path, code + UNTIL_PARENT_ENDS))
+        await eventually(lambda: told == ["part: no broker"])
+        await eventually(lambda: (tmp_path / "part.log").read_text() == "detail\n")
+
+
+async def test_last_started_is_first_stopped(tmp_path: Path) -> None:
+    order = tmp_path / "order"
+    code = (
+        "import signal, sys, pathlib\n"
+        "def end(*_):\n"
+        f"    with pathlib.Path({str(order)!r}).open('a') as f: f.write('NAME ')\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+    )
+    async with Supervisor(notify=lambda _: None) as supervisor:
+        for name in ("first", "second"):
+            part = code.replace("NAME", name) + READY + "signal.pause()"
+            await supervisor.add(_spec(tmp_path, part, name=name)).wait_ready()
+    assert order.read_text() == "second first "
+
+
+def test_back_off_is_capped_and_jittered() -> None:
+    policy = RestartPolicy(base_s=0.5, cap_s=15.0)
+    assert [policy.delay_s(crashes, 1.0) for crashes in (1, 2, 3, 9)] == [0.5, 1.0, 2.0, 15.0]
+    assert policy.delay_s(9, 0.0) == 0.0
+
+
+async def test_nothing_runs_after_a_start_that_was_cancelled(tmp_path: Path) -> None:
+    supervisor = Supervisor(notify=lambda _: None)
+    await supervisor.start()
+    supervisor.add(_spec(tmp_path, READY + UNTIL_PARENT_ENDS))
+    await asyncio.wait_for(supervisor.stop(), 10)
+    assert supervisor.pids == {}
