@@ -53,6 +53,8 @@ ENGINES: Final = ("embedded", "mosquitto", "nats")
 _WAITING_AFTER_S: Final = 3.0
 _WAITING_AGAIN_S: Final = 30.0
 _ACCESS_POLL_S: Final = 0.5
+_WARM_S: Final = 60.0
+"""How long a node's readiness waits for its warm instances, seconds: a large model takes a while."""
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
@@ -391,6 +393,8 @@ async def run_node(
     async def assemble(process: Process) -> Mapping[str, Any]:
         await _connect(process, session, member.url)
         await process.enter(agents[0])
+        if not await agents[0].wait_warm(_WARM_S):
+            _log.warning("node.still_warming", node=member.identity.id)
         return {"id": member.identity.id, "functions": [spec.name for spec in functions]}
 
     process = Process(

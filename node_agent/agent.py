@@ -118,6 +118,7 @@ class NodeAgent(Service):
             load=self._gauge.load,
             clock=clock,
         )
+        self._warming: list[asyncio.Task[None]] = []
         self._cut_off: asyncio.TimerHandle | None = None
         self._unlisten: Callable[[], None] | None = None
 
@@ -157,6 +158,22 @@ class NodeAgent(Service):
             self._executor.accepting = True
             self._announcer.set_state("birth")
 
+    async def wait_warm(self, timeout_s: float) -> bool:
+        """Wait until the first instances of all ``warm`` functions have started, or failed to.
+
+        Tasks are taken meanwhile; they wait for the instance. Cancellation is safe.
+
+        Args:
+            timeout_s: Longest wait, seconds.
+
+        Returns:
+            Whether nothing was left to wait for.
+        """
+        if not self._warming:
+            return True
+        _, pending = await asyncio.wait(self._warming, timeout=timeout_s)
+        return not pending
+
     async def _on_start(self) -> None:
         node = self._settings.node
         await self._pool.start()
@@ -173,9 +190,11 @@ class NodeAgent(Service):
         )
         self._unlisten = self._session.on_connection(self._on_connection)
         await self._announcer.start()
-        for spec in self._functions.values():
-            if spec.warm:
-                self.spawn(self._warm(spec), name=f"warm.{spec.name}")
+        self._warming = [
+            self.spawn(self._warm(spec), name=f"warm.{spec.name}")
+            for spec in self._functions.values()
+            if spec.warm
+        ]
         _log.info("node.started", node=node, functions=sorted(self._functions), epoch=self.epoch)
 
     async def _on_stop(self) -> None:

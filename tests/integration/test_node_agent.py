@@ -593,3 +593,17 @@ async def test_over_a_real_broker_with_its_access_rules(embedded_site, eventuall
 
 def is_terminal(events):
     return events[-1]["event"] in ("result", "error")
+
+
+async def test_waiting_for_warm_functions_ends_when_their_instances_run(make_agent, router):
+    loads = []
+
+    async def on_load(message):
+        loads.append(json.loads(message.payload)["functions"])
+
+    await router.session.subscribe(router.topics.filter(TopicKind.NODE_LOAD), on_load)
+    functions = (python("add", warm=True), python("words"), python("missing", warm=True))
+    async with make_agent(functions) as agent:
+        assert await agent.wait_warm(20.0), "a function that cannot start must not hold the others"
+        await router.eventually(lambda: loads and loads[-1]["add"]["instances"] == 1)
+        assert loads[-1]["words"]["instances"] == 0
