@@ -4,8 +4,8 @@
     python tests/benchmarks/run.py round_trip first_token --brokers mosquitto embedded
     python tests/benchmarks/run.py footprint --json out.json
 
-Verbs: ``round_trip``, ``first_token``, ``throughput``, ``footprint``, ``routing`` (which needs no
-mesh), ``all``. Tables go to stdout, the same numbers to ``--json``.
+Verbs: ``round_trip``, ``first_token``, ``throughput``, ``footprint``, ``brokers`` and ``routing``
+(these two need no mesh), ``all``. Tables go to stdout, the same numbers to ``--json``.
 """
 
 import argparse
@@ -23,6 +23,7 @@ sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parents[1])]
 
 from benchmarks import (  # noqa: E402 - the test folders are no installed packages
     agent_footprint,
+    broker_throughput,
     first_token,
     task_round_trip,
     token_throughput,
@@ -62,15 +63,17 @@ async def run(verbs: list[str], brokers: list[str]) -> dict[str, list[dict[str, 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Benchmarks of the mesh.")
-    parser.add_argument("verbs", nargs="+", choices=[*VERBS, "routing", "all"])
+    parser.add_argument("verbs", nargs="+", choices=[*VERBS, "brokers", "routing", "all"])
     parser.add_argument("--brokers", nargs="+", default=None, help="default: all on this machine")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
-    wanted = [*VERBS, "routing"] if "all" in options.verbs else options.verbs
+    wanted = [*VERBS, "brokers", "routing"] if "all" in options.verbs else options.verbs
     configure_logging("error")
     facts = machine()
     print(json.dumps(facts))
     rows = asyncio.run(run([v for v in wanted if v in VERBS], options.brokers or brokers_here()))
+    if "brokers" in wanted:
+        rows["brokers"] = asyncio.run(broker_throughput.measure())
     for verb, found in rows.items():
         if found:
             print(f"\n{table(verb, found)}")
