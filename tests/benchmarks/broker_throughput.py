@@ -1,8 +1,7 @@
 """Brokers side by side: messages a second and round trips, with access rules in force on all.
 
-The load comes from a lean client of a hundred lines (one ``asyncio.Protocol``, writes gathered per
-loop turn), so that the brokers are compared and not a client library. Stock amqtt runs with the same
-access table as plugins. Rounds are interleaved: every round measures every broker once.
+The load comes from a lean client (one ``asyncio.Protocol``), so that the brokers are compared and not
+a client library. Stock amqtt runs with the same access table as plugins. Rounds are interleaved: every round measures every broker once.
 """
 
 import asyncio
@@ -42,7 +41,7 @@ class LoadClient(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         _, client = await loop.create_connection(cls, "127.0.0.1", port)
         client.write(connect_packet(identity, username=identity, password=password))
-        await client.until(lambda: client.acked > 0)  # CONNACK counts as the first answer
+        await client.until(acked=1)  # CONNACK counts as the first answer
         return client
 
     def write(self, data: bytes) -> None:
@@ -50,16 +49,17 @@ class LoadClient(asyncio.Protocol):
             raise ConnectionError("not connected")
         self.transport.write(data)
 
-    async def until(self, reached: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
+    async def until(self, *, received: int = 0, acked: int = 0, timeout_s: float = 60.0) -> None:
+        """Wait until both counters have come that far."""
         async with asyncio.timeout(timeout_s):
-            while not reached():
+            while self.received < received or self.acked < acked:
                 self.progress.clear()
                 await self.progress.wait()
 
     async def subscribe(self, topic: str) -> None:
-        answered = self.acked
+        due = self.acked + 1
         self.write(packet(0x82, b"\x00\x01" + text(topic) + b"\x01"))
-        await self.until(lambda: self.acked > answered)
+        await self.until(acked=due)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if isinstance(transport, asyncio.Transport):
@@ -119,12 +119,10 @@ class Pair:
         for sent in range(0, count, WINDOW):
             publisher.write(b"".join(self._publish(qos) for _ in range(WINDOW)))
             if qos:
-                await publisher.until(lambda due=acked + sent: publisher.acked >= due)  # type: ignore[misc]  # the default binds the loop value
+                await publisher.until(acked=acked + sent)
             else:
-                await subscriber.until(
-                    lambda due=first + sent - 2 * WINDOW: subscriber.received >= due
-                )  # type: ignore[misc]  # as above
-        await subscriber.until(lambda: subscriber.received >= first + count)
+                await subscriber.until(received=first + sent - 2 * WINDOW)
+        await subscriber.until(received=first + count)
         return count / (time.perf_counter() - started)
 
     async def one_way_ms(self, count: int) -> float:
@@ -134,7 +132,7 @@ class Pair:
             due = self._subscriber.received + 1
             started = time.perf_counter()
             self._publisher.write(self._publish(1))
-            await self._subscriber.until(lambda due=due: self._subscriber.received >= due)  # type: ignore[misc]  # as above
+            await self._subscriber.until(received=due)
             times.append((time.perf_counter() - started) * 1000)
         return p50(times)
 
