@@ -1,7 +1,8 @@
 """Brokers side by side: messages a second and round trips, with access rules in force on all.
 
-The load comes from a lean client (one ``asyncio.Protocol``), so that the brokers are compared and not
-a client library. Stock amqtt runs with the same access table as plugins. Rounds are interleaved: every round measures every broker once.
+The load comes from a lean client (one ``asyncio.Protocol``), so that the brokers are compared and
+not a client library. Stock amqtt runs with the same access table as plugins. Rounds are
+interleaved: every round measures every broker once.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
