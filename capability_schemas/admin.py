@@ -1,11 +1,14 @@
 """Administration and enrolment messages, and the events components publish about themselves."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from capability_schemas.errors import InvalidTask, MalformedPayload
 from capability_schemas.ids import Identifier
-from capability_schemas.wire import WireModel
+from capability_schemas.wire import WireModel, decode
+
+ADMIN_LIMIT_BYTES: Final = 64 * 1024
 
 
 class AdminRequest(WireModel):
@@ -20,6 +23,22 @@ class AdminRequest(WireModel):
     id: Identifier
     verb: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z_]{0,31}$")]
     args: dict[str, Any] = Field(default_factory=dict)
+
+
+def decode_admin_request(payload: bytes) -> AdminRequest:
+    """Turn what an administrator published into a request.
+
+    Args:
+        payload: Raw bytes, at most 64 KiB.
+
+    Raises:
+        TooLarge: Longer than that.
+        InvalidTask: Malformed, or a field is missing or of the wrong type; ``detail`` names it.
+    """
+    try:
+        return decode(AdminRequest, payload, limit_bytes=ADMIN_LIMIT_BYTES)
+    except MalformedPayload as error:
+        raise InvalidTask(error.message, **error.detail) from error
 
 
 class EnrollRequest(WireModel):

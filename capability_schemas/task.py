@@ -1,6 +1,7 @@
 """Tasks and what a client may say about them afterwards (PROTOCOL section 2)."""
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -17,6 +18,12 @@ MAX_TIMEOUT_MS: Final = 24 * 3_600_000
 
 DataClass = Literal["public", "internal", "private"]
 Collaboration = Literal["never", "auto", "plan", "panel"]
+_SKIMMED_BYTES: Final = 4096
+_PLAIN: Final = rb'\s*"[a-z_]{1,32}"\s*:\s*(?:"[^"\\]{0,256}"|[-+.0-9eE]{1,32}|true|false|null)\s*'
+_ID: Final = rb'\s*"id"\s*:\s*"([A-Za-z0-9_-]{1,64})"\s*'
+_ID_AHEAD: Final = re.compile(rb"\s*\{(?:" + _PLAIN + rb",)*?" + _ID + rb"[,}]")
+_ID_BEHIND: Final = re.compile(rb"," + _ID + rb"(?:," + _PLAIN + rb")*\}\s*\Z")
+
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
@@ -35,8 +42,8 @@ class TaskPolicy(WirePart):
 
     zones: tuple[ShortText, ...] | None = None
     data: DataClass | None = None
-    max_cost: Annotated[float, Field(ge=0)] | None = None
-    local_only: bool = False
+    max_cost: Annotated[float, Field(ge=0, strict=True)] | None = None
+    local_only: Annotated[bool, Field(strict=True)] = False
     grants: tuple[ShortText, ...] = ()
 
 
@@ -99,7 +106,7 @@ class ResumeRequest(WireModel):
     """
 
     task: Identifier
-    from_seq: Annotated[int, Field(ge=0)] = 0
+    from_seq: Annotated[int, Field(ge=0, strict=True)] = 0
 
 
 def peek_task_id(payload: bytes) -> str | None:
@@ -117,6 +124,26 @@ def peek_task_id(payload: bytes) -> str | None:
         return None
     found = value.get("id") if isinstance(value, dict) else None
     return found if is_identifier(found) else None
+
+
+def skim_task_id(payload: bytes) -> str | None:
+    """Return the id of a task that is too large to be parsed, so that its sender hears of it.
+
+    Only the ends of the payload are looked at: the first members of the object as far as they are
+    plain values, and the last ones. An id between two large members is not found.
+
+    Args:
+        payload: Raw bytes of any size.
+
+    Returns:
+        The ``id`` field where one of the ends holds a well-formed one, else None.
+    """
+    found = _ID_AHEAD.match(payload[:_SKIMMED_BYTES]) or _ID_BEHIND.search(
+        payload[-_SKIMMED_BYTES:]
+    )
+    return (
+        found.group(1).decode() if found and payload[:_SKIMMED_BYTES].lstrip()[:1] == b"{" else None
+    )
 
 
 def decode_task(payload: bytes, *, limit_bytes: int = TASK_LIMIT_BYTES) -> Task:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import structlog
 
 from broker.session.base import Message, Session
-from capability_schemas.admin import AdminRequest
+from capability_schemas.admin import ADMIN_LIMIT_BYTES, AdminRequest, decode_admin_request
 from capability_schemas.errors import (
     Conflict,
     FoamError,
@@ -16,14 +16,14 @@ from capability_schemas.errors import (
     ProtocolError,
 )
 from capability_schemas.reply import ErrorEvent, Result
+from capability_schemas.task import peek_task_id
 from capability_schemas.topics import TopicKind, Topics
-from capability_schemas.wire import decode, encode
+from capability_schemas.wire import encode
 from registry.catalog import Catalog
 from registry.store import SqliteStore
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-_REQUEST_LIMIT_BYTES: Final = 64 * 1024
 _HISTORY_LIMIT: Final = 1_000
 
 
@@ -67,26 +67,42 @@ class RegistryAdmin:
 
     async def answer(self, message: Message) -> None:
         """Answer a request on ``reply/{client}/{id}/{registry}``; without an id, drop it."""
+        if message.retain:
+            return  # obeyed when it was published; a kept copy comes with every connection
         try:
             client = self._topics.parse(message.topic).levels["client"]
-            request = decode(AdminRequest, message.payload, limit_bytes=_REQUEST_LIMIT_BYTES)
         except ProtocolError as exc:
-            self._counts["bad_requests"] += 1
-            _log.warning("registry.bad_request", topic=message.topic, error=exc.message)
+            self._refuse_silently(message, exc)
             return
+        try:
+            request = decode_admin_request(message.payload)
+        except ProtocolError as exc:
+            task = peek_task_id(message.payload[:ADMIN_LIMIT_BYTES])
+            if task is None:
+                self._refuse_silently(message, exc)
+            else:
+                self._say(client, ErrorEvent.from_error(exc, task=task, at=self._clock()))
+            return
+        self._say(client, await self._ask(request))
+
+    def _refuse_silently(self, message: Message, error: ProtocolError) -> None:
+        self._counts["bad_requests"] += 1
+        _log.warning("registry.bad_request", topic=message.topic, error=error.message)
+
+    async def _ask(self, request: AdminRequest) -> Result | ErrorEvent:
         now = self._clock()
-        event: Result | ErrorEvent
         try:
             verb = self._verbs.get(request.verb)
             if verb is None:
                 known = ", ".join(sorted(self._verbs))
                 raise InvalidTask(f"unknown verb {request.verb!r}: this registry knows {known}")
-            event = Result(
-                task=request.id, at=now, seq=0, output=await verb(request.args), node=self._id
-            )
+            output = await verb(request.args)
         except FoamError as exc:
-            event = ErrorEvent.from_error(exc, task=request.id, at=now)
-        topic = self._topics.build(TopicKind.REPLY, client=client, task=request.id, source=self._id)
+            return ErrorEvent.from_error(exc, task=request.id, at=now)
+        return Result(task=request.id, at=now, seq=0, output=output, node=self._id)
+
+    def _say(self, client: str, event: Result | ErrorEvent) -> None:
+        topic = self._topics.build(TopicKind.REPLY, client=client, task=event.task, source=self._id)
         try:
             self._session.post(topic, encode(event))
         except FoamError as exc:

@@ -100,9 +100,15 @@ class AdminDesk:
         return {"functions": [self._describe_function(record, now) for record in records]}
 
     async def _explain(self, args: dict[str, Any]) -> Answer:
-        """Choose for a task without running it: ``{"text": …}`` or ``{"task": {…}}``."""
-        _only(args, "text", "task")
+        """Choose for a task without running it, or tell how one was chosen for.
+
+        The first for ``{"text": …}`` or ``{"task": {…}}``, the second for ``{"task": id}``, with
+        ``client`` where several have used that id.
+        """
+        _only(args, "text", "task", "client")
         fields = args.get("task", {"text": args.get("text")})
+        if isinstance(fields, str):
+            return await self._task({"id": fields, "client": args.get("client")})
         try:
             task = Task.model_validate(fields)
         except ValidationError as exc:

@@ -66,7 +66,7 @@ class LiveTask:
     Attributes:
         arrival: What the client wants.
         machine: Its state.
-        explanation: Why it went where it went.
+        explanation: Why it went where it went, until that is in the journal.
         held_by: Node that has it, as counted in the fleet.
         noted_seq: ``next_seq`` as journaled.
         wake_at: Its entry in the clock, UTC milliseconds.
@@ -74,7 +74,7 @@ class LiveTask:
 
     arrival: Arrival
     machine: TaskMachine
-    explanation: dict[str, Any] | None = None
+    explanation: Callable[[], dict[str, Any]] | None = None
     held_by: str | None = None
     noted_seq: int = 0
     wake_at: int | None = None
@@ -133,6 +133,7 @@ class Dispatcher:
         self._live: dict[Key, LiveTask] = {}
         self._alarms: list[tuple[int, Key]] = []
         self._alarm_set = asyncio.Event()
+        self._informed = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._live)
@@ -142,6 +143,10 @@ class Dispatcher:
         return self._live.get(key)
 
     # ---- events in
+
+    def be_informed(self) -> None:
+        """Start to choose nodes: what is known of the mesh is complete."""
+        self._informed.set()
 
     def take(self, arrival: Arrival) -> None:
         """Take a task whose key is not live.
@@ -240,12 +245,16 @@ class Dispatcher:
     # ---- one task
 
     async def _start(self, live: LiveTask) -> None:
-        """Journal and embed at the same time, then choose."""
+        """Journal and embed at the same time, then choose.
+
+        Choosing waits for the journal, so that of a burst each task sees where the last one went.
+        """
         async with asyncio.TaskGroup() as group:
             embedding = group.create_task(
                 self._embed(live), name=f"router.Dispatcher[{self._router_id}].embed"
             )
             await self._journal(live)
+        await self._informed.wait()
         if self._live.get(live.arrival.key) is live:
             self._choose(live, embedding.result())
 
@@ -294,11 +303,12 @@ class Dispatcher:
             _log.error("task.selection_failed", task=live.arrival.task_id, exc_info=error)
             self._feed(live, Chosen((), FoamError("the router failed to select a node")))
             return
-        live.explanation = selection.explanation
+        live.explanation = selection.explain
         self._feed(live, Chosen(selection.choices, selection.problem))
 
     async def _choose_again(self, live: LiveTask) -> None:
         vector = await self._embed(live)
+        await self._informed.wait()
         if self._live.get(live.arrival.key) is live:
             self._choose(live, vector)
 
@@ -342,14 +352,8 @@ class Dispatcher:
 
     def _invoke(self, live: LiveTask, action: Invoke) -> None:
         arrival, choice, now = live.arrival, action.choice, self._clock()
-        self._note_explanation(live)
-        self._ledger.note_route(
-            arrival.key,
-            node=choice.node,
-            function=choice.function,
-            version=choice.version,
-            attempt=action.attempt,
-        )
+        # The journal hears of it when the session has written: nobody waits for that.
+        asyncio.get_running_loop().call_soon(self._note_route, live, action)
         try:
             self._session.post(
                 self._topics.build(TopicKind.INVOKE, node=choice.node),
@@ -375,6 +379,17 @@ class Dispatcher:
             reason=choice.reason,
         )
         self._replies.say(arrival.reply, routed)
+
+    def _note_route(self, live: LiveTask, action: Invoke) -> None:
+        choice = action.choice
+        self._ledger.note_route(
+            live.arrival.key,
+            node=choice.node,
+            function=choice.function,
+            version=choice.version,
+            attempt=action.attempt,
+        )
+        self._note_explanation(live)
 
     def _invocation(self, arrival: Arrival, action: Invoke, now: int) -> Invocation:
         task = arrival.task
@@ -450,7 +465,7 @@ class Dispatcher:
 
     def _note_explanation(self, live: LiveTask) -> None:
         if live.explanation is not None:
-            self._ledger.note_explanation(live.arrival.key, live.explanation)
+            self._ledger.note_explanation(live.arrival.key, live.explanation())
             live.explanation = None
 
     def _hold(self, live: LiveTask, node: str | None) -> None:

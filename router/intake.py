@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from capability_schemas.errors import FoamError, InvalidTask, TooLarge
 from capability_schemas.ids import is_identifier, new_uuid7
-from capability_schemas.task import FunctionRef, Task, decode_task, peek_task_id
+from capability_schemas.task import FunctionRef, Task, decode_task, peek_task_id, skim_task_id
 from capability_schemas.topics import TopicKind, Topics
 
 _REPLY_LEVELS = 3
@@ -98,8 +98,7 @@ class Intake:
         try:
             task = decode_task(payload, limit_bytes=self._limit_bytes)
         except TooLarge as error:
-            # A payload beyond the limit is not parsed, not even for its id.
-            return self._refusal(client, None, error, now)
+            return self._refusal(client, skim_task_id(payload), error, now)
         except FoamError as error:
             return self._refusal(client, peek_task_id(payload), error, now)
         try:
@@ -125,8 +124,8 @@ class Intake:
             InvalidTopic: Not a task topic of this site.
         """
         client = self._topics.parse(topic).levels["client"]
-        small = len(payload) <= self._limit_bytes
-        return self._refusal(client, peek_task_id(payload) if small else None, error, now)
+        find_id = peek_task_id if len(payload) <= self._limit_bytes else skim_task_id
+        return self._refusal(client, find_id(payload), error, now)
 
     def reply_topic(self, client: str, task_id: str) -> str:
         """Return the usual reply topic of a task, without its last level."""

@@ -193,8 +193,12 @@ class Ledger:
 
     def note_explanation(self, key: tuple[str, str], explanation: dict[str, Any]) -> None:
         """Write why it went where it went; does not wait."""
-        text = json.dumps(explanation, separators=(",", ":"))
-        self._tell("UPDATE tasks SET explanation = ? WHERE client = ? AND id = ?", (text, *key))
+
+        def work(db: sqlite3.Connection) -> None:
+            text = json.dumps(explanation, separators=(",", ":"))
+            db.execute("UPDATE tasks SET explanation = ? WHERE client = ? AND id = ?", (text, *key))
+
+        self._note(work)
 
     def note_shown(self, key: tuple[str, str], next_seq: int) -> None:
         """Write how much the client has been shown; does not wait."""
@@ -318,8 +322,11 @@ class Ledger:
         return answer
 
     def _tell(self, sql: str, values: tuple[Any, ...]) -> None:
+        self._note(lambda db: db.execute(sql, values).rowcount)
+
+    def _note(self, work: _Work) -> None:
         try:
-            future = self._submit(lambda db: db.execute(sql, values).rowcount)
+            future = self._submit(work)
         except (Overloaded, Unavailable) as error:
             _log.warning("ledger.note_lost", error=error.message)
             return

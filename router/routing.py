@@ -18,6 +18,7 @@ from router.catalogue import Fleet
 from router.selection import Offer, Request, Selection, select
 from router.settings import RouterSettings
 
+_MEANT: Final = 0.4
 _SESSIONS: Final = 10_000
 
 
@@ -153,9 +154,10 @@ class TaskRouting:
     def _unknown(self, function: FunctionRef) -> Selection:
         """Nobody has a function of that name: name those that sound like it."""
         names = sorted({record.function for record in self._fleet.records.values()})
-        close = difflib.get_close_matches(
-            function.name, names, n=self._settings.nearest, cutoff=0.4
-        )
+        near = difflib.get_close_matches(
+            function.name, names, n=max(1, self._settings.nearest), cutoff=0.0
+        )[: self._settings.nearest]
+        close = difflib.get_close_matches(function.name, near, cutoff=_MEANT)
         misses: list[dict[str, Any]] = [
             {
                 "function": record.function,
@@ -165,7 +167,7 @@ class TaskRouting:
                 ),
                 "reason": "another name",
             }
-            for name in close
+            for name in near
             for record in self._fleet.named(name)[:1]
         ]
         hint = f"; did you mean {', '.join(close)}?" if close else ""
@@ -178,4 +180,4 @@ class TaskRouting:
             "problem": {"code": problem.code.value, "message": problem.message},
             "candidates": [],
         }
-        return Selection(choices=(), problem=problem, explanation=explanation)
+        return Selection(choices=(), problem=problem, explain=lambda: explanation)

@@ -12,7 +12,7 @@ similar: better a clear ``overloaded`` than an answer from the wrong function.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,12 +119,17 @@ class Selection:
     Attributes:
         choices: Candidates, best first.
         problem: Why there are none.
-        explanation: Every candidate with every gate and term, as JSON.
+        explain: Makes the explanation, which a task need not wait for.
     """
 
     choices: tuple[Choice, ...]
     problem: FoamError | None
-    explanation: dict[str, Any]
+    explain: Callable[[], dict[str, Any]]
+
+    @property
+    def explanation(self) -> dict[str, Any]:
+        """Every candidate with every gate and term, as JSON."""
+        return self.explain()
 
 
 def select(
@@ -159,21 +164,24 @@ def select(
     ranked = _rank(relevant, weights)
     problem = None if ranked else _problem(request, judged, relevant, threshold, nearest)
     judged.sort(key=lambda one: (one.verdict != "candidate", -one.offer.sim, -one.value))
-    return Selection(
-        choices=tuple(_choice(one, len(ranked)) for one in ranked),
-        problem=problem,
-        explanation={
+
+    def explain() -> dict[str, Any]:
+        best = ranked[0].offer.record if ranked else None
+        return {
             "by": "name" if request.function else "meaning",
             "threshold": _short(threshold),
             "weights": weights.model_dump(),
-            "chosen": [ranked[0].offer.record.node, ranked[0].offer.record.function]
-            if ranked
-            else None,
+            "chosen": [best.node, best.function] if best else None,
             "problem": {"code": problem.code.value, "message": problem.message}
             if problem
             else None,
             "candidates": [one.describe() for one in judged],
-        },
+        }
+
+    return Selection(
+        choices=tuple(_choice(one, len(ranked)) for one in ranked),
+        problem=problem,
+        explain=explain,
     )
 
 

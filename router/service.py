@@ -8,14 +8,14 @@ import structlog
 
 from broker.lifecycle import Service
 from broker.session.base import Handler, Message, Session, Will
-from capability_schemas.admin import AdminRequest
+from capability_schemas.admin import ADMIN_LIMIT_BYTES, AdminRequest, decode_admin_request
 from capability_schemas.capability import CatalogRecord
 from capability_schemas.errors import FoamError, Overloaded, ProtocolError
 from capability_schemas.ids import now_ms
 from capability_schemas.invocation import Report
 from capability_schemas.node import NodeLoad, NodeState, Presence, RouterState
 from capability_schemas.reply import ErrorEvent, Result
-from capability_schemas.task import CancelRequest, ResumeRequest
+from capability_schemas.task import CancelRequest, ResumeRequest, peek_task_id
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import DEFAULT_LIMIT_BYTES, Model, decode, encode
 from registry.search import CapabilitySearch
@@ -137,6 +137,7 @@ class RouterService(Service):
             clock=clock,
         )
         self._catalogue_changed = asyncio.Event()
+        self._heard = 0
         self._listening = False
         self._ready = asyncio.Event()
         self._forget_connection: Callable[[], None] | None = None
@@ -151,6 +152,7 @@ class RouterService(Service):
         await self.listen()
         self._session.announce(self._state_topic, self._birth)
         self.spawn(self.dispatcher.keep_time(), name="clock")
+        self.spawn(self._get_informed(), name="inform")
         self.spawn(self._sweep(), name="sweep")
         self.spawn(self._calibrate(), name="calibrate")
         for entry in untold:
@@ -201,19 +203,36 @@ class RouterService(Service):
             (self._topics.filter(TopicKind.NODE_LOAD), self._on_node_load, 0),
             (self._topics.filter(TopicKind.REPORT, router=own), self._on_report, 1),
             (self._topics.filter(TopicKind.REPLY), self._on_reply, 1),
-            (self._topics.filter(TopicKind.ADMIN, target=own), self._on_admin, 1),
-            (self._topics.filter(TopicKind.CANCEL), self._on_cancel, 1),
-            (self._topics.filter(TopicKind.RESUME), self._on_resume, 1),
-            (self._topics.filter(TopicKind.TASK), self._on_task, 1),
+            (self._topics.filter(TopicKind.ADMIN, target=own), self._fresh(self._on_admin), 1),
+            (self._topics.filter(TopicKind.CANCEL), self._fresh(self._on_cancel), 1),
+            (self._topics.filter(TopicKind.RESUME), self._fresh(self._on_resume), 1),
+            (self._topics.filter(TopicKind.TASK), self._fresh(self._on_task), 1),
         ]
+        tasks = filters[-1][0]
         for topic_filter, handler, qos in filters:
             await self._session.subscribe(
                 topic_filter,
                 self._when_ready(handler),
                 qos=qos,
                 queue_limit=self._settings.queue_limit,
-                on_overflow=self._on_task_overflow if handler == self._on_task else None,
+                on_overflow=self._on_task_overflow if topic_filter == tasks else None,
             )
+
+    def _fresh(self, handler: Handler) -> Handler:
+        """Pass over commands that a client had the broker keep.
+
+        The first delivery of such a message, which is not marked, was obeyed; the kept copy comes
+        again with every subscription, and would have the task run at each start of the router.
+        """
+
+        async def handle(message: Message) -> None:
+            if message.retain:
+                self.stats.dropped["retained"] += 1
+                _log.info("command.retained", topic=message.topic)
+                return
+            await handler(message)
+
+        return handle
 
     def _when_ready(self, handler: Handler) -> Handler:
         async def handle(message: Message) -> None:
@@ -222,6 +241,22 @@ class RouterService(Service):
             await handler(message)
 
         return handle
+
+    async def _get_informed(self) -> None:
+        """Have nodes chosen once the mesh is known.
+
+        A persistent session hands over the tasks that waited for it before the catalogue, which
+        is sent again on the subscriptions: judged at once, they would find nobody.
+        """
+        loop = asyncio.get_running_loop()
+        latest = loop.time() + self._settings.settle_ms / 1000
+        while (left_s := latest - loop.time()) > 0:
+            heard = self._heard
+            await asyncio.sleep(min(left_s, self._settings.quiet_ms / 1000))
+            if heard == self._heard and self.fleet.records:
+                break
+        self.dispatcher.be_informed()
+        _log.info("router.informed", functions=len(self.fleet.records))
 
     async def _sweep(self) -> None:
         """Look for silent nodes and keep the ledger in order, until cancelled."""
@@ -310,6 +345,8 @@ class RouterService(Service):
         self._replies.refuse(reply, task_id, error)
 
     def _on_task_overflow(self, message: Message) -> None:
+        if message.retain:
+            return  # a kept copy, see _fresh
         error = Overloaded("the router has no room for the task", retry_after_ms=_OVERFLOW_RETRY_MS)
         try:
             refusal = self._intake.refuse(message.topic, message.payload, error, self._clock())
@@ -360,6 +397,7 @@ class RouterService(Service):
         self.dispatcher.report(report)
 
     async def _on_node_state(self, message: Message) -> None:
+        self._heard += 1
         node = self._level(message, "node")
         if node is None:
             return
@@ -384,6 +422,7 @@ class RouterService(Service):
             self.dispatcher.node_gone(load.node, lost)
 
     async def _on_catalog(self, message: Message) -> None:
+        self._heard += 1
         node, function = self._level(message, "node"), self._level(message, "function")
         if node is None or function is None:
             return
@@ -405,9 +444,17 @@ class RouterService(Service):
 
     async def _on_admin(self, message: Message) -> None:
         client = self._level(message, "client")
-        request = self._read(AdminRequest, message)
-        if client is not None and request is not None:
-            self.spawn(self._administer(client, request), name="admin")
+        if client is None:
+            return
+        try:
+            request = decode_admin_request(message.payload)
+        except ProtocolError as error:
+            self.stats.dropped["decode"] += 1
+            task = peek_task_id(message.payload[:ADMIN_LIMIT_BYTES])
+            if task is not None:
+                self._replies.refuse(self._intake.reply_topic(client, task), task, error)
+            return
+        self.spawn(self._administer(client, request), name="admin")
 
     async def _administer(self, client: str, request: AdminRequest) -> None:
         reply = self._intake.reply_topic(client, request.id)

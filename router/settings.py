@@ -54,7 +54,9 @@ class RouterSettings(BaseModel):
         cancel_grace_ms: How long a node has to end a cancelled task itself.
         deadline_grace_ms: How long it has to say that the deadline has passed.
         finish_grace_ms: How long a final event may lag behind the report of it.
-        settle_ms: How long a restarted router listens before it takes up unfinished tasks.
+        settle_ms: How long a restarted router listens before it takes up unfinished tasks, and at
+            most before it chooses a node for the first time.
+        quiet_ms: Catalogue and presence count as complete when nothing has come for so long.
         heartbeat_s: Interval of a node's load where its birth names none.
         missed_heartbeats: So many missed in a row mean that the node is gone.
         sweep_s: Interval of liveness checks and housekeeping.
@@ -82,6 +84,7 @@ class RouterSettings(BaseModel):
     deadline_grace_ms: Milliseconds = 300
     finish_grace_ms: Milliseconds = 1_000
     settle_ms: Milliseconds = 1_500
+    quiet_ms: Milliseconds = 250
     heartbeat_s: Annotated[float, Field(gt=0)] = 5.0
     missed_heartbeats: Annotated[int, Field(ge=1)] = 3
     sweep_s: Annotated[float, Field(gt=0)] = 0.5

@@ -20,8 +20,7 @@ class Message:
         topic: Topic name.
         payload: Its bytes; may be empty.
         qos: Quality of service it was delivered with, 0 or 1.
-        retain: Whether the broker sent it as a kept message. Some brokers also set it on
-            messages held for an absent session, so it never carries meaning on a command.
+        retain: Whether the broker sent it as a kept message, because of a new subscription.
     """
 
     topic: str

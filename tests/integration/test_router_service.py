@@ -27,6 +27,7 @@ QUICK = RouterSettings(
     deadline_grace_ms=40,
     finish_grace_ms=60,
     settle_ms=60,
+    quiet_ms=10,
     sweep_s=0.05,
     calibration_delay_s=3_600,
 )
@@ -294,6 +295,75 @@ async def test_a_repeated_id_of_a_running_task_is_accepted_again_only(
     assert mesh.kinds("t").count("routed") == 1
     assert mesh.final("t") is None
     assert len(node.invocations) == 1
+
+
+async def test_a_task_the_broker_kept_runs_once_however_often_the_router_starts(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node = await mesh.node("edge-1")
+    topic = mesh.topics.build(TopicKind.TASK, client="pump-7")
+    mesh.client.post(topic, b'{"text": "echo this text"}', retain=True)
+    await eventually(lambda: mesh.router.stats.ended["result"] == 1)
+    for _ in range(2):
+        await mesh.stop_router()
+        await mesh.start_router()
+    mesh.submit(id="later", function="echo")
+    await eventually(lambda: mesh.final("later"))
+    assert len(node.invocations) == 2
+    assert mesh.router.stats.dropped["retained"] == 1
+
+
+async def test_tasks_that_waited_for_the_router_are_judged_with_the_mesh_known(
+    mesh: Mesh, eventually: Any
+) -> None:
+    await mesh.node("edge-1")
+    record = mesh.broker.retained.pop("foam/v1/local/catalog/edge-1/echo")
+    await mesh.stop_router()
+    mesh.submit(id="waited", text="echo this text")
+    await mesh.start_router(QUICK.model_copy(update={"settle_ms": 5_000}))
+    await eventually(lambda: mesh.kinds("waited") == ["accepted"])
+    mesh.client.post(record.topic, record.payload, retain=True)
+    await eventually(lambda: mesh.final("waited"))
+    assert mesh.kinds("waited") == ["accepted", "routed", "chunk", "chunk", "result"]
+
+
+@pytest.mark.parametrize(
+    ("payload", "field"),
+    [
+        (b'{"id": "ask", "verb": "nodes", "args": [1]}', "args"),
+        (b'{"id": "ask"}', "verb"),
+        (b'{"id": "ask", "verb": 5}', "verb"),
+    ],
+)
+async def test_a_malformed_admin_request_is_answered(
+    mesh: Mesh, eventually: Any, payload: bytes, field: str
+) -> None:
+    mesh.client.post("foam/v1/local/admin/router-1/pump-7", payload)
+    await eventually(lambda: mesh.final("ask"))
+    answer = mesh.final("ask")
+    assert answer is not None
+    assert (answer["code"], answer["detail"]["field"]) == ("invalid_task", field)
+
+
+async def test_explain_tells_how_a_past_task_was_routed(mesh: Mesh, eventually: Any) -> None:
+    await mesh.node("edge-1")
+    mesh.submit(id="t", text="echo this text")
+    await eventually(lambda: mesh.router.stats.ended["result"] == 1)
+    answer = await mesh.admin(eventually, "explain", task="t")
+    assert answer["output"]["outcome"] == "result"
+    assert answer["output"]["explanation"]["chosen"] == ["edge-1", "echo"]
+
+
+async def test_an_unknown_function_is_answered_with_the_nearest_names(
+    mesh: Mesh, eventually: Any
+) -> None:
+    await mesh.node("edge-1")
+    mesh.submit(id="t", function="weld")
+    await eventually(lambda: mesh.final("t"))
+    error = mesh.final("t")
+    assert error is not None
+    assert [miss["function"] for miss in error["detail"]["nearest"]] == ["echo"]
+    assert "did you mean" not in error["message"]
 
 
 async def test_outcomes_outlive_the_router(mesh: Mesh, eventually: Any) -> None:

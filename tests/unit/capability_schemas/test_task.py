@@ -5,7 +5,7 @@ import json
 import pytest
 
 from capability_schemas.errors import ErrorCode, InvalidTask, TooLarge
-from capability_schemas.task import FunctionRef, Task, decode_task, peek_task_id
+from capability_schemas.task import FunctionRef, Task, decode_task, peek_task_id, skim_task_id
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,8 @@ def test_defaults_are_those_of_the_protocol():
         (b'{"text": "a", "timeout_ms": -1}', "timeout_ms", "greater than or equal to 0"),
         (b'{"text": "a", "priority": 10}', "priority", "less than or equal to 9"),
         (b'{"text": "a", "stream": "yes"}', "stream", "valid boolean"),
+        (b'{"text": "a", "policy": {"local_only": "yes"}}', "policy.local_only", "valid boolean"),
+        (b'{"text": "a", "policy": {"max_cost": "3"}}', "policy.max_cost", "valid number"),
         (b'{"text": "a", "id": "a/b"}', "id", "pattern"),
         (b'{"text": "a", "id": "trailing\\n"}', "id", "pattern"),
         (b'{"text": "a", "input": "\\ud800"}', "", "surrogate"),
@@ -79,6 +81,24 @@ def test_size_is_checked_before_anything_is_parsed():
 )
 def test_the_id_of_a_broken_task_is_found_for_the_refusal(payload, found):
     assert peek_task_id(payload) == found
+
+
+@pytest.mark.parametrize(
+    ("payload", "found"),
+    [
+        (b'{"id": "t-1", "text": "%s"}', "t-1"),
+        (b' { "v": 1, "stream": true, "id" : "t-1", "input": ["%s"]}', "t-1"),
+        (b'{"text": "%s", "id": "t-1"}', "t-1"),
+        (b'{"text": "%s", "id":"t-1", "timeout_ms": 500, "session": "s"}\n', "t-1"),
+        (b'{"text": "%s", "input": {"a": 1, "id": "t-1"}}', None),
+        (b'{"input": {"id": "t-1"}, "text": "%s"}', None),
+        (b'{"text": "%s", "id": "a/b"}', None),
+        (b'{"text": "%s, \\"id\\": \\"t-1\\"}', None),
+        (b'%s, "id": "t-1"}', None),
+    ],
+)
+def test_the_id_of_a_task_too_large_to_parse_is_found_at_its_ends(payload, found):
+    assert skim_task_id(payload % (b"x" * 20_000)) == found
 
 
 @pytest.mark.parametrize(

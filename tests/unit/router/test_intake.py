@@ -91,11 +91,12 @@ def test_without_a_readable_id_the_refusal_gets_a_new_one(intake: Intake, payloa
     assert not read.named
 
 
-def test_a_task_over_the_limit_is_not_parsed(intake: Intake) -> None:
+def test_a_task_over_the_limit_is_refused_under_its_own_id(intake: Intake) -> None:
     read = refused(intake, json.dumps({"text": "x" * 5_000, "id": "a"}).encode())
     assert read.error.code is ErrorCode.TOO_LARGE
     assert read.error.detail["limit_bytes"] == 4096
-    assert not read.named
+    assert read.named
+    assert read.reply == "foam/v1/local/reply/pump-7/a"
 
 
 def test_a_foreign_topic_has_nobody_to_answer(intake: Intake) -> None:
