@@ -222,13 +222,15 @@ class Executor(Service):
         self._live[execution.key] = execution
         self._current[invocation.client, invocation.task] = execution
         self._idle.clear()
-        self._reporter.admitted(invocation, wait_ms=wait_ms)
         try:
             check_input(value, spec.input_schema)
         except FoamError as exc:
             self._end_waiting(execution, exc)
-            return
-        self._dispatch()
+        else:
+            self._dispatch()
+        # Last, so that the instance gets its call before the session writes; whatever the
+        # invocation says itself comes later still, for it runs in a task of its own.
+        self._reporter.admitted(invocation, wait_ms=wait_ms)
 
     def _admissible(self, invocation: Invocation) -> FunctionSpec:
         """Return the function an invocation is for.
@@ -272,15 +274,12 @@ class Executor(Service):
         self._on_change()
 
     async def _run(self, execution: Execution) -> None:
-        invocation = execution.invocation
-        log = _log.bind(
-            task=invocation.task, attempt=invocation.attempt, function=execution.spec.name
-        )
-        log.debug("invocation.started")
         try:
             outcome = await execution.run()
-            self._conclude(execution, outcome)
-            log.info("invocation.ended", status=outcome.status, code=outcome.code)
+            try:
+                await asyncio.sleep(0)  # the terminal event leaves before the books are kept
+            finally:
+                self._conclude(execution, outcome)
         finally:
             try:
                 await execution.settle()
@@ -304,6 +303,14 @@ class Executor(Service):
             self.counters.finished += 1
         self._reporter.ended(invocation, outcome)
         self._on_ended(execution, outcome)
+        _log.info(
+            "invocation.ended",
+            task=invocation.task,
+            attempt=invocation.attempt,
+            function=execution.spec.name,
+            status=outcome.status,
+            code=outcome.code,
+        )
 
     def _forget(self, execution: Execution) -> None:
         self._live.pop(execution.key, None)
