@@ -316,3 +316,51 @@ async def test_stopping_while_connecting_leaves_no_connection(eventually):
         async with MqttSession(settings=settings):
             await eventually(lambda: odd.open == 1)
         await eventually(lambda: odd.open == 0)
+
+
+class PushingServer:
+    """Speaks MQTT 3.1.1: lets in, grants one subscription, pushes messages, keeps what comes."""
+
+    def __init__(self, *, messages: int) -> None:
+        self.messages = messages
+        self.heard = bytearray()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError), contextlib.closing(writer):
+            head = await reader.readexactly(2)
+            await reader.readexactly(head[1])
+            writer.write(b"\x20\x02\x00\x00")
+            head = await reader.readexactly(2)
+            asked = await reader.readexactly(head[1])
+            writer.write(b"\x90\x03" + asked[:2] + b"\x01")
+            for number in range(1, self.messages + 1):
+                writer.write(b"\x32\x08\x00\x03a/b" + number.to_bytes(2, "big") + b"x")
+            while data := await reader.read(1000):
+                self.heard += data
+
+    def acknowledged(self) -> list[int]:
+        """Numbers of the PUBACKs heard, in order."""
+        found, at = [], 0
+        while at + 1 < len(self.heard):
+            if self.heard[at] == 0x40:
+                found.append(int.from_bytes(self.heard[at + 2 : at + 4], "big"))
+            at += 2 + self.heard[at + 1]
+        return found
+
+
+@pytest.mark.parametrize("answering", [False, True])
+async def test_every_message_is_acknowledged_once_whatever_is_sent(answering, eventually):
+    pushing = PushingServer(messages=20)
+    server = await asyncio.start_server(pushing.serve, "127.0.0.1", 0)
+    url = f"mqtt://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    settings = SessionSettings(urls=(url,), client_id="a", version="3.1.1", flush_timeout_s=0.1)
+    async with server, MqttSession(settings=settings) as session:
+
+        async def answer(message: Message) -> None:
+            if answering:
+                session.post("c", message.payload, qos=0)
+
+        await session.subscribe("a/b", answer)
+        await eventually(lambda: len(pushing.acknowledged()) == 20)
+        assert pushing.acknowledged() == list(range(1, 21))
+        assert pushing.heard.count(b"\x30\x04\x00\x01cx") == (20 if answering else 0)
