@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import os
 import platform
 import shutil
 import sys
@@ -128,6 +129,14 @@ def _disk(settings: Settings) -> Iterable[Check]:
     place = settings.data
     while not place.exists() and place != place.parent:
         place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        yield Check(
+            "data folder",
+            "missing",
+            f"{settings.data}: {place} cannot be written",
+            "name another folder with --data or FOAM_DATA",
+        )
+        return
     free = shutil.disk_usage(place).free
     found = f"{settings.data}: {free / 1e9:.1f} GB free"
     if free < _MIN_FREE_BYTES:

@@ -16,7 +16,7 @@ import structlog
 
 from capability_schemas.errors import FoamError
 
-__all__ = ["configure_logging"]
+__all__ = ["configure_library_logging", "configure_logging"]
 
 _SECRET_WORDS: Final = ("password", "secret", "token_value", "private_key", "authorization")
 _LEVELS: Final = {
@@ -24,6 +24,7 @@ _LEVELS: Final = {
     "info": logging.INFO,
     "warning": logging.WARNING,
     "error": logging.ERROR,
+    "critical": logging.CRITICAL,
 }
 
 
@@ -46,18 +47,43 @@ def _plain_expected(_: Any, __: str, event: MutableMapping[str, Any]) -> Mutable
     return event
 
 
+def configure_library_logging() -> None:
+    """Keep a program's output clean: warnings on stderr, nothing else, nothing on stdout.
+
+    For programs that use the client and have not configured structlog, whose own default writes
+    everything to stdout. The standard library's logging is theirs and stays as it is.
+    """
+    if not structlog.is_configured():
+        _configure_structlog(logging.WARNING, sys.stderr)
+
+
 def configure_logging(
     level: str = "info", *, process: str | None = None, stream: TextIO | None = None
 ) -> None:
     """Set up logging for this process; the last call wins.
 
     Args:
-        level: Least severe level written: ``debug``, ``info``, ``warning`` or ``error``.
+        level: Least severe level written: debug, info, warning, error or critical.
         process: Name bound to every event, for example ``router-1``.
         stream: Where to; None means stderr.
     """
     target = sys.stderr if stream is None else stream
     threshold = _LEVELS[level]
+    _configure_structlog(threshold, target)
+    # Libraries that log with the standard library share the stream; their chatter below a warning
+    # is not ours.
+    logging.basicConfig(
+        level=max(threshold, logging.WARNING),
+        stream=target,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        force=True,
+    )
+    structlog.contextvars.clear_contextvars()
+    if process is not None:
+        structlog.contextvars.bind_contextvars(process=process)
+
+
+def _configure_structlog(threshold: int, target: TextIO) -> None:
     renderer: Any = structlog.processors.JSONRenderer()
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -76,14 +102,3 @@ def configure_logging(
         logger_factory=structlog.PrintLoggerFactory(file=target),
         cache_logger_on_first_use=False,
     )
-    # Libraries that log with the standard library share the stream; their chatter below a warning
-    # is not ours.
-    logging.basicConfig(
-        level=max(threshold, logging.WARNING),
-        stream=target,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        force=True,
-    )
-    structlog.contextvars.clear_contextvars()
-    if process is not None:
-        structlog.contextvars.bind_contextvars(process=process)

@@ -9,6 +9,7 @@ from pydantic import SecretStr
 
 from broker.access.policy import Role
 from broker.session.settings import BrokerUrl
+from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.errors import ConfigurationError, NotFound
 from capability_schemas.topics import DEFAULT_SITE
 from foam.mesh import Identity, MeshFolder, MeshRecord
@@ -45,11 +46,19 @@ class Member:
         role: Role,
         default_id: str | None = None,
         identity_file: Path | None = None,
+        attested: CapabilityPolicy | None = None,
     ) -> Self:
         """Find or make the identity, and where it connects to.
 
         Without an identity file the data folder is ours, and a member it does not know yet is made.
         The broker is that of the settings, else of the identity file, else of the folder's mesh.
+
+        Args:
+            settings: Data folder and what overrides its mesh.
+            role: Role that it must have.
+            default_id: Its id in the data folder.
+            identity_file: Its file, when it is not of the data folder.
+            attested: What our own data folder shall vouch for; None changes nothing.
 
         Raises:
             ConfigurationError: No broker is named anywhere, or the identity has another role.
@@ -64,7 +73,7 @@ class Member:
             with contextlib.suppress(NotFound):
                 record = folder.record()
             identity, where = (
-                folder.prepare().ensure(default_id, role),
+                folder.prepare().ensure(default_id, role, attested=attested),
                 folder.identity_path(default_id).parent,
             )
         if identity.role is not role:

@@ -3,12 +3,14 @@
 ::
 
     DIR/                     0700
-      mesh.json              0600  where the running mesh is: broker, site, the credentials for
-      people credentials.json       0600  who may log on, hashed (broker.access.credentials)
+      mesh.json              0600  where the running mesh is, and credentials for people
+      credentials.json       0600  who may log on, hashed (broker.access.credentials)
       identities/<id>.json   0600  one identity: role, username, password, broker, site
-      identities/<id>.key    0600  its Ed25519 signing key (nodes and the registry) broker/
-      the broker's own files registry.sqlite  router.sqlite logs/<process>.log lock
-      held by the ``foam up`` that runs on this folder
+      identities/<id>.key    0600  its Ed25519 signing key (nodes, routers and the registry)
+      broker/                      the broker's own files
+      registry.sqlite  router.sqlite
+      logs/<process>.log
+      lock                         held by the ``foam up`` that runs on this folder
 
 Passwords stand in clear in ``identities/`` because the processes of this machine log on with them;
 the folder is readable by its owner only, and everything in it that a mesh can do, its owner can do.
@@ -25,9 +27,11 @@ from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError, field_se
 
 from broker.access.credentials import CredentialStore, write_private
 from broker.access.policy import Role
+from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.errors import ConfigurationError, Conflict, NotFound
 from capability_schemas.ids import Identifier, check_identifier
 from capability_schemas.signing import SigningKey
+from capability_schemas.wire import first_problem
 
 __all__ = ["REGISTRY_ID", "ROUTER_ID", "Identity", "MeshFolder", "MeshRecord", "Person"]
 
@@ -63,6 +67,7 @@ class Identity(_Stored):
             nothing.
         broker: Broker URL it was made for; None means the mesh of the folder.
         site: Site it was made for; likewise.
+        attested: Zones, grants and classes of data it was given when it was made.
     """
 
     id: Identifier
@@ -72,6 +77,7 @@ class Identity(_Stored):
     signing_key: str | None = None
     broker: str | None = None
     site: Identifier | None = None
+    attested: CapabilityPolicy | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -80,7 +86,14 @@ class Identity(_Stored):
         Raises:
             ConfigurationError: It is missing, unreadable or not an identity file.
         """
-        return _read(cls, path, hint="make one with: foam device add ID --role node")
+        name = path.stem
+        hint = (
+            f"delete it and `foam up` makes it anew, or: foam device remove {name}; "
+            f"foam device add {name}"
+            if path.exists()
+            else f"make one: foam device add {name} --role node"
+        )
+        return _read(cls, path, hint=hint)
 
 
 class Person(_Stored):
@@ -196,7 +209,14 @@ class MeshFolder:
         """
         return load_key(identity, self._identities)
 
-    def ensure(self, identity: str, role: Role, *, external: Person | None = None) -> Identity:
+    def ensure(
+        self,
+        identity: str,
+        role: Role,
+        *,
+        external: Person | None = None,
+        attested: CapabilityPolicy | None = None,
+    ) -> Identity:
         """Return a member, making it (password, key, right to log on) where it does not exist.
 
         Args:
@@ -204,6 +224,7 @@ class MeshFolder:
             role: Its role.
             external: Credentials of a broker that is not ours: used as they are, nothing is stored
                 in the access file.
+            attested: What the mesh shall vouch for from now on; None changes nothing.
 
         Raises:
             Conflict: It exists with another role.
@@ -216,15 +237,24 @@ class MeshFolder:
         if known is None:
             if identity in enrolled:  # its file is lost: nobody can know its password any more
                 self.credentials().remove(identity)
-            known = self._create(identity, role)
+            known = self._create(identity, role, attested=attested)
+        elif attested not in {None, enrolled[identity].attested}:
+            self.credentials().update(identity, attested=attested)
         if external is not None:
             return known.model_copy(
                 update={"username": external.username, "password": external.password}
             )
         return known
 
-    def create(self, identity: str, role: Role) -> Identity:
+    def create(
+        self, identity: str, role: Role, *, attested: CapabilityPolicy | None = None
+    ) -> Identity:
         """Make a new member that may be carried to another machine: it knows broker and site.
+
+        Args:
+            identity: Its id.
+            role: Its role.
+            attested: What the mesh vouches for, for a node.
 
         Raises:
             Conflict: It exists.
@@ -238,10 +268,17 @@ class MeshFolder:
             role,
             broker=record.broker if record is not None else None,
             site=record.site if record is not None else None,
+            attested=attested,
         )
 
     def _create(
-        self, identity: str, role: Role, *, broker: str | None = None, site: str | None = None
+        self,
+        identity: str,
+        role: Role,
+        *,
+        broker: str | None = None,
+        site: str | None = None,
+        attested: CapabilityPolicy | None = None,
     ) -> Identity:
         if identity in self.credentials().identities():
             raise Conflict(f"identity {identity!r} exists already", identity=identity)
@@ -252,7 +289,7 @@ class MeshFolder:
             key_name = f"{identity}.key"
             key.save(self._identities / key_name)
             public = key.public
-        password = self.credentials().add(identity, role, public_key=public)
+        password = self.credentials().add(identity, role, public_key=public, attested=attested)
         made = Identity(
             id=identity,
             role=role,
@@ -261,6 +298,7 @@ class MeshFolder:
             signing_key=key_name,
             broker=broker,
             site=site,
+            attested=attested,
         )
         _write(self.identity_path(identity), made.model_dump_json(indent=1))
         return made
@@ -340,4 +378,5 @@ def _read(model: type[_S], path: Path, *, hint: str) -> _S:
             f"{path} cannot be read: {exc.strerror or exc}", path=str(path)
         ) from exc
     except (ValueError, ValidationError) as exc:
-        raise ConfigurationError(f"{path} is damaged; {hint}", path=str(path)) from exc
+        problem = ": ".join(first_problem(exc)) if isinstance(exc, ValidationError) else str(exc)
+        raise ConfigurationError(f"{path} is damaged ({problem}); {hint}", path=str(path)) from exc

@@ -11,9 +11,10 @@ import structlog
 from broker.lifecycle import ProcessEnd, Service
 from foam.status import ProcessStatus
 
-__all__ = ["Lasting", "Process", "run_process"]
+__all__ = ["STDIN", "Lasting", "Process", "run_process"]
 
-_STDIN: Final = 0
+STDIN: Final = 0
+"""Descriptor that a supervised process watches for the end of its parent."""
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
@@ -109,7 +110,7 @@ async def run_process(process: Process) -> int:
     Raises:
         FoamError: Why it cannot go on.
     """
-    async with ProcessEnd(parent_fd=_STDIN if process.status.supervised else None) as end, process:
+    async with ProcessEnd(parent_fd=STDIN if process.status.supervised else None) as end, process:
         reason = await end.wait(process)
         _log.info("process.stopping", reason=reason)
     return 0

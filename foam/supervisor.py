@@ -245,6 +245,8 @@ class Supervisor(Service):
             if report.status == "ready":
                 child.facts = report.facts
                 child.ready.set()
+                if child.crashes:
+                    self._notify(f"{child.spec.name} runs again")
                 _log.info("supervisor.child_ready", child=child.spec.name)
                 continue
             message = str(report.facts.get("message", ""))

@@ -23,10 +23,12 @@ from broker.session.settings import BrokerUrl
 from capability_schemas.errors import ConfigurationError, FoamError
 from foam.logging import configure_logging
 from foam.mesh import ADMIN_ID, DEVICE_ID, REGISTRY_ID, ROUTER_ID, MeshFolder, MeshRecord, Person
+from foam.nodefile import NodeHead
+from foam.process import STDIN
 from foam.sdk.address import MeshAddress, external_person
 from foam.settings import Settings, child_environment
 from foam.supervisor import Child, ChildSpec, Facts, RestartPolicy, Supervisor
-from foam.wiring import ENGINES, engine_available, node_identity
+from foam.wiring import ENGINES, engine_available
 
 __all__ = ["UpPlan", "choose_engine", "run_up"]
 
@@ -46,6 +48,7 @@ class UpPlan:
         site: Site level of the topics.
         nodes: Declarations of the nodes to run.
         policy: When crashed children are restarted; the default when None.
+        supervised: Whether standard input is a pipe whose end means that the parent is gone.
     """
 
     broker: str | None
@@ -54,6 +57,7 @@ class UpPlan:
     site: str
     nodes: tuple[Path, ...]
     policy: RestartPolicy | None = None
+    supervised: bool = False
 
 
 def choose_engine(wanted: str | None) -> tuple[str, str]:
@@ -113,10 +117,16 @@ class _Up:
 
     async def bring_up(self) -> None:
         """Start everything and return once the READY line is out."""
-        nodes = [(node_identity(path), path) for path in self._plan.nodes]
+        nodes = [(str(NodeHead.read(path).id), path) for path in self._plan.nodes]
+        names = [node for node, _ in nodes]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigurationError(
+                f"two nodes are named {', '.join(twice)}: give the files different names, "
+                "or [node] tables with different ids"
+            )
         external = self._external()
         person = external_person(external) if external is not None else None
-        people = await asyncio.to_thread(self._make_identities, [node for node, _ in nodes], person)
+        people = await asyncio.to_thread(self._make_identities, names, person)
         url = str(external) if external is not None else await self._start_broker()
         record = MeshRecord(
             broker=url,
@@ -146,7 +156,7 @@ class _Up:
             for function in wait.result()["functions"]
         }
         await self._wait_served(record, expected)
-        self._say_ready(record, [node for node, _ in nodes], sorted(name for _, name in expected))
+        self._say_ready(record, names, sorted(name for _, name in expected))
 
     def _external(self) -> BrokerUrl | None:
         broker = self._plan.broker
@@ -311,7 +321,10 @@ async def run_up(settings: Settings, plan: UpPlan) -> int:
     folder = MeshFolder(settings.data).prepare()
     with folder.locked(), (folder.logs / "up.log").open("a") as log:
         configure_logging(settings.log_level, process="up", stream=log)
-        async with ProcessEnd() as end, Supervisor(policy=plan.policy, notify=say) as supervisor:
+        async with (
+            ProcessEnd(parent_fd=STDIN if plan.supervised else None) as end,
+            Supervisor(policy=plan.policy, notify=say) as supervisor,
+        ):
             up = _Up(settings=settings, plan=plan, folder=folder, supervisor=supervisor, say=say)
             supervisor.spawn(up.bring_up(), name="bring-up")
             reason = await end.wait(supervisor)

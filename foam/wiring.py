@@ -29,6 +29,7 @@ from capability_schemas.ids import now_ms
 from capability_schemas.topics import DEFAULT_SITE, Topics
 from foam.member import Member
 from foam.mesh import REGISTRY_ID, ROUTER_ID, MeshFolder, load_key
+from foam.nodefile import NodeHead, placed
 from foam.process import Process, run_process
 from foam.settings import Settings
 from foam.status import ProcessStatus
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 __all__ = [
     "ENGINES",
     "engine_available",
-    "node_identity",
     "run_broker",
     "run_node",
     "run_registry",
@@ -54,7 +54,7 @@ _WAITING_AFTER_S: Final = 3.0
 _WAITING_AGAIN_S: Final = 30.0
 _ACCESS_POLL_S: Final = 0.5
 _WARM_S: Final = 60.0
-"""How long a node's readiness waits for its warm instances, seconds: a large model takes a while."""
+"""How long a node's readiness waits for its warm instances, seconds (a large model is slow)."""
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
@@ -228,6 +228,7 @@ async def run_registry(
     Raises:
         FoamError: It cannot start or go on.
     """
+    from registry.admission import ALL_DATA, Identity
     from registry.service import RegistryService
     from registry.store import SqliteStore
 
@@ -241,10 +242,12 @@ async def run_registry(
     folder = MeshFolder(settings.data).prepare()
     credentials = folder.credentials()
 
-    def public_key(node: str) -> str | None:
+    def enrolled(node: str) -> Identity | None:
         credentials.refresh()
         known = credentials.identities().get(node)
-        return known.public_key if known is not None and not known.disabled else None
+        if known is None or known.disabled or known.public_key is None:
+            return None
+        return Identity(known.public_key, attested=known.attested or ALL_DATA)
 
     async def assemble(process: Process) -> Mapping[str, Any]:
         encoder = await _encoder(process, settings)
@@ -258,7 +261,7 @@ async def run_registry(
                 store=store,
                 encoder=encoder,
                 key=load_key(member.identity, member.folder),
-                identities=public_key,
+                identities=enrolled,
                 registry_id=member.identity.id,
             )
         )
@@ -312,33 +315,13 @@ async def run_router(
             router_id=member.identity.id,
             epoch=epoch,
         )
+        # First the subscriptions: a kept session hands over what waited for it as it connects.
+        await router.listen()
         await _connect(process, session, member.url)
         await process.enter(router)
         return {"id": member.identity.id}
 
     return await run_process(Process(name=member.identity.id, assemble=assemble, status=status))
-
-
-def node_identity(source: str | Path) -> str:
-    """Return the id that a node declaration asks for: its own, else the name of the file.
-
-    Raises:
-        ConfigurationError: It cannot be read.
-    """
-    text = str(source)
-    if text.endswith(".toml"):
-        import tomllib
-
-        try:
-            named = tomllib.loads(Path(text).read_text(encoding="utf-8")).get("node", {}).get("id")
-        except OSError as exc:
-            raise ConfigurationError(f"node file {text}: {exc.strerror or exc}", path=text) from exc
-        except ValueError as exc:
-            raise ConfigurationError(f"node file {text}: {exc}", path=text) from exc
-        if named is not None:
-            return str(named)
-    stem = Path(text).stem if text.endswith((".toml", ".py")) else text.rpartition(".")[2]
-    return stem.replace(" ", "-").replace(".", "-")
 
 
 async def run_node(
@@ -366,18 +349,23 @@ async def run_node(
     from node_agent.declaration import load_declaration
     from node_agent.settings import NodeSettings
 
+    head = NodeHead.read(source)
     declaration = load_declaration(source)
     member = Member.resolve(
         settings,
         role=Role.NODE,
-        default_id=None if identity_file is not None else node_id or node_identity(source),
+        default_id=None if identity_file is not None else node_id or head.id,
         identity_file=identity_file,
+        attested=head.attested,
     )
     if identity_file is not None and node_id not in {None, member.identity.id}:
         raise Conflict(
             f"--id {node_id} is not the identity {member.identity.id} of {identity_file}"
         )
-    functions = [_with_model(spec, settings.model) for spec in declaration.functions]
+    functions = placed(
+        (_with_model(spec, settings.model) for spec in declaration.functions),
+        head.attested or member.identity.attested,
+    )
     agents: list[NodeAgent] = []
     session = _session(member, will=lambda: agents[0].last_will() if agents else None)
     agents.append(

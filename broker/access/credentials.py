@@ -24,8 +24,10 @@ from argon2.exceptions import InvalidHashError, VerificationError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from broker.access.policy import Role
+from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.errors import ConfigurationError, Conflict, NotFound
 from capability_schemas.ids import Identifier, check_identifier, now_ms
+from capability_schemas.wire import first_problem
 
 _PASSWORD_BYTES: Final = 24
 # Second recommended option of RFC 9106 scaled to a small machine: 19 MiB, 2 passes, 1 lane.
@@ -43,6 +45,8 @@ class Credential(BaseModel):
         argon2: Verifier of its password for the embedded broker, PHC string.
         mosquitto: The same password as Mosquitto's password file wants it.
         public_key: Base64 Ed25519 key its claims are signed with, when it signs.
+        attested: Zones, grants and classes of data that the operator vouches for; None leaves a
+            node what every enrolled node has (all data, no zone, no grant).
         disabled: Refused everywhere although known.
         created_at: UTC milliseconds.
     """
@@ -53,6 +57,7 @@ class Credential(BaseModel):
     argon2: str
     mosquitto: str
     public_key: str | None = None
+    attested: CapabilityPolicy | None = None
     disabled: bool = False
     created_at: int
 
@@ -117,13 +122,21 @@ class CredentialStore:
         """Return every identity by name, disabled ones included; a snapshot."""
         return self._identities
 
-    def add(self, identity: str, role: Role, *, public_key: str | None = None) -> str:
+    def add(
+        self,
+        identity: str,
+        role: Role,
+        *,
+        public_key: str | None = None,
+        attested: CapabilityPolicy | None = None,
+    ) -> str:
         """Make an identity.
 
         Args:
             identity: Its name: MQTT username and topic level.
             role: What it is.
             public_key: Base64 Ed25519 key, for those that sign.
+            attested: What the operator vouches for, for nodes.
 
         Returns:
             Its password, URL-safe; nobody can ask for it again.
@@ -140,6 +153,7 @@ class CredentialStore:
             argon2=_HASHER.hash(password),
             mosquitto=_mosquitto_verifier(password),
             public_key=public_key,
+            attested=attested,
             created_at=self._clock(),
         )
         with self._change() as identities:
@@ -160,7 +174,12 @@ class CredentialStore:
                 raise NotFound(f"identity {identity!r} is unknown", identity=identity)
 
     def update(
-        self, identity: str, *, disabled: bool | None = None, public_key: str | None = None
+        self,
+        identity: str,
+        *,
+        disabled: bool | None = None,
+        public_key: str | None = None,
+        attested: CapabilityPolicy | None = None,
     ) -> None:
         """Change what may change of an identity; what is omitted stays.
 
@@ -168,7 +187,7 @@ class CredentialStore:
             NotFound: It is unknown.
             ConfigurationError: The file cannot be read or written.
         """
-        given = {"disabled": disabled, "public_key": public_key}
+        given = {"disabled": disabled, "public_key": public_key, "attested": attested}
         fields = {name: value for name, value in given.items() if value is not None}
         with self._change() as identities:
             if identity not in identities:
@@ -196,9 +215,10 @@ class CredentialStore:
         except OSError as exc:
             raise ConfigurationError(f"cannot read the credentials {self.path}: {exc}") from exc
         except ValidationError as exc:
+            problem = ": ".join(first_problem(exc))
             raise ConfigurationError(
-                f"{self.path} is no credentials file: {exc.error_count()} fields are wrong; "
-                "restore it, or make the identities anew"
+                f"{self.path} is damaged: {problem}; restore it from a copy, or delete it together "
+                "with the folder identities beside it: every member is then made anew"
             ) from exc
 
     @contextmanager

@@ -6,17 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from foam.cli.app import (
-    DataOption,
-    PasswordOption,
-    SiteOption,
-    UrlOption,
-    UsernameOption,
-    app,
-    client_settings,
-)
+from foam.cli.app import app
 from foam.cli.codes import CODES_EPILOG
+from foam.cli.connection import connected
 from foam.cli.look import show
+from foam.settings import Settings
 
 __all__ = ["admin"]
 
@@ -39,19 +33,13 @@ def _draw(answer: dict[str, Any]) -> None:
 def _order(verb: str, words: str) -> None:
     """Make the command for a verb that takes a node."""
 
+    @connected()
     def order(
+        settings: Settings,
         node: NodeArgument,
         *,
         target: TargetOption = None,
-        data: DataOption = None,
-        url: UrlOption = None,
-        username: UsernameOption = None,
-        password: PasswordOption = None,
-        site: SiteOption = None,
     ) -> None:
-        settings = client_settings(
-            data=data, url=url, username=username, password=password, site=site
-        )
         show(settings, verb, _draw, target=target, node=node)
 
     admin.command(verb, help=words, epilog=CODES_EPILOG)(order)
@@ -64,33 +52,25 @@ _order("uncordon", "Route to a node again.")
 
 
 @admin.command(epilog=CODES_EPILOG)
+@connected()
 def stats(
+    settings: Settings,
     *,
     target: TargetOption = None,
-    data: DataOption = None,
-    url: UrlOption = None,
-    username: UsernameOption = None,
-    password: PasswordOption = None,
-    site: SiteOption = None,
 ) -> None:
     """Show the counters of the router."""
-    settings = client_settings(data=data, url=url, username=username, password=password, site=site)
     show(settings, "stats", _draw, target=target)
 
 
 @admin.command(epilog=CODES_EPILOG)
+@connected()
 def task(
+    settings: Settings,
     task_id: Annotated[str, typer.Argument(help="Id of the task.")],
     *,
     client: Annotated[str | None, typer.Option("--client", help="Whose task it is.")] = None,
     target: TargetOption = None,
-    data: DataOption = None,
-    url: UrlOption = None,
-    username: UsernameOption = None,
-    password: PasswordOption = None,
-    site: SiteOption = None,
 ) -> None:
     """Show what became of a task, and why it went where it went."""
-    settings = client_settings(data=data, url=url, username=username, password=password, site=site)
     args: dict[str, Any] = {"id": task_id} if client is None else {"id": task_id, "client": client}
     show(settings, "task", _draw, target=target, **args)

@@ -1,30 +1,17 @@
-"""The ``foam`` command: the application, shared options, and the error boundary."""
+"""The ``foam`` command: the application and the error boundary."""
 
 import asyncio
+import os
 import sys
 from collections.abc import Coroutine
-from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
 import typer
 
-from capability_schemas.errors import FoamError
+from capability_schemas.errors import ConfigurationError, FoamError
 from foam.cli.codes import CODES_EPILOG, EXIT_CANCELLED, exit_code
-from foam.logging import configure_logging
-from foam.settings import Settings, load_settings
 
-__all__ = [
-    "DataOption",
-    "PasswordOption",
-    "SiteOption",
-    "UrlOption",
-    "UsernameOption",
-    "app",
-    "client_settings",
-    "complain",
-    "main",
-    "run_async",
-]
+__all__ = ["app", "complain", "drop_output", "main", "run_async"]
 
 _HELP: Final = """Run and use a mesh of edge machines that answer tasks over MQTT.
 
@@ -39,46 +26,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
 )
-
-DataOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--data", help="Folder of the mesh (FOAM_DATA; default: the user's state folder)."
-    ),
-]
-UrlOption = Annotated[
-    str | None, typer.Option("--url", help="Broker, mqtt://[user:password@]host:port (FOAM_URL).")
-]
-UsernameOption = Annotated[
-    str | None, typer.Option("--username", help="Name to log on with (FOAM_USERNAME).")
-]
-PasswordOption = Annotated[
-    str | None,
-    typer.Option(
-        "--password", help="Its password; FOAM_PASSWORD keeps it out of the process list."
-    ),
-]
-SiteOption = Annotated[
-    str | None, typer.Option("--site", help="Site level of the topics (FOAM_SITE).")
-]
-
-
-def client_settings(
-    *,
-    data: Path | None = None,
-    url: str | None = None,
-    username: str | None = None,
-    password: str | None = None,
-    site: str | None = None,
-) -> Settings:
-    """Join the options of a client command with the environment; a client logs errors only.
-
-    Raises:
-        ConfigurationError: A value does not fit.
-    """
-    settings = load_settings(data=data, url=url, username=username, password=password, site=site)
-    configure_logging("error" if settings.log_level == "info" else settings.log_level)
-    return settings
 
 
 def run_async(main_coroutine: Coroutine[Any, Any, int | None]) -> None:
@@ -102,6 +49,13 @@ def complain(error: FoamError) -> int:
     return exit_code(error)
 
 
+def drop_output() -> None:
+    """Let standard output lead nowhere: what is still buffered would fail again at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 def main() -> None:
     """Run the ``foam`` command; every error of the mesh becomes one line and an exit code."""
     try:
@@ -110,8 +64,14 @@ def main() -> None:
         sys.exit(complain(error))
     except KeyboardInterrupt:
         sys.exit(EXIT_CANCELLED)
-    except BrokenPipeError:
-        # The reader of our output went away (`foam nodes | head`): nothing is left to say, not even
-        # at exit.
-        sys.stderr.close()
+    except BrokenPipeError:  # its reader went away (`foam nodes | head`): nothing is left to say
+        drop_output()
         sys.exit(1)
+    except OSError as error:
+        drop_output()
+        sys.exit(complain(ConfigurationError(_words(error))))
+
+
+def _words(error: OSError) -> str:
+    where = error.filename if error.filename is not None else "the output cannot be written"
+    return f"{where}: {error.strerror or error}"

@@ -10,24 +10,15 @@ import typer
 
 from capability_schemas.errors import FoamError, InvalidTask, TaskCancelled
 from capability_schemas.reply import Chunk, ErrorEvent, Result, Routed
-from foam.cli.app import (
-    DataOption,
-    PasswordOption,
-    SiteOption,
-    UrlOption,
-    UsernameOption,
-    app,
-    client_settings,
-    complain,
-    run_async,
-)
+from foam.cli.app import app, complain, drop_output, run_async
 from foam.cli.codes import CODES_EPILOG
+from foam.cli.connection import connected
+from foam.settings import Settings
 
 if TYPE_CHECKING:
     from broker.lifecycle import ProcessEnd
     from capability_schemas.reply import ReplyEvent
     from foam.sdk.client import TaskHandle
-    from foam.settings import Settings
 
 __all__ = ["EventPrinter", "ask", "read_json_option"]
 
@@ -155,9 +146,10 @@ async def _follow(handle: "TaskHandle", printer: EventPrinter) -> FoamError | No
                 failure = event.to_error()
     except FoamError as error:
         return error
-    except BrokenPipeError:
+    except OSError as error:  # a reader that left (EPIPE), a full disk
+        drop_output()
         await handle.cancel()
-        return TaskCancelled("cancelled: nobody reads the output any more")
+        return TaskCancelled(f"cancelled: the output cannot be written: {error.strerror}")
     return failure
 
 
@@ -167,7 +159,7 @@ async def _cancel_when_asked(handle: "TaskHandle", end: "ProcessEnd") -> None:
     await handle.cancel()
 
 
-async def _run(settings: "Settings", *, printer: EventPrinter, task: dict[str, Any]) -> int:
+async def _run(settings: Settings, *, printer: EventPrinter, task: dict[str, Any]) -> int:
     from broker.lifecycle import ProcessEnd
     from foam.sdk.address import find_mesh
     from foam.sdk.client import MeshClient
@@ -191,7 +183,9 @@ async def _run(settings: "Settings", *, printer: EventPrinter, task: dict[str, A
 
 
 @app.command(epilog=CODES_EPILOG)
+@connected()
 def ask(
+    settings: Settings,
     text: Annotated[
         str | None, typer.Argument(help="What is wanted, in words; - reads standard input.")
     ] = None,
@@ -228,14 +222,8 @@ def ask(
         bool, typer.Option("--json", help="Write every reply event as a JSON line.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer.")] = False,
-    data: DataOption = None,
-    url: UrlOption = None,
-    username: UsernameOption = None,
-    password: PasswordOption = None,
-    site: SiteOption = None,
 ) -> None:
     """Ask the mesh, and watch the answer come. Ctrl-C cancels the task."""
-    settings = client_settings(data=data, url=url, username=username, password=password, site=site)
     task = {
         "text": _read_text(text) if text is not None else None,
         "input": read_json_option(input_, "input"),

@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
+from pydantic import ValidationError
 
+from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.errors import AccessDenied, ConfigurationError, FoamError, NotFound
-from foam.cli.app import DataOption, app, client_settings, run_async
+from capability_schemas.wire import first_problem
+from foam.cli.app import app, run_async
 from foam.cli.codes import CODES_EPILOG
+from foam.cli.connection import DataOption, client_settings
 
 if TYPE_CHECKING:
+    from broker.access.policy import Role
     from foam.mesh import Identity, MeshFolder
 
 __all__ = ["device"]
@@ -36,6 +41,19 @@ def add(
     role: Annotated[
         str, typer.Option("--role", help="device, node, router, registry, admin or observer.")
     ] = "device",
+    zone: Annotated[
+        list[str] | None, typer.Option("--zone", help="Zone a node stands in; may be repeated.")
+    ] = None,
+    grant: Annotated[
+        list[str] | None, typer.Option("--grant", help="Right a node holds; may be repeated.")
+    ] = None,
+    data_class: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data-class",
+            help="Class of data a node may see: public, internal, private; all when not given.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder to copy the identity file and its key to.")
     ] = None,
@@ -50,8 +68,9 @@ def add(
         wanted = Role(role)
     except ValueError as exc:
         raise ConfigurationError(f"role {role!r}: use one of {', '.join(Role)}", role=role) from exc
+    attested = _attested(wanted, zone, grant, data_class)
     folder = MeshFolder(settings.data).prepare()
-    made = folder.create(identity, wanted)
+    made = folder.create(identity, wanted, attested=attested)
     path = _export(folder, made, out)
     secret = made.password.get_secret_value() if made.password is not None else None
     facts = {
@@ -67,6 +86,23 @@ def add(
     sys.stdout.flush()
     if made.broker is not None:
         run_async(_report_live(folder, made))
+
+
+def _attested(
+    role: "Role", zones: list[str] | None, grants: list[str] | None, data: list[str] | None
+) -> CapabilityPolicy | None:
+    """Read what the operator vouches for; None when nothing was said."""
+    given = {"zones": zones, "grants": grants, "data": data}
+    said = {name: tuple(values) for name, values in given.items() if values}
+    if not said:
+        return None
+    if role.value != "node":
+        raise ConfigurationError(f"--zone, --grant and --data-class are for nodes, not a {role}")
+    try:
+        return CapabilityPolicy.model_validate(said)
+    except ValidationError as exc:
+        field, problem = first_problem(exc)
+        raise ConfigurationError(f"{field}: {problem}", field=field) from exc
 
 
 def _export(folder: "MeshFolder", made: "Identity", out: Path | None) -> Path:
@@ -117,7 +153,7 @@ async def _report_live(folder: "MeshFolder", made: "Identity") -> None:
 
 @device.command("list", epilog=CODES_EPILOG)
 def list_members(*, data: DataOption = None) -> None:
-    """List the members: id, role, whether enabled."""
+    """List the members: id, role, whether enabled, what a node was given."""
     from foam.mesh import MeshFolder
 
     settings = client_settings(data=data)
@@ -129,7 +165,11 @@ def list_members(*, data: DataOption = None) -> None:
         )
     for name, credential in sorted(members.items()):
         state = "disabled" if credential.disabled else "enabled"
-        sys.stdout.write(f"{name}\t{credential.role.value}\t{state}\n")
+        held = credential.attested
+        placed = [f"zones={','.join(held.zones)}"] if held is not None and held.zones else []
+        placed += [f"grants={','.join(held.grants)}"] if held is not None and held.grants else []
+        placed += [f"data={','.join(held.data)}"] if held is not None else []
+        sys.stdout.write("\t".join((name, credential.role.value, state, *placed)) + "\n")
 
 
 @device.command(epilog=CODES_EPILOG)

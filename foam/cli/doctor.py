@@ -6,17 +6,11 @@ from dataclasses import asdict
 
 import typer
 
-from foam.cli.app import (
-    DataOption,
-    PasswordOption,
-    SiteOption,
-    UrlOption,
-    UsernameOption,
-    app,
-    client_settings,
-)
+from foam.cli.app import app
 from foam.cli.codes import CODES_EPILOG
+from foam.cli.connection import connected
 from foam.cli.look import JsonOption
+from foam.settings import Settings
 
 __all__ = ["doctor"]
 
@@ -24,19 +18,15 @@ _SIGNS = {"ok": "ok     ", "note": "note   ", "missing": "MISSING"}
 
 
 @app.command(epilog=CODES_EPILOG)
+@connected()
 def doctor(
+    settings: Settings,
     *,
     as_json: JsonOption = False,
-    data: DataOption = None,
-    url: UrlOption = None,
-    username: UsernameOption = None,
-    password: PasswordOption = None,
-    site: SiteOption = None,
 ) -> None:
     """Check this machine and the mesh; exits with 1 when something needed is missing."""
     from foam.doctor import run_checks
 
-    settings = client_settings(data=data, url=url, username=username, password=password, site=site)
     checks = run_checks(settings)
     if as_json:
         sys.stdout.write(json.dumps([asdict(check) for check in checks], indent=2) + "\n")

@@ -1,27 +1,24 @@
 """Looking at a mesh: ``foam nodes``, ``foam functions``, ``foam explain``."""
 
 import json
+import shutil
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
+from typing import Annotated, Any, Final
 
 import typer
 
-from foam.cli.app import (
-    DataOption,
-    PasswordOption,
-    SiteOption,
-    UrlOption,
-    UsernameOption,
-    app,
-    client_settings,
-    run_async,
-)
+from foam.cli.app import app, run_async
 from foam.cli.ask import read_json_option
 from foam.cli.codes import CODES_EPILOG
+from foam.cli.connection import connected
 from foam.settings import Settings
 
 __all__ = ["JsonOption", "ask_admin", "explain", "functions", "nodes", "show"]
+
+_PIPE_COLUMNS: Final = 160
+"""Width of tables that no terminal limits."""
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Write the answer as JSON.")]
 
@@ -77,11 +74,11 @@ def show(
     run_async(main())
 
 
-def _table(*columns: str, title: str | None = None) -> Any:
+def _table(*columns: str) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
@@ -90,7 +87,8 @@ def _table(*columns: str, title: str | None = None) -> Any:
 def _print(thing: Any) -> None:
     from rich.console import Console
 
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(thing)
+    width = shutil.get_terminal_size(fallback=(_PIPE_COLUMNS, 50)).columns
+    Console(highlight=False, width=width).print(thing)
 
 
 def _draw_nodes(answer: dict[str, Any]) -> None:
@@ -129,12 +127,41 @@ def _number(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, int | float) else "" if value is None else str(value)
 
 
+def telling_terms(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    """Sort the terms of a score into those that tell candidates apart, and those that do not.
+
+    A term that repeats the similarity or the score row by row is left out altogether.
+
+    Args:
+        rows: Candidates as the router explains them.
+
+    Returns:
+        Names of the terms worth a column; name and value of those equal for every candidate.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row.get("terms", {})))
+    known = [
+        [row.get("similarity", {}).get("score") for row in rows],
+        [row.get("value") for row in rows],
+    ]
+    columns: list[str] = []
+    same: dict[str, Any] = {}
+    for name in names:
+        values = [row.get("terms", {}).get(name) for row in rows]
+        if all(value == values[0] for value in values):
+            same[name] = values[0]
+        elif not any(map(_alike, known, repeat(values))):
+            columns.append(name)
+    return columns, same
+
+
+def _alike(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return [_number(value) for value in one] == [_number(value) for value in other]
+
+
 def _draw_explanation(answer: dict[str, Any]) -> None:
     _print(f"by {answer.get('by')}, threshold {_number(answer.get('threshold'))}")
     rows = list(answer.get("candidates", ()))
-    terms: list[str] = []
-    for row in rows:
-        terms += [name for name in row.get("terms", {}) if name not in terms]
+    terms, same = telling_terms(rows)
     table = _table("node", "function", "similarity", *terms, "score", "verdict")
     for row in rows:
         values = row.get("terms", {})
@@ -146,7 +173,11 @@ def _draw_explanation(answer: dict[str, Any]) -> None:
             _number(row.get("value")),
             str(row.get("verdict", "")),
         )
-    _print(table)
+    if rows:
+        _print(table)
+    if same:
+        listed = ", ".join(f"{name} {_number(value)}" for name, value in same.items())
+        _print(f"the same for all: {listed}")
     chosen = answer.get("chosen")
     if chosen:
         _print(f"chosen: {chosen[0]}/{chosen[1]}")
@@ -155,37 +186,31 @@ def _draw_explanation(answer: dict[str, Any]) -> None:
 
 
 @app.command(epilog=CODES_EPILOG)
+@connected()
 def nodes(
+    settings: Settings,
     *,
     as_json: JsonOption = False,
-    data: DataOption = None,
-    url: UrlOption = None,
-    username: UsernameOption = None,
-    password: PasswordOption = None,
-    site: SiteOption = None,
 ) -> None:
     """List the nodes of the mesh."""
-    settings = client_settings(data=data, url=url, username=username, password=password, site=site)
     show(settings, "nodes", _draw_nodes, as_json=as_json)
 
 
 @app.command(epilog=CODES_EPILOG)
+@connected()
 def functions(
+    settings: Settings,
     *,
     as_json: JsonOption = False,
-    data: DataOption = None,
-    url: UrlOption = None,
-    username: UsernameOption = None,
-    password: PasswordOption = None,
-    site: SiteOption = None,
 ) -> None:
     """List the functions that the mesh can route to."""
-    settings = client_settings(data=data, url=url, username=username, password=password, site=site)
     show(settings, "functions", _draw_functions, as_json=as_json)
 
 
 @app.command(epilog=CODES_EPILOG)
+@connected()
 def explain(
+    settings: Settings,
     text: Annotated[str | None, typer.Argument(help="What would be asked.")] = None,
     *,
     function: Annotated[
@@ -199,14 +224,8 @@ def explain(
         str | None, typer.Option("--policy", help="Demands on the node: JSON or @file.")
     ] = None,
     as_json: JsonOption = False,
-    data: DataOption = None,
-    url: UrlOption = None,
-    username: UsernameOption = None,
-    password: PasswordOption = None,
-    site: SiteOption = None,
 ) -> None:
     """Show who would be chosen for a task, and why, without running it."""
-    settings = client_settings(data=data, url=url, username=username, password=password, site=site)
     fields = {
         "text": text,
         "function": function,

@@ -2,23 +2,16 @@
 
 import sys
 from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
 from capability_schemas.errors import ConfigurationError, FoamError
-from foam.cli.app import (
-    DataOption,
-    PasswordOption,
-    SiteOption,
-    UrlOption,
-    UsernameOption,
-    app,
-    run_async,
-)
+from foam.cli.app import app, run_async
 from foam.cli.codes import CODES_EPILOG, exit_code
-from foam.logging import configure_logging
+from foam.cli.connection import DataOption, SiteOption, connected, process_settings
 from foam.settings import Settings, load_settings
 from foam.status import ProcessStatus
 
@@ -65,6 +58,7 @@ def up(
         list[Path] | None,
         typer.Option("--node", help="Node file (TOML or Python) to run; may be repeated."),
     ] = None,
+    supervised: SupervisedOption = False,
 ) -> None:
     """Run a whole mesh on this machine; Ctrl-C stops it.
 
@@ -79,6 +73,7 @@ def up(
         port=port,
         site=settings.site or "local",
         nodes=tuple(path.absolute() for path in node) if node else _named_nodes(nodes),
+        supervised=supervised,
     )
     run_async(run_up(settings, plan))
 
@@ -109,7 +104,7 @@ def broker(
     from foam.up import choose_engine
     from foam.wiring import run_broker
 
-    settings = _process_settings("broker", data=data, site=site)
+    settings = process_settings("broker", data=data, site=site)
     status = ProcessStatus(title="broker", supervised=supervised)
 
     async def main() -> int:
@@ -120,49 +115,39 @@ def broker(
 
 
 @app.command(epilog=CODES_EPILOG)
+@connected(partial(process_settings, "registry"))
 def registry(
+    settings: Settings,
     *,
     identity: IdentityOption = None,
-    data: DataOption = None,
-    url: UrlOption = None,
-    username: UsernameOption = None,
-    password: PasswordOption = None,
-    site: SiteOption = None,
     supervised: SupervisedOption = False,
 ) -> None:
     """Run the registry alone."""
     from foam.wiring import run_registry
 
-    settings = _process_settings(
-        "registry", data=data, url=url, username=username, password=password, site=site
-    )
     status = ProcessStatus(title="registry", supervised=supervised)
     _run(run_registry(settings, identity_file=identity, status=status), status)
 
 
 @app.command(epilog=CODES_EPILOG)
+@connected(partial(process_settings, "router"))
 def router(
+    settings: Settings,
     *,
     identity: IdentityOption = None,
-    data: DataOption = None,
-    url: UrlOption = None,
-    username: UsernameOption = None,
-    password: PasswordOption = None,
-    site: SiteOption = None,
     supervised: SupervisedOption = False,
 ) -> None:
     """Run a router alone."""
     from foam.wiring import run_router
 
-    settings = _process_settings(
-        "router", data=data, url=url, username=username, password=password, site=site
-    )
     status = ProcessStatus(title="router", supervised=supervised)
     _run(run_router(settings, identity_file=identity, status=status), status)
 
 
 @app.command(epilog=CODES_EPILOG)
+@connected(partial(process_settings, "node"))
 def node(
+    settings: Settings,
     source: Annotated[
         str,
         typer.Argument(help="Node file (.toml), Python file (.py) or module with its functions."),
@@ -172,11 +157,6 @@ def node(
         str | None, typer.Option("--id", help="Id of the node; that of the file otherwise.")
     ] = None,
     identity: IdentityOption = None,
-    data: DataOption = None,
-    url: UrlOption = None,
-    username: UsernameOption = None,
-    password: PasswordOption = None,
-    site: SiteOption = None,
     supervised: SupervisedOption = False,
 ) -> None:
     """Run a node: its functions become capabilities of the mesh.
@@ -186,20 +166,11 @@ def node(
     """
     from foam.wiring import run_node
 
-    settings = _process_settings(
-        "node", data=data, url=url, username=username, password=password, site=site
-    )
     status = ProcessStatus(title="node", supervised=supervised)
     _run(
         run_node(settings, source=source, node_id=node_id, identity_file=identity, status=status),
         status,
     )
-
-
-def _process_settings(name: str, **given: Any) -> Settings:
-    settings = load_settings(**given)
-    configure_logging(settings.log_level, process=name)
-    return settings
 
 
 def _run(main: Coroutine[Any, Any, int], status: ProcessStatus) -> None:

@@ -13,9 +13,11 @@ as JSON lines on stdout. Exit status: 0 when every task got a last event in time
 import argparse
 import gzip
 import json
+import os
 import queue
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,6 +123,7 @@ class Device:
             tell({"tell": "ready", "device": self._options.device})
             if not sys.stdin.readline():
                 return 1  # the conductor is gone
+            threading.Thread(target=_end_with_conductor, name="conductor", daemon=True).start()
             return self._replay()
         finally:
             self._client.disconnect()
@@ -231,6 +234,12 @@ def tell(line: dict[str, Any]) -> None:
     """Write one JSON line to whoever started the device."""
     sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
     sys.stdout.flush()
+
+
+def _end_with_conductor() -> None:
+    """End when the conductor does, however it dies: its end of the pipe closes then."""
+    sys.stdin.read()
+    os._exit(1)  # nobody is left to hear of it, and the broker publishes no will of ours
 
 
 def main() -> int:

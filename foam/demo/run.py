@@ -98,13 +98,14 @@ class DemoMesh:
             ExecutionFailed: It ended instead of getting ready; its own words are on stderr.
             DeadlineExceeded: It was not ready in time.
         """
-        command = [sys.executable, "-m", "foam", "up", "--port", "0", "--data", str(self._data)]
+        command = [sys.executable, "-m", "foam", "up", "--supervised"]
+        command += ["--port", "0", "--data", str(self._data)]
         command += ["--broker", self._broker] if self._broker is not None else []
         for node in self._nodes:
             command += ["--node", str(node)]
         self._process = await asyncio.create_subprocess_exec(
             *command,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,  # closes when this process dies, however it dies
             stdout=asyncio.subprocess.PIPE,
             env=child_environment(),
             limit=_LINE_LIMIT_BYTES,

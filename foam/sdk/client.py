@@ -3,22 +3,24 @@
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
-import structlog
 from pydantic import SecretStr, ValidationError
 
 from broker.rpc import ReplyInbox, TaskStream, call_admin
 from broker.session.mqtt import MqttSession
 from broker.session.settings import SessionSettings
 from capability_schemas.errors import (
+    AccessDenied,
     BrokerUnavailable,
     ExecutionFailed,
     FoamError,
     InvalidTask,
+    Overloaded,
     TooLarge,
 )
 from capability_schemas.ids import new_uuid7, now_ms
@@ -26,13 +28,15 @@ from capability_schemas.reply import Chunk, ErrorEvent, ReplyEvent, Result, Rout
 from capability_schemas.task import TASK_LIMIT_BYTES, CancelRequest, Task, TaskPolicy
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode, first_problem
-from foam.logging import configure_logging
+from foam.logging import configure_library_logging
 from foam.sdk.address import MeshAddress, find_mesh
 from foam.settings import load_settings
 
 __all__ = ["MeshClient", "TaskHandle"]
 
 _CONNECT_S: Final = 10.0
+_SILENCE_S: Final = 2.0
+"""Silence after which a task is published again, seconds; doubles each time."""
 
 
 class TaskHandle:
@@ -47,12 +51,16 @@ class TaskHandle:
         outcome: The terminal event; None before it has arrived.
     """
 
-    def __init__(self, *, stream: TaskStream, client: "MeshClient") -> None:
+    def __init__(
+        self, *, stream: TaskStream, client: "MeshClient", publish: Callable[[], Awaitable[None]]
+    ) -> None:
         self.id = stream.task
         self.routed: Routed | None = None
         self.outcome: Result | ErrorEvent | None = None
         self._stream = stream
         self._client = client
+        self._publish = publish
+        self._heard = False
 
     def __aiter__(self) -> AsyncIterator[ReplyEvent]:
         return self
@@ -65,12 +73,29 @@ class TaskHandle:
             DeadlineExceeded: Nobody ended the task in time.
             BrokerUnavailable: The session cannot go on.
         """
-        event = await anext(self._stream)
+        event = await (anext(self._stream) if self._heard else self._first())
+        self._heard = True
         if isinstance(event, Routed):
             self.routed = event
         elif isinstance(event, Result | ErrorEvent):
             self.outcome = event
         return event
+
+    async def _first(self) -> ReplyEvent:
+        """Wait for the first event; publish the task again while there is none.
+
+        A broker that was killed and started again confirms tasks before the router is back, and
+        forgets them. The id makes the repetition harmless.
+        """
+        patience_s = _SILENCE_S
+        while True:
+            try:
+                async with asyncio.timeout(patience_s):
+                    return await anext(self._stream)
+            except TimeoutError:
+                patience_s *= 2
+            with contextlib.suppress(BrokerUnavailable, Overloaded):  # then the next turn may do
+                await self._publish()
 
     async def text(self) -> AsyncIterator[str]:
         """Yield the answer as text, piece by piece; an answer without chunks comes as one piece.
@@ -170,8 +195,7 @@ class MeshClient:
     def _setup(
         self, address: MeshAddress, *, client: str | None, connect_timeout_s: float | None
     ) -> None:
-        if not structlog.is_configured():  # its default writes to stdout, which is the caller's
-            configure_logging("warning")
+        configure_library_logging()
         self.address = address
         self.client = client or address.client
         self._connect_timeout_s = connect_timeout_s
@@ -200,7 +224,14 @@ class MeshClient:
                 await self._session.wait_connected(self._connect_timeout_s)
             except BrokerUnavailable as error:
                 raise BrokerUnavailable(
-                    f"the broker {self.address.url} does not answer: {error.message}"
+                    f"the broker {self.address.url} does not answer: is it running? "
+                    "`foam up` starts a mesh, --url or FOAM_URL names another",
+                    url=self.address.url,
+                ) from error
+            except AccessDenied as error:
+                raise AccessDenied(
+                    f"{error.message}: check the name ({self.address.username}) and the password",
+                    url=self.address.url,
                 ) from error
             await stack.enter_async_context(self._inbox)
             self._stack = stack.pop_all()
@@ -278,14 +309,14 @@ class MeshClient:
             raise TooLarge("task", size_bytes=len(payload), limit_bytes=TASK_LIMIT_BYTES)
         deadline = now_ms() + task.timeout_ms
         opened = self._inbox.open(str(task.id), deadline=deadline)
+        topic = self._topics.build(TopicKind.TASK, client=self.client)
+        publish = partial(self._session.publish, topic, payload)
         try:
-            await self._session.publish(
-                self._topics.build(TopicKind.TASK, client=self.client), payload
-            )
+            await publish()
         except BaseException:
             opened.close()
             raise
-        return TaskHandle(stream=opened, client=self)
+        return TaskHandle(stream=opened, client=self, publish=publish)
 
     async def ask(self, text: str | None = None, **options: Any) -> Result:
         """Submit a task and wait for its result.

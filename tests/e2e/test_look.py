@@ -1,10 +1,12 @@
 """``foam nodes``, ``functions``, ``explain``, ``admin``, ``doctor``."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
-from support.foam_process import FoamUp, run_foam
+from support.foam_process import FOAM, FoamUp, foam_environment, run_foam
 
 pytestmark = [pytest.mark.e2e, pytest.mark.broker, pytest.mark.encoder]
 
@@ -67,3 +69,32 @@ def test_doctor_says_what_to_do(tmp_path) -> None:
     assert b"MISSING model" in done.stdout
     assert b"do: set FOAM_MODEL" in done.stdout
     assert b"MISSING encoder" in done.stdout
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_tables_fit_the_terminal(mesh: FoamUp, columns: int) -> None:
+    for words in (("nodes",), ("functions",), ("explain", "count to three")):
+        done = run_foam(*words, "--data", str(mesh.data), COLUMNS=str(columns))
+        lines = done.stdout.decode().splitlines()
+        assert max(map(len, lines)) <= columns, done.stdout.decode()
+        if words[0] == "explain":
+            assert any("node" in line and "verdict" in line for line in lines)
+
+
+@pytest.mark.parametrize("words", [("nodes",), ("ask", "--function", "echo", "hello")])
+def test_output_that_cannot_be_written_is_one_line(mesh: FoamUp, words: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*FOAM, *words, "--data", str(mesh.data)],
+            env=foam_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=25,
+            check=False,
+        )
+    said = [line for line in done.stderr.decode().splitlines() if line.startswith("foam: ")]
+    assert done.returncode in {20, 130}
+    assert len(said) == 1
+    assert "cannot be written: No space left" in said[0]
+    assert b"Traceback" not in done.stderr

@@ -4,13 +4,15 @@ import json
 import signal
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
 from conftest import require_broker
-from support.foam_process import FoamProcess, FoamUp, foam_up, run_foam
+from support.foam_process import FOAM, FoamProcess, FoamUp, foam_environment, foam_up, run_foam
 
 pytestmark = [pytest.mark.e2e, pytest.mark.broker]
 
@@ -200,3 +202,62 @@ class TestWhatDies:
         chunks = [event["data"] for event in events if event["event"] == "chunk"]
         assert (code, events[-1]["event"]) == (0, "result")
         assert "".join(chunks) == "".join(f"{number} " for number in range(60))
+
+    def test_tasks_sent_while_the_router_is_down_are_answered(self, up: FoamUp) -> None:
+        while up.ask("--function", "echo", "x").returncode != 0:
+            up.wait_line("foam: ready", where="err")  # what the test before killed is not back yet
+        up.child("router").kill()
+        done = up.ask("--function", "echo", "kept for the router", "--timeout", "25")
+        assert (done.returncode, done.stdout) == (0, b"kept for the router\n"), done.stderr
+
+
+@pytest.mark.encoder
+def test_it_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    starter = (
+        "import subprocess, sys, time\n"
+        "up = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, start_new_session=True)\n"
+        "up.wait()\n"
+    )
+    command = [*FOAM, "up", "--supervised", "--port", "0", "--data", str(tmp_path)]
+    command += ["--broker", "embedded", "--nodes", "none"]
+    with subprocess.Popen(
+        [sys.executable, "-c", starter, *command],
+        env=foam_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline().startswith(b"FOAM READY ")
+        family = psutil.Process(parent.pid).children(recursive=True)
+        parent.kill()
+        assert len(family) >= 4
+        assert _all_end(family) == []
+
+
+@pytest.mark.encoder
+@pytest.mark.parametrize("kind", ["embedded", "mosquitto"])
+def test_a_killed_broker_comes_back_and_the_mesh_answers(
+    tmp_path: Path, trial_node: Path, kind: str
+) -> None:
+    if kind != "embedded":
+        require_broker(kind)
+    with foam_up(tmp_path, "--broker", kind, "--node", str(trial_node)) as up:
+        assert up.ask("--function", "echo", "before").returncode == 0
+        for process in up.family():
+            if "broker" in process.cmdline()[1:4] or "mosquitto" in process.name():
+                process.kill()
+        up.wait_line("broker ended", where="err")
+        assert up.wait_line("broker runs again", where="err")
+        # The router may be back before the node: such a task ends, clearly, with node_lost.
+        codes = [up.ask("--function", "echo", "before the node is back").returncode]
+        while codes[-1] == 17 and len(codes) < 5:
+            codes.append(up.ask("--function", "echo", "after").returncode)
+        assert codes[-1] == 0, up.err
+
+
+def test_two_nodes_of_one_name_are_refused(tmp_path: Path, trial_node: Path) -> None:
+    node = str(trial_node)
+    done = run_foam("up", "--port", "0", "--data", str(tmp_path), "--node", node, "--node", node)
+    assert done.returncode == 20
+    assert b"two nodes are named trial" in done.stderr

@@ -1,11 +1,12 @@
 import io
 import json
+import logging
 
 import pytest
 import structlog
 
 from capability_schemas.errors import AccessDenied
-from foam.logging import configure_logging
+from foam.logging import configure_library_logging, configure_logging
 
 
 @pytest.fixture
@@ -44,3 +45,24 @@ def test_expected_errors_have_no_traceback(lines) -> None:
 def test_less_severe_events_are_left_out(lines) -> None:
     structlog.get_logger("x").debug("noise")
     assert lines() == []
+
+
+def test_a_program_that_configured_nothing_hears_warnings_on_stderr_only(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    structlog.reset_defaults()
+    handlers = list(logging.getLogger().handlers)
+    configure_library_logging()
+    structlog.get_logger("x").info("session.connected")
+    structlog.get_logger("x").warning("session.lost")
+    heard = capsys.readouterr()
+    assert heard.out == ""
+    assert "session.lost" in heard.err
+    assert "session.connected" not in heard.err
+    assert logging.getLogger().handlers == handlers
+
+
+def test_the_configuration_of_a_program_stays(lines) -> None:
+    configure_library_logging()
+    structlog.get_logger("x").info("task.ended")
+    assert lines()[0]["event"] == "task.ended"

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from broker.access.policy import Role
+from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.errors import ConfigurationError, Conflict, NotFound
 from foam.mesh import Identity, MeshFolder, MeshRecord, Person
 
@@ -108,3 +109,26 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigurationError, match="--data"):
         MeshFolder(tmp_path / "file" / "mesh").prepare()
+
+
+def test_what_a_node_is_given_is_kept_until_something_else_is_said(folder: MeshFolder) -> None:
+    def held() -> CapabilityPolicy | None:
+        return MeshFolder(folder.path).credentials().identities()["press"].attested
+
+    place = CapabilityPolicy(zones=("hall-3",), grants=("controls",))
+    assert folder.create("press", Role.NODE, attested=place).attested == place
+    assert folder.identity("press").attested == place
+    assert held() == place
+    folder.ensure("press", Role.NODE)
+    assert held() == place
+    folder.ensure("press", Role.NODE, attested=CapabilityPolicy())
+    assert held() == CapabilityPolicy()
+
+
+def test_a_damaged_identity_says_what_and_what_to_do(folder: MeshFolder) -> None:
+    folder.ensure("press", Role.NODE)
+    folder.identity_path("press").write_text('{"id": "press"}')
+    with pytest.raises(ConfigurationError, match=r"damaged \(role: .*\); delete it and `foam up`"):
+        folder.ensure("press", Role.NODE)
+    with pytest.raises(ConfigurationError, match="does not exist; make one: foam device add gone"):
+        folder.identity("gone")
