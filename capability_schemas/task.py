@@ -169,9 +169,6 @@ def decode_task(payload: bytes, *, limit_bytes: int = TASK_LIMIT_BYTES) -> Task:
         return Task.model_validate(fields)
     except ValidationError as exc:
         field, problem = first_problem(exc)
-        if exc.errors()[0]["type"] == "extra_forbidden":
-            problem = "unknown field; remove it or check its spelling"
-        problem = problem.removeprefix("Value error, ")
         where = f"{field}: " if field else ""
         raise InvalidTask(f"{where}{problem}", field=field) from exc
 

@@ -1,7 +1,7 @@
 """Codec: frozen message models to bytes and back, with a size limit before anything is parsed."""
 
 import json
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -46,6 +46,16 @@ def encode(model: BaseModel) -> bytes:
     return model.model_dump_json(exclude_none=True).encode()
 
 
+_IN_JSON_TERMS: Final = {
+    "extra_forbidden": "unknown field; remove it or check its spelling",
+    "missing": "is missing",
+    "tuple_type": "Input should be an array",
+    "model_type": "Input should be an object",
+    "dict_type": "Input should be an object",
+}
+"""Problems whose text at pydantic speaks of Python types."""
+
+
 def first_problem(error: ValidationError) -> tuple[str, str]:
     """Return the path and the text of the first problem pydantic found.
 
@@ -54,7 +64,8 @@ def first_problem(error: ValidationError) -> tuple[str, str]:
     """
     first = error.errors(include_url=False, include_context=False)[0]
     field = ".".join(str(part) for part in first["loc"])
-    return field, first["msg"]
+    problem = _IN_JSON_TERMS.get(first["type"], first["msg"])
+    return field, problem.removeprefix("Value error, ")
 
 
 def refuse_constant(name: str) -> Any:

@@ -234,7 +234,7 @@ class TaskMachine:
         if self.phase is not Phase.ACCEPTED or self._settle_by is not None:
             return []
         if event.problem is not None:
-            return self._end(event.problem)
+            return self._end(self._exhausted() if self._problems else event.problem)
         self._waiting = deque(event.choices)
         return self._next(now)
 
@@ -333,8 +333,14 @@ class TaskMachine:
         )
         return lost + self._mend(error, now)
 
-    def _mend(self, problem: FoamError, now: int) -> list[Action]:
-        """Go on without the node that has the task."""
+    def _mend(self, problem: FoamError, now: int, *, choose: bool = False) -> list[Action]:
+        """Go on without the node that has the task.
+
+        Args:
+            problem: Why.
+            now: UTC milliseconds.
+            choose: Whether to choose anew rather than to take the next candidate.
+        """
         self._problems.append(problem)
         self._report_by = self._finish_by = None
         if self._closing is not None:
@@ -343,7 +349,8 @@ class TaskMachine:
             # Something was shown. Continuing it elsewhere needs the shown prefix in the
             # invocation, which protocol version 1 does not carry yet: a clear end instead.
             return self._end(problem)
-        if self._settle_by is not None or (not self._waiting and self._tried == 0):
+        untried = not self._waiting and self._tried == 0
+        if choose or untried or self._settle_by is not None:
             return self._choose_anew()
         return self._next(now)
 
@@ -404,7 +411,10 @@ class TaskMachine:
         error = NodeLost(
             f"node {node} did not answer the invocation within {waited_ms} ms", node=node
         )
-        return dropped + self._mend(error, now)
+        # With nobody else to ask, the same node is asked again while it passes for alive: after the
+        # loss of a broker the router may be back before the node is.
+        again = not self._waiting and self._tried < self._settings.attempts
+        return dropped + self._mend(error, now, choose=again)
 
     def _on_settled(self, now: int) -> list[Action]:
         if now >= self.deadline:

@@ -3,6 +3,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from registry.encoders import Vectors
 from registry.index import ExactIndex, VectorIndex
 from registry.index.hnsw import HnswIndex
 
@@ -10,16 +11,18 @@ D = 16
 Make = Callable[[], VectorIndex]
 
 
-def vectors(count: int, seed: int = 0) -> np.ndarray:
-    rows = np.random.default_rng(seed).standard_normal((count, D)).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+def vectors(count: int, seed: int = 0) -> Vectors:
+    rows: Vectors = np.random.default_rng(seed).standard_normal((count, D)).astype(np.float32)
+    units: Vectors = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return units
 
 
-def axis(at: int) -> np.ndarray:
-    return np.eye(D, dtype=np.float32)[at]
+def axis(at: int) -> Vectors:
+    row: Vectors = np.eye(D, dtype=np.float32)[at]
+    return row
 
 
-def keys(index: VectorIndex, vector: np.ndarray, k: int) -> list[str]:
+def keys(index: VectorIndex, vector: Vectors, k: int) -> list[str]:
     return [neighbour.key for neighbour in index.search(vector, k)]
 
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ def _login(mesh: FoamUp, who: dict[str, str]) -> list[str]:
 
 def _converse(
     mesh: FoamUp, who: dict[str, str], payload: bytes, *, until: int
-) -> list[tuple[str, dict]]:
+) -> list[tuple[str, dict[str, Any]]]:
     """Publish one task with mosquitto_pub, read ``until`` events with mosquitto_sub."""
     root, login = f"foam/v1/{mesh.facts['site']}", _login(mesh, who)
     reading = subprocess.Popen(

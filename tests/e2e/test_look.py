@@ -3,6 +3,7 @@
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,10 +12,11 @@ from support.foam_process import FOAM, FoamUp, foam_environment, run_foam
 pytestmark = [pytest.mark.e2e, pytest.mark.broker, pytest.mark.encoder]
 
 
-def _json(mesh: FoamUp, *arguments: str) -> dict:
+def _json(mesh: FoamUp, *arguments: str) -> dict[str, Any]:
     done = run_foam(*arguments, "--data", str(mesh.data))
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
 def test_nodes_and_functions_are_listed(mesh: FoamUp) -> None:

@@ -36,6 +36,8 @@ def test_defaults_are_those_of_the_protocol():
         (b'{"text": "a", "txet": 1}', "txet", "unknown field"),
         (b'{"text": "a", "policy": {"zone": "x"}}', "policy.zone", "unknown field"),
         (b'{"text": 5}', "text", "valid string"),
+        (b'{"text": "a", "skills": "x"}', "skills", "should be an array"),
+        (b'{"text": "a", "policy": 5}', "policy", "should be an object"),
         (b'{"text": " "}', "", "text is empty"),
         (b'{"input": {}}', "", "text is missing"),
         (b'{"text": "a", "timeout_ms": "5"}', "timeout_ms", "valid integer"),

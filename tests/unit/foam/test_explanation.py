@@ -1,9 +1,11 @@
 """What of an explanation deserves a column."""
 
+from typing import Any
+
 from foam.cli.look import telling_terms
 
 
-def _row(similarity: float, value: float, **terms: float) -> dict:
+def _row(similarity: float, value: float, **terms: float) -> dict[str, Any]:
     return {"similarity": {"score": similarity}, "value": value, "terms": terms}
 
 

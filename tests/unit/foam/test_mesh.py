@@ -3,6 +3,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from broker.access.policy import Role
 from capability_schemas.capability import CapabilityPolicy
@@ -48,7 +49,7 @@ def test_a_lost_identity_file_is_made_anew(folder: MeshFolder) -> None:
 
 
 def test_external_credentials_replace_ours_but_are_not_stored(folder: MeshFolder) -> None:
-    person = Person(id="guest", username="guest", password="theirs")
+    person = Person(id="guest", username="guest", password=SecretStr("theirs"))
     made = folder.ensure("edge-1", Role.NODE, external=person)
     assert (made.id, made.username) == ("edge-1", "guest")
     assert folder.identity("edge-1").username == "edge-1"
@@ -74,7 +75,7 @@ def test_removed_members_are_gone(folder: MeshFolder) -> None:
 def test_record_round_trip_and_its_absence(folder: MeshFolder) -> None:
     with pytest.raises(NotFound, match="foam up"):
         folder.record()
-    person = Person(id="device-1", username="device-1", password="secret")
+    person = Person(id="device-1", username="device-1", password=SecretStr("secret"))
     record = MeshRecord(broker="mqtt://127.0.0.1:1", site="local", device=person, admin=person)
     folder.write_record(record)
     assert folder.record() == record

@@ -1,15 +1,17 @@
 """The table [node] of a node file."""
 
 from pathlib import Path
+from typing import Final
 
 import pytest
 
 from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.functions import FunctionSpec
+from capability_schemas.task import DataClass
 from foam.nodefile import NodeHead, placed
 
-ALL = ("public", "internal", "private")
+ALL: Final[tuple[DataClass, ...]] = ("public", "internal", "private")
 
 
 def _write(folder: Path, text: str, name: str = "press hall.toml") -> Path:

@@ -127,6 +127,23 @@ def test_silence_supersedes_the_node_and_moves_on() -> None:
     assert task.phase is Phase.INVOKED
 
 
+def test_a_silent_node_without_a_substitute_is_asked_again_a_bounded_number_of_times() -> None:
+    task, now = machine(A), 0
+    for attempt in range(1, SETTINGS.attempts):
+        now = task.wake_at or now
+        actions = task.handle(Tick(), now)
+        assert actions == [CancelNode("a", attempt, "superseded"), Choose()]
+        assert task.handle(Chosen((A,)), now) == [Invoke(A, attempt + 1, 0)]
+    assert isinstance(end_of(task.handle(Tick(), task.wake_at or now)).error, NodeLost)
+
+
+def test_a_silent_node_that_is_gone_when_asked_again_is_lost() -> None:
+    task = machine(A)
+    task.handle(Tick(), 100)
+    ended = end_of(task.handle(Chosen((), NoCapableNode("nobody is alive")), 101))
+    assert isinstance(ended.error, NodeLost)
+
+
 def test_silence_is_judged_by_what_answers_take_by_then() -> None:
     patience = ReportPatience(base_ms=100)
     task = TaskMachine(deadline=10_000, settings=SETTINGS, patience=patience)

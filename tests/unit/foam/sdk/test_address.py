@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from capability_schemas.errors import ConfigurationError, NotFound
 from foam.mesh import MeshFolder, MeshRecord, Person
@@ -14,8 +15,8 @@ def data(tmp_path: Path) -> Path:
         MeshRecord(
             broker="mqtt://127.0.0.1:1884",
             site="hall",
-            device=Person(id="device-1", username="device-1", password="d"),
-            admin=Person(id="admin-1", username="admin-1", password="a"),
+            device=Person(id="device-1", username="device-1", password=SecretStr("d")),
+            admin=Person(id="admin-1", username="admin-1", password=SecretStr("a")),
         )
     )
     return tmp_path
