@@ -137,10 +137,10 @@ def _topic_table() -> list[str]:
 def _task_table() -> list[str]:
     rows = ["| field | type | default |", "|---|---|---|"]
     for name, field in json_schema("Task", Task)["properties"].items():
-        kind = (
-            field.get("type")
-            or field.get("const")
-            or "/".join(str(option.get("type", "object")) for option in field.get("anyOf", [{}]))
+        options = field.get("anyOf", [field])
+        kind = "/".join(
+            str(option.get("type", "object" if "$ref" in option else "any JSON"))
+            for option in options
         )
         default = json.dumps(field["default"]) if "default" in field else "none"
         rows.append(f"| `{name}` | {kind} | `{default}` |")
@@ -156,7 +156,7 @@ _ERROR_MEANINGS: Final[Mapping[ErrorCode, str]] = {
     ErrorCode.OVERLOADED: "A bounded queue is full; try again after `retry_after_ms`.",
     ErrorCode.DEADLINE_EXCEEDED: "The time allowed has passed.",
     ErrorCode.CANCELLED: "Ended on request.",
-    ErrorCode.NODE_LOST: "The node disappeared after it had shown part of the answer.",
+    ErrorCode.NODE_LOST: "The node disappeared: part was shown, or nobody could take over.",
     ErrorCode.EXECUTION_FAILED: "The function itself failed.",
     ErrorCode.INTERNAL: "The mesh failed; its log says more.",
 }

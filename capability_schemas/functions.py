@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import ConfigDict, Field, StringConstraints, field_validator
 
@@ -11,10 +11,14 @@ from capability_schemas.capability import CapabilityPolicy, Cost, Utterance, che
 from capability_schemas.errors import ConfigurationError, InvalidTask
 from capability_schemas.ids import Identifier
 from capability_schemas.task import ShortText
-from capability_schemas.wire import WirePart
+from capability_schemas.wire import DEFAULT_LIMIT_BYTES, WirePart
 
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator
+
+
+MAX_OUTPUT_BYTES: Final = DEFAULT_LIMIT_BYTES - 64 * 1024
+"""Largest output a function may be allowed: with its event around it, it must pass as a message."""
 
 
 class FunctionLimits(WirePart):
@@ -33,7 +37,7 @@ class FunctionLimits(WirePart):
     timeout_ms: Annotated[int, Field(ge=1, le=24 * 3_600_000)] | None = None
     memory_bytes: Annotated[int, Field(ge=1_000_000)] | None = None
     cpu_s: Annotated[int, Field(ge=1)] | None = None
-    output_bytes: Annotated[int, Field(ge=1)] = 1024 * 1024
+    output_bytes: Annotated[int, Field(ge=1, le=MAX_OUTPUT_BYTES)] = 1024 * 1024
     open_files: Annotated[int, Field(ge=16)] | None = None
 
 

@@ -1,6 +1,8 @@
 """Codec: frozen message models to bytes and back, with a size limit before anything is parsed."""
 
 import json
+import math
+from collections.abc import Iterable
 from typing import Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -9,6 +11,10 @@ from capability_schemas.errors import MalformedPayload, TooLarge
 
 DEFAULT_LIMIT_BYTES = 4 * 1024 * 1024
 """Largest inbound message of the mesh itself, bytes; tasks have their own, smaller limit."""
+
+
+MAX_DEPTH: Final = 128
+"""How deep arrays and objects may stand in each other; deeper ones could not be encoded again."""
 
 
 class WirePart(BaseModel):
@@ -73,20 +79,51 @@ def refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    """Return a number of JSON, refusing one that a double cannot hold (``1e999``)."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number
+
+
+def _members(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _is_nested_beyond(value: Any, depth: int) -> bool:
+    """Tell whether arrays and objects stand more than ``depth`` deep in each other."""
+    level = [value]
+    for _ in range(depth + 1):
+        level = [inner for outer in level for inner in _members(outer)]
+        if not level:
+            return False
+    return True
+
+
 def parse_json(payload: bytes) -> Any:
-    """Parse strict JSON.
+    """Parse strict JSON, nested at most ``MAX_DEPTH`` deep, without numbers that overflow.
 
     Raises:
-        MalformedPayload: It is not UTF-8, not JSON, or nested beyond the parser's limit.
+        MalformedPayload: It is not UTF-8, not JSON, or goes beyond these limits.
     """
     try:
-        return json.loads(payload.decode("utf-8"), parse_constant=refuse_constant)
+        value = json.loads(
+            payload.decode("utf-8"), parse_constant=refuse_constant, parse_float=_finite
+        )
     except UnicodeDecodeError as exc:
         raise MalformedPayload(f"payload is not UTF-8 at byte {exc.start}") from exc
     except RecursionError as exc:
         raise MalformedPayload("payload is JSON nested too deeply") from exc
     except ValueError as exc:
         raise MalformedPayload(f"payload is not JSON: {exc}") from exc
+    if payload.count(b"[") + payload.count(b"{") > MAX_DEPTH and _is_nested_beyond(
+        value, MAX_DEPTH
+    ):
+        raise MalformedPayload(f"payload is JSON nested more than {MAX_DEPTH} deep")
+    return value
 
 
 def decode(

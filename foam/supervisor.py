@@ -130,7 +130,7 @@ class Supervisor(Service):
         chance: Source of jitter, uniform in [0, 1); the system's when None.
     """
 
-    stop_timeout_s = 60.0
+    stop_timeout_s = 120.0
 
     def __init__(
         self,

@@ -75,7 +75,7 @@ def choose_engine(wanted: str | None) -> tuple[str, str]:
     if wanted is None:
         if engine_available("mosquitto"):
             return "mosquitto", "its program is on this machine"
-        return "embedded", "no mosquitto on this machine; with it the mesh is 10 to 20 times faster"
+        return "embedded", "no mosquitto on this machine; nothing is kept over a restart"
     if wanted not in ENGINES:
         raise ConfigurationError(
             f"broker {wanted!r}: use {', '.join(sorted(ENGINES))} or a URL mqtt://host:port",
@@ -142,7 +142,7 @@ class _Up:
             self._add("router", ("router",), environment),
         ]
         workers = [
-            self._add(f"node-{node}", ("node", str(path), "--id", node), environment, stop_s=15.0)
+            self._add(f"node-{node}", ("node", str(path), "--id", node), environment, stop_s=25.0)
             for node, path in nodes
         ]
         async with asyncio.TaskGroup() as group:

@@ -20,6 +20,7 @@ from broker.access.policy import Role
 from broker.session.mqtt import MqttSession
 from broker.session.settings import SessionSettings
 from capability_schemas.errors import (
+    AccessDenied,
     BrokerUnavailable,
     ConfigurationError,
     Conflict,
@@ -53,6 +54,7 @@ ENGINES: Final = ("embedded", "mosquitto", "nats")
 _WAITING_AFTER_S: Final = 3.0
 _WAITING_AGAIN_S: Final = 30.0
 _ACCESS_POLL_S: Final = 0.5
+_ACCESS_TRIES: Final = 5
 _WARM_S: Final = 60.0
 """How long a node's readiness waits for its warm instances, seconds (a large model is slow)."""
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -90,6 +92,24 @@ async def _connect(process: Process, session: MqttSession, url: str) -> None:
             patience_s = _WAITING_AGAIN_S
         else:
             return
+
+
+async def _wait_for_access(member: Member) -> None:
+    """Wait until the running broker has read the access rules of a member made just now.
+
+    A refusal is final for a session, so this asks with sessions of its own. Returns after a bounded
+    number of refusals, and when the broker is not there: the member's own session tells.
+    """
+    for _ in range(_ACCESS_TRIES):
+        await asyncio.sleep(2 * _ACCESS_POLL_S)
+        try:
+            async with _session(member) as session:
+                await session.wait_connected(_WAITING_AFTER_S)
+        except AccessDenied:
+            continue
+        except BrokerUnavailable:
+            pass
+        return
 
 
 async def run_broker(
@@ -379,6 +399,8 @@ async def run_node(
     )
 
     async def assemble(process: Process) -> Mapping[str, Any]:
+        if member.is_new:
+            await _wait_for_access(member)
         await _connect(process, session, member.url)
         await process.enter(agents[0])
         if not await agents[0].wait_warm(_WARM_S):

@@ -13,6 +13,7 @@ from broker.session.base import Session
 from capability_schemas.errors import (
     ConfigurationError,
     DeadlineExceeded,
+    ExecutionFailed,
     FoamError,
     NotFound,
     Overloaded,
@@ -275,7 +276,7 @@ class Executor(Service):
 
     async def _run(self, execution: Execution) -> None:
         try:
-            outcome = await execution.run()
+            outcome = await self._outcome(execution)
             try:
                 await asyncio.sleep(0)  # the terminal event leaves before the books are kept
             finally:
@@ -287,7 +288,18 @@ class Executor(Service):
                 ran_out = execution.stopped_by is None
                 self._queue.finished(execution.key, run_ms=execution.run_ms if ran_out else None)
                 self._forget(execution)
-        self._dispatch()
+                self._dispatch()
+
+    async def _outcome(self, execution: Execution) -> Outcome:
+        """Run it; whatever goes wrong on the way ends this one task and nothing else."""
+        try:
+            return await execution.run()
+        except FoamError as exc:
+            error = exc
+        except Exception as exc:  # noqa: BLE001  # supervision boundary: one task among many
+            _log.error("invocation.crashed", task=execution.invocation.task, exc_info=exc)
+            error = ExecutionFailed(f"its output cannot be sent: {exc}"[:500])
+        return await execution.end_with(error)
 
     def _conclude(self, execution: Execution, outcome: Outcome) -> None:
         """Remember and report how an execution ended; it may still occupy its instance."""

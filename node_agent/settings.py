@@ -22,7 +22,7 @@ class NodeSettings(BaseModel):
         chunk_limit_bytes: Largest text of one chunk; longer text is split.
         invocation_limit_bytes: Largest invocation that is looked at.
         cut_off_s: How long the node may be without a broker before it drops what it runs, seconds:
-            by then the router has given the work to another node.
+            before the router, who waits for three loads, gives the work to another node.
         drain_timeout_s: Longest wait for running invocations when the node leaves, seconds.
         cancel_grace_s: Time a cancelled call has before its process is killed, seconds.
         start_timeout_s: Longest start of an instance, seconds.
@@ -41,8 +41,8 @@ class NodeSettings(BaseModel):
     coalesce_s: Annotated[float, Field(ge=0, le=1)] = 0.02
     working_s: Annotated[float, Field(gt=0)] = 15.0
     chunk_limit_bytes: Annotated[int, Field(ge=256)] = 64 * 1024
-    invocation_limit_bytes: Annotated[int, Field(ge=1024)] = 2 * 1024 * 1024
-    cut_off_s: Annotated[float, Field(gt=0)] = 30.0
+    invocation_limit_bytes: Annotated[int, Field(ge=1024)] = 8 * 1024 * 1024
+    cut_off_s: Annotated[float, Field(gt=0)] = 10.0
     drain_timeout_s: Annotated[float, Field(ge=0)] = 10.0
     cancel_grace_s: Annotated[float, Field(ge=0)] = 2.0
     start_timeout_s: Annotated[float, Field(gt=0)] = 120.0

@@ -2,7 +2,8 @@
 
 Nodes publish retained claims; the registry checks each (topic, size, form, signature, order),
 embeds description and examples itself, keeps catalogue and history in SQLite, and publishes the
-admitted record under ``catalog/{node}/{function}``. Routers read nothing else.
+admitted record under ``catalog/{node}/{function}``. Of what nodes can do, routers read
+nothing else.
 
 Main objects, from pure to wired:
 

@@ -372,10 +372,11 @@ class Ledger:
             db.execute("BEGIN IMMEDIATE")
             results = [job.work(db) for job in jobs]
             db.execute("COMMIT")
-        except sqlite3.Error as exc:
+        except Exception as exc:  # noqa: BLE001  # supervision boundary: the thread must go on
             with contextlib.suppress(sqlite3.Error):
                 db.execute("ROLLBACK")
-            self._make_room(db, exc)
+            if isinstance(exc, sqlite3.Error):
+                self._make_room(db, exc)
             self._answer(partial(self._refuse, jobs, exc))
             return
         self._answer(partial(self._deliver, jobs, results))
@@ -400,7 +401,7 @@ class Ledger:
         for job, result in zip(jobs, results, strict=True):
             _succeed(job.future, result)
 
-    def _refuse(self, jobs: list[_Job], error: sqlite3.Error) -> None:
+    def _refuse(self, jobs: list[_Job], error: Exception) -> None:
         self._pending -= len(jobs)
         if not self._failing:
             self._failing = True

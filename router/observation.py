@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from router.events import Observed
 
+_MAX_CODE: Final = 64
 _MAX_COUNT: Final = 2**53
 _WATCHED: Final = frozenset({"working", "chunk", "result", "error"})
 
@@ -78,7 +79,9 @@ def _observation(
     elif not _is_count(seq, 0) or not _is_count(attempt, 1):
         return None
     code = fields.get("code") if kind == "error" else None
-    if kind == "error" and not isinstance(code, str):
+    if kind == "error" and not (
+        isinstance(code, str) and code.isascii() and len(code) <= _MAX_CODE
+    ):
         return None
     return Observation(client, task_id, Observed(source, kind, seq, attempt, payload, code))
 

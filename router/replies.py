@@ -180,6 +180,10 @@ class ReplyDesk:
             except BrokerUnavailable as error:
                 _log.warning("reply.waits", topic=topic, error=error.message)
                 await self._session.wait_connected()
+            except FoamError as error:  # refused for good: another try would end alike
+                _log.error("reply.refused", topic=topic, error=error.message)
+                self._ledger.note_told(key)
+                return
             else:
                 self._ledger.note_told(key)
                 return

@@ -215,7 +215,7 @@ class CredentialStore:
         except OSError as exc:
             raise ConfigurationError(f"cannot read the credentials {self.path}: {exc}") from exc
         except ValidationError as exc:
-            problem = ": ".join(first_problem(exc))
+            problem = ": ".join(filter(None, first_problem(exc)))
             raise ConfigurationError(
                 f"{self.path} is damaged: {problem}; restore it from a copy, or delete it together "
                 "with the folder identities beside it: every member is then made anew"

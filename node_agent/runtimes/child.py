@@ -26,6 +26,8 @@ _PAUSE_FRAMES: Final = 256
 _END_LIMIT_S: Final = 5.0
 """How long a killed process may take to vanish before it is given up on, seconds."""
 
+_LAST_LINES_S: Final = 1.0
+_EXIT_POLL_S: Final = 0.5
 _STOP_GRACE_S: Final = 1.0
 """Time an instance has to end by itself when it is stopped, seconds."""
 
@@ -246,12 +248,19 @@ class ChildInstance(Service):
     async def _reap_process(self, process: asyncio.subprocess.Process) -> None:
         streams = (process.stdout, process.stderr)
         async with asyncio.TaskGroup() as group:
-            for tap, stream in zip(self._taps, streams, strict=True):
-                if stream is not None:
-                    group.create_task(tap.follow(stream), name=f"node_agent.LogTap[{self._name}]")
-            self._status = await process.wait()
-            # What the function itself started must not outlive it, and it holds our pipes open.
+            taps = [
+                group.create_task(tap.follow(stream), name=f"node_agent.LogTap[{self._name}]")
+                for tap, stream in zip(self._taps, streams, strict=True)
+                if stream is not None
+            ]
+            self._status = await _exit_status(process)
+            # What the function itself started must not outlive it, and it holds our pipes open;
+            # what has left the process group keeps them open for as long as it likes.
             self._signal_group()
+            if taps:
+                await asyncio.wait(taps, timeout=_LAST_LINES_S)
+            for tap_task in taps:
+                tap_task.cancel()
         self._exited.set()
         self._finish()
 
@@ -366,3 +375,16 @@ def failure(frame: Frame) -> FoamError:
     )
     error.remote = False
     return error
+
+
+async def _exit_status(process: asyncio.subprocess.Process) -> int:
+    """Wait until a process has ended, whoever still holds its output open.
+
+    ``Process.wait`` alone waits for the pipes too (cpython issue 119710), and a program that the
+    process started in a session of its own may keep them for as long as it likes.
+    """
+    while process.returncode is None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_EXIT_POLL_S):
+                await process.wait()
+    return process.returncode

@@ -454,7 +454,7 @@ class TestProcess:
         async with run_site(kind, folder) as site:
             good = site.engine.credentials.path.read_text()
             site.engine.credentials.path.write_text("{")
-            with pytest.raises(ConfigurationError, match="no credentials file"):
+            with pytest.raises(ConfigurationError, match="is damaged: Invalid JSON"):
                 await site.engine.reload_access()
             os.kill(site.engine.pid, signal.SIGHUP)
             login: dict[str, Any] = {"username": "pump-1", "password": site.passwords["pump-1"]}

@@ -180,3 +180,24 @@ with BlockingMesh({mesh.facts["broker"]!r}, **login) as mesh:
         check=False,
     )
     assert done.stdout.splitlines() == ["0 |1 |2 ", "say back what I said"], done.stderr
+
+
+def test_a_new_node_joins_the_running_mesh_with_one_command(
+    any_mesh: FoamUp, tmp_path: Path
+) -> None:
+    code = tmp_path / "distance.py"
+    code.write_text(
+        "from foam import function\n\n"
+        '@function(examples=["how far apart are 3 and 10?"])\n'
+        "def distance(a: float, b: float) -> float:\n"
+        '    """Distance between two numbers."""\n'
+        "    return abs(a - b)\n"
+    )
+    node = FoamProcess("node", str(code), "--data", str(any_mesh.data))
+    try:
+        node.wait_line("READY")
+        done = any_mesh.ask("--function", "distance", "--input", '{"a": 3, "b": 10}')
+        assert (done.returncode, done.stdout.strip()) == (0, b"7"), done.stderr
+    finally:
+        node.end()
+    assert run_foam("device", "remove", "distance", "--data", str(any_mesh.data)).returncode == 0

@@ -44,6 +44,8 @@ FUNCTIONS = (
     python("words"),
     python("fail"),
     python("vanish"),
+    python("nested"),
+    python("orphan"),
     python("stubborn"),
     python("polite"),
     python("flood", limits={"output_bytes": 1000}),
@@ -226,6 +228,28 @@ async def test_a_crash_is_handed_back_and_the_next_call_gets_a_new_process(agent
     events = await router.ended("t2")
     assert all(event["event"] == "chunk" for event in events)
     assert router.reports[-1]["seq"] == len(events)
+
+
+async def test_an_output_that_cannot_be_sent_is_an_error_and_the_next_call_runs(agent, router):
+    router.invoke("nested", {"depth": 400})
+    router.invoke("nested", {"depth": 1}, task="t2")
+    (event,) = await router.ended()
+    assert (event["event"], event["code"]) == ("error", "execution_failed")
+    (second,) = await router.ended("t2")
+    assert second["output"] == [[]]
+
+
+async def test_a_program_that_outlives_its_instance_does_not_hide_its_death(
+    agent, router, tmp_path
+):
+    pid_file = tmp_path / "pid"
+    router.invoke("orphan", {"pid_file": str(pid_file)})
+    try:
+        await router.ended()
+        assert router.statuses() == ["admitted", "failed"]
+        assert agent.load().functions["orphan"].instances == 0
+    finally:
+        os.kill(int(pid_file.read_text()), signal.SIGKILL)
 
 
 async def test_a_crashing_function_is_paused_and_shown_as_degraded(make_agent, router):

@@ -33,6 +33,25 @@ def words(text: str) -> Iterator[str]:
 
 
 @function
+def nested(depth: int) -> list[object]:
+    """Return a list in a list in a list."""
+    value: list[object] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@function
+def orphan(pid_file: str) -> str:
+    """Start a program of its own session that holds our output, then die."""
+    program = [sys.executable, "-c", "import time; time.sleep(60)"]
+    child = subprocess.Popen(program, start_new_session=True, stdin=subprocess.DEVNULL)
+    Path(pid_file).write_text(str(child.pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+    return "never"
+
+
+@function
 def squares(n: int) -> Generator[int, None, dict[str, int]]:
     """Stream squares and return their sum."""
     total = 0

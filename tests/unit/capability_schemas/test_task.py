@@ -6,6 +6,7 @@ import pytest
 
 from capability_schemas.errors import ErrorCode, InvalidTask, TooLarge
 from capability_schemas.task import FunctionRef, Task, decode_task, peek_task_id, skim_task_id
+from capability_schemas.wire import encode
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,8 @@ def test_defaults_are_those_of_the_protocol():
         (b'{"text": "a", "policy": {"max_cost": "3"}}', "policy.max_cost", "valid number"),
         (b'{"text": "a", "id": "a/b"}', "id", "pattern"),
         (b'{"text": "a", "id": "trailing\\n"}', "id", "pattern"),
+        (b'{"text": "a", "input": 1e999}', "", "too large a number"),
+        (b'{"function": "f", "input": ' + b"[" * 300 + b"]" * 300 + b"}", "", "more than 128 deep"),
         (b'{"text": "a", "input": "\\ud800"}', "", "surrogate"),
         (b'{"text": "a", "collaborate": "always"}', "collaborate", "'never'"),
     ],
@@ -63,6 +66,11 @@ def test_each_mistake_is_named(payload, field, says):
 def test_deep_nesting_is_refused_not_a_crash():
     with pytest.raises(InvalidTask):
         decode_task(b'{"input": ' + b"[" * 200_000 + b"]" * 200_000 + b"}")
+
+
+def test_whatever_is_accepted_can_be_sent_on():
+    deepest = b'{"function": "f", "input": ' + b"[" * 127 + b"]" * 127 + b"}"
+    assert decode_task(encode(decode_task(deepest))) == decode_task(deepest)
 
 
 def test_size_is_checked_before_anything_is_parsed():

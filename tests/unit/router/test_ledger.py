@@ -121,6 +121,17 @@ async def test_a_locked_file_is_overloaded(tmp_path: Path) -> None:
         assert await ledger.journal(entry()) is None
 
 
+async def test_work_that_fails_otherwise_does_not_end_the_thread(tmp_path: Path) -> None:
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        await ledger.journal(entry())
+        with pytest.raises(Overloaded):
+            await conclude(ledger, code="\ud800")  # text that SQLite cannot hold
+        await conclude(ledger)
+        found = await ledger.find("c", "t")
+        assert found is not None
+        assert found.terminal == b"done"
+
+
 async def test_a_burst_shares_commits(tmp_path: Path) -> None:
     async with Ledger(path=tmp_path / "l.sqlite") as ledger:
         async with asyncio.TaskGroup() as group:

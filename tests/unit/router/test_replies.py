@@ -1,7 +1,12 @@
 import json
+from pathlib import Path
+from typing import Any
 
+from broker.session.memory import MemoryBroker, MemorySession
+from capability_schemas.errors import AccessDenied
 from router.entry import Entry, pack_chunks, unpack_chunks
-from router.replies import Outcome
+from router.ledger import Ledger
+from router.replies import Outcome, ReplyDesk
 
 
 def outcome(shown: tuple[tuple[int, bytes], ...], seq: int = 3) -> Outcome:
@@ -45,3 +50,30 @@ def test_an_entry_that_has_not_ended_has_no_outcome() -> None:
     read = Outcome.of(ended)
     assert read is not None
     assert (read.seq, read.attempt, read.told) == (1, 2, True)
+
+
+class RefusedSession(MemorySession):
+    """A session whose broker says no to every message, as MQTT 5 can."""
+
+    async def publish(self, topic: str, payload: bytes, **_: Any) -> None:  # type: ignore[override]  # narrower than its base
+        raise AccessDenied(f"the broker refuses a message on {topic}", bytes=len(payload))
+
+
+async def test_a_refused_final_event_is_not_tried_for_ever(tmp_path: Path) -> None:
+    session = RefusedSession(broker=MemoryBroker(), client_id="router-1")
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        desk = ReplyDesk(
+            session=session,
+            ledger=ledger,
+            router_id="router-1",
+            recent_bytes=1_000,
+            clock=lambda: 1,
+        )
+        task = Entry(client="c", task_id="t", task=b"{}", reply="r", accepted_at=1, deadline=100)
+        await ledger.journal(task)
+        await ledger.conclude(
+            ("c", "t"), terminal=b"x", seq=0, chunks=None, code=None, ended_at=2, told=False
+        )
+        await desk.tell(("c", "t"), "r", b"x")
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        assert await ledger.untold() == []
