@@ -41,7 +41,8 @@ async def ask_admin(
     from foam.sdk.client import MeshClient
 
     async with MeshClient.at(find_mesh(settings, admin=True)) as mesh:
-        return await mesh.admin(verb, target=target, **args)
+        answer: dict[str, Any] = await mesh.admin(verb, target=target, **args)
+        return answer
 
 
 def show(

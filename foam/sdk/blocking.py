@@ -80,7 +80,7 @@ class BlockingMesh:
                 self._run(handle.cancel())
                 handle.close()
 
-    def admin(self, verb: str, **options: Any) -> dict[str, Any]:
+    def admin(self, verb: str, **options: Any) -> Any:
         """Administrate; as `MeshClient.admin`."""
         return self._run(self._client.admin(verb, **options))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from foam.sdk.blocking import BlockingMesh
 from support.foam_process import FoamProcess, FoamUp, foam_environment, run_foam
 
 pytestmark = [pytest.mark.e2e, pytest.mark.broker, pytest.mark.encoder]
@@ -180,6 +181,15 @@ with BlockingMesh({mesh.facts["broker"]!r}, **login) as mesh:
         check=False,
     )
     assert done.stdout.splitlines() == ["0 |1 |2 ", "say back what I said"], done.stderr
+
+
+def test_an_administrator_may_ask_the_registry_from_a_program(mesh: FoamUp) -> None:
+    who = mesh.facts["admin"]
+    with BlockingMesh(
+        mesh.facts["broker"], username=who["username"], password=who["password"]
+    ) as client:
+        claims = client.admin("claims", target=mesh.facts["registry"])
+    assert {claim["function"] for claim in claims} >= {"echo", "count"}
 
 
 def test_a_new_node_joins_the_running_mesh_with_one_command(
