@@ -367,8 +367,8 @@ class MemorySession(SessionCore):
         await self._broker.accept(link)
         return link
 
-    async def _pause(self, delay_s: float) -> None:
-        await asyncio.sleep(0 * delay_s)
+    async def _pause(self, delay_s: float) -> None:  # no time passes in memory
+        await asyncio.sleep(0)
 
     async def _on_start(self) -> None:
         self._broker.enter(self.client_id, self)
