@@ -8,7 +8,6 @@ from capability_schemas.reply import (
     ReplyEvent,
     Result,
     Routed,
-    Step,
 )
 
 
@@ -64,7 +63,7 @@ class ReplyOrder:
         return self._release()
 
     def _push_unnumbered(self, event: ReplyEvent, source: str) -> list[ReplyEvent]:
-        if isinstance(event, Accepted | Routed | Plan | Step):
+        if isinstance(event, Accepted | Routed | Plan):  # a step may be a node's
             self._routers.add(source)
         if isinstance(event, Accepted | Routed):
             key = (event.event, event.attempt if isinstance(event, Routed) else 0)

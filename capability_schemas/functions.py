@@ -30,6 +30,11 @@ class FunctionLimits(WirePart):
         cpu_s: Processor time of one instance over its life, seconds; unlimited when None.
         output_bytes: Encoded size of all chunks and of the result, each.
         open_files: File descriptors of an instance; the system's limit when None.
+        file_bytes: Largest file an instance may write; unlimited when None.
+        processes: Processes and threads of an instance, itself included; needs cgroups, unlimited
+            when None.
+        cpus: Processors an instance may use at a time; needs cgroups, unlimited when None.
+        network: Whether an instance may open network connections.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -39,6 +44,10 @@ class FunctionLimits(WirePart):
     cpu_s: Annotated[int, Field(ge=1)] | None = None
     output_bytes: Annotated[int, Field(ge=1, le=MAX_OUTPUT_BYTES)] = 1024 * 1024
     open_files: Annotated[int, Field(ge=16)] | None = None
+    file_bytes: Annotated[int, Field(ge=0)] | None = None
+    processes: Annotated[int, Field(ge=1)] | None = None
+    cpus: Annotated[float, Field(gt=0)] | None = None
+    network: bool = False
 
 
 class FunctionSpec(WirePart):
@@ -52,12 +61,17 @@ class FunctionSpec(WirePart):
         skills: Names of skills it offers.
         input_schema: JSON Schema (2020-12) of the input; anything goes when None.
         output_schema: JSON Schema of the output.
-        runtime: Name of the runtime: ``python``, ``llama_cpp``.
-        entry: For ``python``: ``module:name`` or ``path/to/file.py:name``.
-        model: For model runtimes: path of the model file.
+        runtime: Name of the runtime: ``python``, ``llama_cpp``, ``command``, ``wasm``, …
+        entry: What to run: ``module:name`` or ``path/to/file.py:name`` for ``python``, a file for
+            ``wasm``.
+        model: For model runtimes: path of the model file, or its name in the model store.
         options: Settings of the runtime, checked by it.
-        concurrency: Tasks the node runs at a time, each in its own instance.
-        warm: Whether an instance starts with the node rather than with the first task.
+        code: ``sha256:`` and the hex digest of the code behind ``entry``, put in by the loader, so
+            that an edit makes another specification.
+        concurrency: Tasks the node runs at a time; measurement may lower it.
+        warm: Whether an instance starts with the node, and one is always kept.
+        idle_s: Time without work after which an instance ends, seconds; None lets the node decide
+            by the cost of a start and the rate of calls.
         limits: What one run may take.
         policy: Where the function may be used, as claimed.
         cost: Price of a call.
@@ -77,8 +91,10 @@ class FunctionSpec(WirePart):
     entry: ShortText | None = None
     model: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
+    code: str | None = None
     concurrency: Annotated[int, Field(ge=1, le=256)] = 1
     warm: bool = False
+    idle_s: Annotated[float, Field(ge=0, le=86_400)] | None = None
     limits: FunctionLimits = FunctionLimits()
     policy: CapabilityPolicy = CapabilityPolicy()
     cost: Cost = Cost()

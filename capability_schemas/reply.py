@@ -20,12 +20,14 @@ class Usage(WirePart):
 
     Attributes:
         input_tokens: Tokens of the prompt; None for functions without tokens.
+        cached_tokens: Those of them that a kept prompt prefix spared.
         output_tokens: Tokens generated.
         cpu_ms: Processor time of the instance.
         cost: Price of the call in the unit the site uses.
     """
 
     input_tokens: int | None = None
+    cached_tokens: int | None = None
     output_tokens: int | None = None
     cpu_ms: Milliseconds | None = None
     cost: float | None = None
@@ -104,12 +106,20 @@ class Plan(_Event):
 
 
 class Step(_Event):
-    """Progress of one step of a plan."""
+    """Progress of one step of a plan, or of a tool call of an agent; not numbered, not repeated.
+
+    Attributes:
+        step: Which step; unique within the task.
+        state: ``running``, ``finished``, ``failed`` or ``refused``.
+        node: Who runs it.
+        detail: What is done: for a tool call ``tool``, ``arguments``, ``result`` or ``error``.
+    """
 
     event: Literal["step"] = "step"
     step: str
     state: str
     node: Identifier | None = None
+    detail: dict[str, Any] = Field(default_factory=dict)
 
 
 class Working(_Event):
@@ -148,6 +158,7 @@ class Result(_Event):
         version: Version of the function.
         usage: What it consumed.
         timing: Where the time went.
+        confidence: Probability of the least certain token of a language model's answer, 0 to 1.
         digest: ``sha256:`` and the hex digest of the canonical JSON (RFC 8785) of ``output``.
     """
 
@@ -162,6 +173,7 @@ class Result(_Event):
     version: str | None = None
     usage: Usage | None = None
     timing: Timing | None = None
+    confidence: Annotated[float, Field(ge=0, le=1)] | None = None
     digest: str | None = None
 
 

@@ -23,9 +23,8 @@ from node_agent.invocation import HANDED_BACK, Execution, Outcome
 from node_agent.pool import InstancePool
 from node_agent.queue import AdmissionQueue
 from node_agent.reporter import Reporter
-from node_agent.runtimes.base import Runtime
-from node_agent.runtimes.llama_cpp import LlamaCppRuntime
-from node_agent.runtimes.python import PythonRuntime
+from node_agent.runtimes.base import Runtime, RuntimeContext
+from node_agent.runtimes.catalogue import make_runtimes
 from node_agent.settings import NodeSettings
 
 _STOP_MARGIN_S: Final = 5.0
@@ -80,7 +79,13 @@ class NodeAgent(Service):
         self._functions = {spec.name: spec for spec in functions}
         if len(self._functions) != len(functions):
             raise ConfigurationError(f"node {settings.node}: two functions share a name")
-        self._runtimes = _built_in(settings) | dict(runtimes or {})
+        context = RuntimeContext(
+            node=settings.node,
+            start_timeout_s=settings.start_timeout_s,
+            cancel_grace_s=settings.cancel_grace_s,
+        )
+        wanted = {spec.runtime for spec in functions} - (runtimes or {}).keys()
+        self._runtimes = make_runtimes(wanted, context) | dict(runtimes or {})
         queue = AdmissionQueue(limit=settings.queue_limit)
         self._pool = InstancePool(
             runtimes=self._runtimes,
@@ -300,12 +305,3 @@ class NodeAgent(Service):
     def _drop_leases(self) -> None:
         dropped = self._executor.stop_all("cut off")
         _log.warning("node.cut_off", node=self._settings.node, dropped=dropped)
-
-
-def _built_in(settings: NodeSettings) -> dict[str, Runtime]:
-    start, grace = settings.start_timeout_s, settings.cancel_grace_s
-    runtimes: tuple[Runtime, ...] = (
-        PythonRuntime(start_timeout_s=start, cancel_grace_s=grace),
-        LlamaCppRuntime(start_timeout_s=start, cancel_grace_s=grace),
-    )
-    return {runtime.name: runtime for runtime in runtimes}

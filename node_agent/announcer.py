@@ -166,6 +166,8 @@ class Announcer(Service):
         )
 
     def _announce_claim(self, function: str, *, renew: bool) -> None:
+        if self._presence == "offline":  # what is learnt late must not bring a claim back
+            return
         if renew:
             self._claims.pop(function, None)
         topic = self._topics.build(

@@ -11,7 +11,6 @@ import structlog
 from broker.lifecycle import Service
 from broker.session.base import Session
 from capability_schemas.errors import (
-    ConfigurationError,
     DeadlineExceeded,
     ExecutionFailed,
     FoamError,
@@ -71,7 +70,7 @@ class Executor(Service):
         clock: UTC milliseconds.
 
     Raises:
-        ConfigurationError: A function names an unknown runtime or does not fit it.
+        ConfigurationError: A function does not fit its runtime.
     """
 
     def __init__(
@@ -109,12 +108,7 @@ class Executor(Service):
         self._changed = asyncio.Event()
         self._numbers = itertools.count(1)
         for spec in functions.values():
-            runtime = runtimes.get(spec.runtime)
-            if runtime is None:
-                known = ", ".join(sorted(runtimes))
-                raise ConfigurationError(
-                    f"function {spec.name}: runtime {spec.runtime!r} is unknown; known are {known}"
-                )
+            runtime = runtimes[spec.runtime]
             runtime.check(spec)
             queue.configure(runtime.group(spec), capacity=spec.concurrency)
 

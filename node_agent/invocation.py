@@ -28,6 +28,7 @@ from node_agent.runtimes.base import (
     InstanceDied,
     InstanceFailed,
     Piece,
+    Progress,
     Request,
 )
 from node_agent.stream import ReplyStream
@@ -252,6 +253,7 @@ class Execution:
             text=self.invocation.text,
             left_ms=left_ms,
             options=self._options,
+            session=self.invocation.session,
         )
         final: FinalPiece | None = None
         async with contextlib.aclosing(self._instance.invoke(request)) as answers:
@@ -260,6 +262,8 @@ class Execution:
                     self.first_ms = float(self._clock() - self._received_at)
                 if isinstance(item, Piece):
                     self._stream.add(item.data)
+                elif isinstance(item, Progress):
+                    self._stream.show(item)
                 else:
                     final = item
         if final is None:
@@ -274,6 +278,7 @@ class Execution:
         cost = self.spec.cost.money
         usage = Usage(
             input_tokens=final.usage.get("input_tokens"),
+            cached_tokens=final.usage.get("cached_tokens"),
             output_tokens=final.usage.get("output_tokens"),
             cost=cost or None,
         )
@@ -296,6 +301,7 @@ class Execution:
                     first_ms=self.first_ms,
                     total_ms=float(at - self._received_at),
                 ),
+                confidence=final.confidence,
                 digest=output_digest,
             )
 

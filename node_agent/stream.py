@@ -7,8 +7,9 @@ from typing import Any, Final
 import structlog
 
 from capability_schemas.errors import Overloaded, TooLarge
-from capability_schemas.reply import Chunk, ErrorEvent, Result, Working
+from capability_schemas.reply import Chunk, ErrorEvent, Result, Step, Working
 from capability_schemas.wire import encode
+from node_agent.runtimes.base import Progress
 from node_agent.worker.frames import to_json
 
 _RETRY_S: Final = 0.1
@@ -28,7 +29,7 @@ class ReplyStream:
     text keeps gathering, bounded by the output limit, and is tried again.
 
     Args:
-        topic: Reply topic, source level included.
+        topic: Reply topic, source level included; its last level is the node.
         task: The task.
         attempt: Its attempt.
         seq: First number to use.
@@ -57,6 +58,7 @@ class ReplyStream:
         output_limit_bytes: int = 1024 * 1024,
     ) -> None:
         self._topic = topic
+        self._node = topic.rpartition("/")[2]
         self._task = task
         self._attempt = attempt
         self._chunks = chunks
@@ -101,6 +103,25 @@ class ReplyStream:
             self.flush()
         elif self._timer is None:
             self._arm(self._coalesce_s)
+
+    def show(self, progress: Progress) -> None:
+        """Send a step on the way to the answer, after what was said before it; it has no number."""
+        self.flush()
+        if self._closed or not self._chunks:
+            return
+        event = Step(
+            task=self._task,
+            at=self._clock(),
+            step=progress.step,
+            state=progress.state,
+            node=self._node,
+            detail=progress.detail,
+        )
+        try:
+            self._post(self._topic, encode(event))
+        except Overloaded:
+            _log.debug("reply.step_skipped", task=self._task)
+        self._arm_working()
 
     def flush(self) -> bool:
         """Send what has gathered.

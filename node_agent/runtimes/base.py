@@ -1,7 +1,8 @@
 """The contract between the agent and whatever runs functions."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from capability_schemas.capability import ModelInfo
@@ -35,7 +36,11 @@ class Request:
         input: Effective input, checked.
         text: Words of the task.
         left_ms: Time until the deadline, milliseconds.
-        options: What the function asks of a model beyond the prompt.
+        options: What the function asks of a model beyond the prompt. Runtimes that chat also take
+            ``messages`` (a whole conversation, in the message format of the OpenAI chat API, in
+            place of the prompt template) and ``tools`` (likewise); with ``tools`` the output is
+            ``{"content": text or None, "tool_calls": [{"id", "name", "arguments"}]}``.
+        session: Affinity key: calls of one session share a prompt prefix.
     """
 
     id: str
@@ -43,6 +48,7 @@ class Request:
     text: str | None
     left_ms: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    session: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +59,42 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """A step on the way to an answer: a tool call of an agent. Shown, but no part of the answer.
+
+    Attributes:
+        step: Which step, unique within the call.
+        state: ``running``, ``finished``, ``failed`` or ``refused``.
+        detail: What is being done: tool, arguments, result or error; JSON values.
+    """
+
+    step: str
+    state: str
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Final:
     """The end of an answer.
 
     Attributes:
         output: The whole answer.
-        usage: Counters: ``input_tokens``, ``output_tokens``.
-        finish: Why a model stopped: ``stop`` or ``length``; empty for functions.
+        usage: Counters: ``input_tokens``, ``output_tokens``, ``cached_tokens`` (of the input, not
+            decoded again).
+        finish: Why a model stopped: ``stop``, ``length`` or ``tool_calls``; empty for functions.
+        confidence: Probability of the least certain token, 0 to 1; None where there is none.
+        timing: Where the engine spent its time, milliseconds: ``prefill_ms``, ``decode_ms``.
     """
 
     output: Any
     usage: dict[str, int] = field(default_factory=dict)
     finish: str = ""
+    confidence: float | None = None
+    timing: dict[str, float] = field(default_factory=dict)
+
+
+Answer = Piece | Progress | Final
+"""What a call yields: pieces and progress, then exactly one final."""
 
 
 class Instance(Protocol):
@@ -72,7 +102,7 @@ class Instance(Protocol):
 
     @property
     def pid(self) -> int:
-        """Process id."""
+        """Process id; 0 for an instance without a process of its own."""
         ...
 
     @property
@@ -100,8 +130,8 @@ class Instance(Protocol):
         """What it said about itself when it started."""
         ...
 
-    def invoke(self, request: Request) -> AsyncGenerator[Piece | Final, None]:
-        """Run one call: pieces, then exactly one `Final`.
+    def invoke(self, request: Request) -> AsyncGenerator[Answer, None]:
+        """Run one call: pieces and progress, then exactly one `Final`.
 
         Closing the iterator early (or cancelling whoever iterates) cancels the call; an instance
         that does not heed this within the grace time is killed.
@@ -137,6 +167,11 @@ class Runtime(Protocol):
         """Name in function specifications."""
         ...
 
+    @property
+    def chats(self) -> bool:
+        """Whether its functions take ``messages`` and ``tools``: an agent can think with them."""
+        ...
+
     def check(self, spec: FunctionSpec) -> None:
         """Check a specification before anything is started.
 
@@ -164,3 +199,66 @@ class Runtime(Protocol):
             InstanceFailed: It ended or refused before it was ready.
         """
         ...
+
+
+class LocalFunctions(Protocol):
+    """The functions of the own node, as one of its runtimes may call them (an agent's tools)."""
+
+    def specs(self) -> Mapping[str, FunctionSpec]:
+        """Return what the node offers now, by name."""
+        ...
+
+    def runtime(self, name: str) -> Runtime:
+        """Return the runtime behind a function.
+
+        Raises:
+            NotFound: The node has no such function.
+        """
+        ...
+
+    def invoke(self, name: str, request: Request) -> AsyncGenerator[Answer, None]:
+        """Run a function of the node, queued and limited like an invocation from outside.
+
+        Raises:
+            NotFound: The node has no such function.
+            FoamError: It was refused, or failed.
+        """
+        ...
+
+
+class MeshFunctions(Protocol):
+    """The functions of the whole mesh, by way of its routers."""
+
+    def ask(self, task: Mapping[str, Any], *, timeout_s: float) -> AsyncGenerator[Answer, None]:
+        """Send a task (fields of PROTOCOL section 2, no id) and yield its answer.
+
+        Raises:
+            FoamError: It ended in an error, or in none within ``timeout_s`` seconds.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeContext:
+    """What the node gives its runtimes.
+
+    Attributes:
+        node: The node's id.
+        start_timeout_s: Longest start of an instance, seconds.
+        cancel_grace_s: Time a cancelled call has before its process is killed, seconds.
+        model_path: Turns the model of a specification (a path, or a name in the model store) into
+            a file; raises ``ConfigurationError`` when there is none, saying how to get it.
+        local: The node's own functions; None where there is no node around (tests, checks).
+        mesh: The mesh's functions; None likewise.
+    """
+
+    node: str = "local"
+    start_timeout_s: float = 120.0
+    cancel_grace_s: float = 2.0
+    model_path: Callable[[str], Path] = Path
+    local: LocalFunctions | None = None
+    mesh: MeshFunctions | None = None
+
+
+RuntimeFactory = Callable[[RuntimeContext], Runtime]
+"""Makes a runtime: what an entry point of the group ``foam.runtimes`` names."""

@@ -167,7 +167,7 @@ class ChildInstance(Service):
             start_new_session=True,
         )
 
-    async def invoke(self, request: base.Request) -> AsyncGenerator[base.Piece | base.Final, None]:
+    async def invoke(self, request: base.Request) -> AsyncGenerator[base.Answer, None]:
         """Run one call; see `base.Instance`. Cancellation is safe: it cancels the call."""
         if not self.alive or self._protocol is None:
             raise self._death()
@@ -180,6 +180,7 @@ class ChildInstance(Service):
                 "text": request.text,
                 "left_ms": request.left_ms,
                 "options": request.options,
+                "session": request.session,
             }
         )
         try:
@@ -188,6 +189,9 @@ class ChildInstance(Service):
                     frame = call.frames.popleft()
                     if frame["t"] == "piece":
                         yield base.Piece(frame.get("d"))
+                        continue
+                    if frame["t"] == "progress":
+                        yield _progress(frame)
                         continue
                     if frame["t"] == "died":
                         raise self._death()
@@ -286,7 +290,7 @@ class ChildInstance(Service):
         call = self._calls.get(request_id)
         if call is None:
             return
-        if kind != "piece":
+        if kind not in ("piece", "progress"):
             self._end_call(request_id, call)
         if call.abandoned:
             return
@@ -361,8 +365,18 @@ def _final(frame: Frame) -> base.Final:
             output=frame.get("output"),
             usage=dict(frame.get("usage") or {}),
             finish=str(frame.get("finish") or ""),
+            confidence=frame.get("confidence"),
+            timing=dict(frame.get("timing") or {}),
         )
     raise failure(frame)
+
+
+def _progress(frame: Frame) -> base.Progress:
+    return base.Progress(
+        step=str(frame.get("step")),
+        state=str(frame.get("state")),
+        detail=dict(frame.get("detail") or {}),
+    )
 
 
 def failure(frame: Frame) -> FoamError:

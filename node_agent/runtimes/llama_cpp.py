@@ -71,15 +71,14 @@ class LlamaCppRuntime:
     """Runs language models.
 
     Args:
-        start_timeout_s: Longest start of an instance (import and model load), seconds.
-        cancel_grace_s: Time a cancelled call has before its process is killed, seconds.
+        context: What it may use of the node.
     """
 
     name = "llama_cpp"
+    chats = True
 
-    def __init__(self, *, start_timeout_s: float = 120.0, cancel_grace_s: float = 5.0) -> None:
-        self._start_timeout_s = start_timeout_s
-        self._cancel_grace_s = cancel_grace_s
+    def __init__(self, context: base.RuntimeContext) -> None:
+        self._context = context
         self._numbers = itertools.count(1)
 
     def check(self, spec: FunctionSpec) -> None:
@@ -129,8 +128,8 @@ class LlamaCppRuntime:
                 "options": self._load_options(spec),
                 "limits": limits_frame(spec.limits),
             },
-            start_timeout_s=self._start_timeout_s,
-            cancel_grace_s=self._cancel_grace_s,
+            start_timeout_s=self._context.start_timeout_s,
+            cancel_grace_s=self._context.cancel_grace_s,
             died=died,
         )
         await instance.start()

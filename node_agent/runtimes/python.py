@@ -24,15 +24,14 @@ class PythonRuntime:
     """Runs Python functions.
 
     Args:
-        start_timeout_s: Longest start of an instance (the import of the user's code), seconds.
-        cancel_grace_s: Time a cancelled call has before its process is killed, seconds.
+        context: What it may use of the node.
     """
 
     name = "python"
+    chats = False
 
-    def __init__(self, *, start_timeout_s: float = 60.0, cancel_grace_s: float = 2.0) -> None:
-        self._start_timeout_s = start_timeout_s
-        self._cancel_grace_s = cancel_grace_s
+    def __init__(self, context: base.RuntimeContext) -> None:
+        self._context = context
         self._numbers = itertools.count(1)
 
     def check(self, spec: FunctionSpec) -> None:
@@ -72,8 +71,8 @@ class PythonRuntime:
                 "folder": str(_folder(spec)),
                 "limits": limits_frame(spec.limits),
             },
-            start_timeout_s=self._start_timeout_s,
-            cancel_grace_s=self._cancel_grace_s,
+            start_timeout_s=self._context.start_timeout_s,
+            cancel_grace_s=self._context.cancel_grace_s,
             died=died,
         )
         await instance.start()

@@ -35,6 +35,7 @@ class Request:
         text: The words of the task, or None.
         options: What the invocation asks of a model beyond its prompt.
         deadline: ``time.monotonic()`` seconds at which it is worthless, or None.
+        session: Affinity key, or None.
         cancelled: Set when the agent no longer wants the answer.
     """
 
@@ -43,6 +44,7 @@ class Request:
     text: str | None
     options: dict[str, Any] = field(default_factory=dict)
     deadline: float | None = None
+    session: str | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
@@ -55,6 +57,7 @@ class Request:
             text=frame.get("text"),
             options=frame.get("options") or {},
             deadline=None if left_ms is None else time.monotonic() + left_ms / 1000,
+            session=frame.get("session"),
         )
 
 

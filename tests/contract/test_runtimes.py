@@ -10,7 +10,14 @@ import pytest
 
 from capability_schemas.errors import ConfigurationError, FoamError, InvalidTask, TaskCancelled
 from capability_schemas.functions import FunctionSpec
-from node_agent.runtimes.base import Final, InstanceDied, InstanceFailed, Piece, Request
+from node_agent.runtimes.base import (
+    Final,
+    InstanceDied,
+    InstanceFailed,
+    Piece,
+    Request,
+    RuntimeContext,
+)
 from node_agent.runtimes.llama_cpp import LlamaCppRuntime
 from node_agent.runtimes.python import PythonRuntime
 
@@ -53,7 +60,7 @@ class Subject:
 
 def _python_subject():
     return Subject(
-        PythonRuntime(cancel_grace_s=5),
+        PythonRuntime(RuntimeContext(cancel_grace_s=5)),
         FunctionSpec(name="ticks", description="d", entry=f"{WORKSHOP}:ticks"),
         stream=({"n": 5}, None),
         endless=({"n": 10_000_000}, None),
@@ -67,7 +74,7 @@ def _model_subject(engine):
     # Forced upon the endless call: the answer fills the whole context.
     schema = {"type": "array", "items": {"type": "integer"}, "minItems": 200}
     return Subject(
-        LlamaCppRuntime(cancel_grace_s=5),
+        LlamaCppRuntime(RuntimeContext(cancel_grace_s=5)),
         FunctionSpec(
             name="talk",
             description="d",

@@ -566,12 +566,12 @@ KILLED_AGENT = """
 import asyncio, sys
 sys.path.insert(0, sys.argv[1])
 from capability_schemas.functions import FunctionSpec
-from node_agent.runtimes.base import Request
+from node_agent.runtimes.base import Request, RuntimeContext
 from node_agent.runtimes.python import PythonRuntime
 
 async def main():
     spec = FunctionSpec(name="stubborn", description="d", entry=sys.argv[2] + ":stubborn")
-    instance = await PythonRuntime().start(spec, died=lambda _: None)
+    instance = await PythonRuntime(RuntimeContext()).start(spec, died=lambda _: None)
     async for _ in instance.invoke(Request(id="r", input={"marker": sys.argv[3]}, text=None)):
         pass
 

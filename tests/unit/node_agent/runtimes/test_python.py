@@ -9,7 +9,7 @@ import pytest
 
 from capability_schemas.errors import ExecutionFailed
 from capability_schemas.functions import FunctionSpec
-from node_agent.runtimes.base import Final, InstanceDied, Piece, Request
+from node_agent.runtimes.base import Final, InstanceDied, Piece, Request, RuntimeContext
 from node_agent.runtimes.plumbing import LogTap
 from node_agent.runtimes.python import PythonRuntime
 
@@ -18,7 +18,7 @@ WORKSHOP = Path(__file__).parents[3] / "data" / "functions" / "workshop.py"
 
 @asynccontextmanager
 async def running(name, *, grace_s=5.0, **fields):
-    runtime = PythonRuntime(cancel_grace_s=grace_s)
+    runtime = PythonRuntime(RuntimeContext(cancel_grace_s=grace_s))
     spec = FunctionSpec(name=name, description="d", entry=f"{WORKSHOP}:{name}", **fields)
     instance = await runtime.start(spec, died=lambda _: None)
     try:
