@@ -26,15 +26,16 @@ class FunctionLimits(WirePart):
 
     Attributes:
         timeout_ms: Wall time; the deadline of the task holds besides.
-        memory_bytes: Address space of an instance; unlimited when None.
-        cpu_s: Processor time of one instance over its life, seconds; unlimited when None.
+        memory_bytes: Address space of an instance, and with cgroups the memory of it and all it
+            started; unlimited when None.
+        cpu_s: Processor time, seconds; unlimited when None.
         output_bytes: Encoded size of all chunks and of the result, each.
         open_files: File descriptors of an instance; the system's limit when None.
         file_bytes: Largest file an instance may write; unlimited when None.
         processes: Processes and threads of an instance, itself included; needs cgroups, unlimited
             when None.
         cpus: Processors an instance may use at a time; needs cgroups, unlimited when None.
-        network: Whether an instance may open network connections.
+        network: Whether an instance, and what it starts, may open network connections.
     """
 
     model_config = ConfigDict(extra="forbid")

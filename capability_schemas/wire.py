@@ -62,16 +62,25 @@ _IN_JSON_TERMS: Final = {
 """Problems whose text at pydantic speaks of Python types."""
 
 
+def problems(error: ValidationError) -> list[tuple[tuple[int | str, ...], str]]:
+    """Return the path and the text of every problem pydantic found."""
+    return [
+        (
+            one["loc"],
+            _IN_JSON_TERMS.get(one["type"], one["msg"]).removeprefix("Value error, "),
+        )
+        for one in error.errors(include_url=False, include_context=False)
+    ]
+
+
 def first_problem(error: ValidationError) -> tuple[str, str]:
     """Return the path and the text of the first problem pydantic found.
 
     Returns:
         ``(field, problem)``; the field is a dotted path, empty for the message as a whole.
     """
-    first = error.errors(include_url=False, include_context=False)[0]
-    field = ".".join(str(part) for part in first["loc"])
-    problem = _IN_JSON_TERMS.get(first["type"], first["msg"])
-    return field, problem.removeprefix("Value error, ")
+    path, problem = problems(error)[0]
+    return ".".join(str(part) for part in path), problem
 
 
 def refuse_constant(name: str) -> Any:

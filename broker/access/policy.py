@@ -108,6 +108,7 @@ _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
     {
         Role.DEVICE: _DEVICE,
         Role.NODE: (
+            *_DEVICE,  # what runs on a node may ask the mesh: the tools of an agent
             _publish(TopicKind.CAPABILITY, "node"),
             _publish(TopicKind.NODE_STATE, "node"),
             _publish(TopicKind.NODE_LOAD, "node"),
@@ -118,6 +119,7 @@ _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
             _subscribe(TopicKind.CONTROL, "node"),
             _subscribe(TopicKind.ARTIFACT, "node"),
             _subscribe(TopicKind.ROUTER_STATE),
+            _subscribe(TopicKind.NODE_LOAD),  # of its neighbours, to name one when it is full
         ),
         Role.ROUTER: (
             _below(TopicKind.TASK),
