@@ -20,13 +20,14 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import structlog
 
 from broker.lifecycle import Service
+from broker.pipes import OutputPipe
 from capability_schemas.errors import AccessDenied, ConfigurationError, FoamError, Unavailable
-from foam.status import parse_status
+from foam.status import StatusLine, parse_status
 
 __all__ = ["Child", "ChildSpec", "RestartPolicy", "Supervisor"]
 
@@ -201,61 +202,45 @@ class Supervisor(Service):
         spec = child.spec
         child.failure = None
         command = spec.command(child.facts)
-        with _open_log(spec.log) as log:
+        reports = _Reports(lambda report: self._heard(child, report))
+        with _open_log(spec.log) as log, _Lifeline() as lifeline, OutputPipe(reports.take) as out:
             process = await asyncio.create_subprocess_exec(
                 *command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
+                stdin=lifeline.read_end,
+                stdout=out.write_end,
                 stderr=log,
                 env=dict(spec.environment),
-                limit=_LINE_LIMIT_BYTES,
                 process_group=0,
             )
-        child.process = process
-        _log.info("supervisor.child_started", child=spec.name, pid=process.pid)
-        try:
-            async with asyncio.TaskGroup() as group:
-                reader = group.create_task(
-                    self._read(child, process), name=f"foam.Supervisor[up].read.{spec.name}"
-                )
+            out.started()
+            child.process = process
+            _log.info("supervisor.child_started", child=spec.name, pid=process.pid)
+            try:
                 code = await process.wait()
                 # A stray grandchild may still hold the pipe: what the child itself said is in it by
                 # now.
-                await asyncio.wait([reader], timeout=_DRAIN_S)
-                reader.cancel()
-            return code
-        finally:
-            if process.returncode is None:
-                await self._end(child)
+                await out.drain(_DRAIN_S)
+                return code
+            finally:
+                if process.returncode is None:
+                    await self._end(child)
 
-    async def _read(self, child: Child, process: asyncio.subprocess.Process) -> None:
-        stdout = process.stdout
-        if stdout is None:
+    def _heard(self, child: Child, report: StatusLine) -> None:
+        """Take what a child says of itself."""
+        if report.status == "ready":
+            child.facts = report.facts
+            child.ready.set()
+            if child.crashes:
+                self._notify(f"{child.spec.name} runs again")
+            _log.info("supervisor.child_ready", child=child.spec.name)
             return
-        while True:
-            try:
-                line = await stdout.readline()
-            except ValueError:
-                continue  # a line beyond the limit is no report
-            if not line:
-                return
-            report = parse_status(line)
-            if report is None:
-                continue
-            if report.status == "ready":
-                child.facts = report.facts
-                child.ready.set()
-                if child.crashes:
-                    self._notify(f"{child.spec.name} runs again")
-                _log.info("supervisor.child_ready", child=child.spec.name)
-                continue
-            message = str(report.facts.get("message", ""))
-            if report.status == "waiting":
-                self._notify(f"{child.spec.name}: {message}")
-            elif (kind := _FATAL.get(str(report.facts.get("kind")))) is not None:
-                child.failure = kind(f"{child.spec.name}: {message}")
-            else:
-                self._notify(f"{child.spec.name} failed: {message}")
+        message = str(report.facts.get("message", ""))
+        if report.status == "waiting":
+            self._notify(f"{child.spec.name}: {message}")
+        elif (kind := _FATAL.get(str(report.facts.get("kind")))) is not None:
+            child.failure = kind(f"{child.spec.name}: {message}")
+        else:
+            self._notify(f"{child.spec.name} failed: {message}")
 
     async def _end(self, child: Child) -> None:
         process = child.process
@@ -274,6 +259,35 @@ class Supervisor(Service):
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+
+
+class _Reports:
+    """Cuts what a child writes into lines and reads those that are reports."""
+
+    def __init__(self, on_report: Callable[[StatusLine], None]) -> None:
+        self._on_report = on_report
+        self._rest = b""
+
+    def take(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _LINE_LIMIT_BYTES:
+            self._rest = b""  # so long a line is no report, and neither is what is left of it
+        for line in lines:
+            report = parse_status(line)
+            if report is not None:
+                self._on_report(report)
+
+
+class _Lifeline:
+    """A pipe that ends when this process does: the stdin of a child."""
+
+    def __enter__(self) -> Self:
+        self.read_end, self._write_end = os.pipe()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.read_end)
+        os.close(self._write_end)
 
 
 def _open_log(path: Path) -> Any:

@@ -2,32 +2,28 @@
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
-import sys
 from collections import deque
 from collections.abc import AsyncGenerator
-from pathlib import Path
 from typing import Any, Final
 
 import structlog
 
 from broker.lifecycle import Service
-from capability_schemas.errors import FoamError, error_from_wire
+from capability_schemas.errors import ExecutionFailed, FoamError, error_from_wire
+from node_agent.isolation.system import Isolation, system_isolation
 from node_agent.runtimes import base
-from node_agent.runtimes.plumbing import FrameProtocol, LogTap
+from node_agent.runtimes.plumbing import FrameProtocol
+from node_agent.runtimes.process import WorkerProcess
 from node_agent.worker.frames import Frame
 
-_PACKAGE_ROOT: Final = Path(__file__).resolve().parents[2]
 _PAUSE_FRAMES: Final = 256
 """Unread frames of one call at which the child's socket is left alone (its writes then wait)."""
 
 _END_LIMIT_S: Final = 5.0
 """How long a killed process may take to vanish before it is given up on, seconds."""
 
-_LAST_LINES_S: Final = 1.0
-_EXIT_POLL_S: Final = 0.5
 _STOP_GRACE_S: Final = 1.0
 """Time an instance has to end by itself when it is stopped, seconds."""
 
@@ -55,10 +51,10 @@ class ChildInstance(Service):
     Args:
         name: For logs and task names.
         load: The ``load`` frame: what to run and under which limits.
-        slots: Calls at a time, until the child says otherwise.
         start_timeout_s: Longest start, seconds.
         cancel_grace_s: Time a cancelled call has before the process is killed, seconds.
         died: Called once after the end.
+        isolation: What keeps it apart; what this machine offers when None.
     """
 
     def __init__(
@@ -69,6 +65,7 @@ class ChildInstance(Service):
         start_timeout_s: float,
         cancel_grace_s: float,
         died: base.Died,
+        isolation: Isolation | None = None,
     ) -> None:
         super().__init__(service_id=name)
         self._name = name
@@ -78,21 +75,24 @@ class ChildInstance(Service):
         self._died = died
         self._calls: dict[str, _Call] = {}
         self._ready: asyncio.Future[dict[str, Any]] | None = None
+        self._following: asyncio.Task[None] | None = None
         self._exited = asyncio.Event()
         self._closing = False
         self._killed = False
-        self._status: int | None = None
         self._info: dict[str, Any] = {}
-        self._process: asyncio.subprocess.Process | None = None
         self._protocol: FrameProtocol | None = None
         self._paused = False
         self._log = _log.bind(instance=name)
-        self._taps = [LogTap(self._log, stream="stdout"), LogTap(self._log, stream="stderr")]
+        self._isolation = isolation or system_isolation()
+        self._limits = load.get("limits") or {}
+        self._process = WorkerProcess(
+            name=name, limits=self._limits, isolation=self._isolation, log=self._log
+        )
 
     @property
     def pid(self) -> int:
         """Process id, which is also its process group and session."""
-        return 0 if self._process is None else self._process.pid
+        return self._process.pid
 
     @property
     def alive(self) -> bool:
@@ -116,29 +116,23 @@ class ChildInstance(Service):
 
     @property
     def info(self) -> dict[str, Any]:
-        """The ``ready`` frame's facts."""
+        """The ``ready`` frame's facts, and ``isolation``.
+
+        That is its ``network`` (``denied``, ``granted`` or ``open``), and ``missing``: the limits
+        that cannot be held here, with the reason.
+        """
         return self._info
 
     async def _on_start(self) -> None:
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
-        ours, theirs = socket.socketpair()
-        with contextlib.ExitStack() as unused:
-            unused.callback(ours.close)
-            try:
-                self._process = await self._spawn_process(theirs.fileno())
-            except OSError as exc:
-                raise base.InstanceFailed(f"instance {self._name} cannot start: {exc}") from exc
-            finally:
-                theirs.close()
-            self.spawn(self._reap_process(self._process), name="reap")
-            ours.setblocking(False)
-            _, self._protocol = await loop.create_unix_connection(
-                lambda: FrameProtocol(self._on_frame, self._on_socket_end), sock=ours
-            )
-            unused.pop_all()  # the transport closes it from here on
-        self._protocol.send({"t": "load", **self._load})
         try:
+            ours = await self._process.start()
+        except OSError as exc:
+            raise base.InstanceFailed(f"instance {self._name} cannot start: {exc}") from exc
+        self._following = self.spawn(self._follow(), name="follow")
+        try:
+            await self._connect(ours)
             async with asyncio.timeout(self._start_timeout_s):
                 self._info = await self._ready
         except TimeoutError:
@@ -147,30 +141,29 @@ class ChildInstance(Service):
                 f"instance {self._name} was not ready within {self._start_timeout_s:g} s"
             ) from None
         except BaseException:
+            self._ready.cancel()  # nobody will hear what it has to say
             await self.close(0)
             raise
+        missing = self._isolation.missing(self._limits)
+        self._info["isolation"] = {"network": self._info.pop("network", "open"), "missing": missing}
         self._log.info("instance.ready", pid=self.pid, slots=self.slots)
+        if missing:
+            self._log.warning("instance.limits_missing", **missing)
 
-    async def _spawn_process(self, descriptor: int) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-u",
-            "-m",
-            "node_agent.worker",
-            str(descriptor),
-            str(os.getpid()),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            cwd=_PACKAGE_ROOT,  # puts node_agent onto the child's import path
-            pass_fds=(descriptor,),
-            start_new_session=True,
-        )
+    async def _connect(self, ours: socket.socket) -> None:
+        ours.setblocking(False)
+        with contextlib.ExitStack() as unused:
+            unused.callback(ours.close)
+            _, self._protocol = await asyncio.get_running_loop().create_unix_connection(
+                lambda: FrameProtocol(self._on_frame, self._on_socket_end), sock=ours
+            )
+            unused.pop_all()  # the transport closes it from here on
+        self._protocol.send({"t": "load", **self._load, "confinement": self._process.confinement})
 
     async def invoke(self, request: base.Request) -> AsyncGenerator[base.Answer, None]:
         """Run one call; see `base.Instance`. Cancellation is safe: it cancels the call."""
         if not self.alive or self._protocol is None:
-            raise self._death()
+            raise self._death(alone=False)
         call = self._calls[request.id] = _Call()
         self._protocol.send(
             {
@@ -194,7 +187,7 @@ class ChildInstance(Service):
                         yield _progress(frame)
                         continue
                     if frame["t"] == "died":
-                        raise self._death()
+                        raise self._death(alone=frame["alone"])
                     yield _final(frame)
                     return
                 self._resume()
@@ -235,50 +228,40 @@ class ChildInstance(Service):
                         await self._exited.wait()
         if not self._exited.is_set():
             self._kill("it was closed")
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_END_LIMIT_S):
-                await self._exited.wait()
-                if self._protocol is not None:
-                    self._protocol.close()
-                    await self._protocol.closed.wait()
+        if self._following is not None:
+            await asyncio.wait({self._following}, timeout=_END_LIMIT_S)
 
     async def _on_stop(self) -> None:
         await self.close(_STOP_GRACE_S)
 
-    async def _on_stopped(self) -> None:
-        if self._protocol is not None:
-            self._protocol.close()
-
-    async def _reap_process(self, process: asyncio.subprocess.Process) -> None:
-        streams = (process.stdout, process.stderr)
-        async with asyncio.TaskGroup() as group:
-            taps = [
-                group.create_task(tap.follow(stream), name=f"node_agent.LogTap[{self._name}]")
-                for tap, stream in zip(self._taps, streams, strict=True)
-                if stream is not None
-            ]
-            self._status = await _exit_status(process)
-            # What the function itself started must not outlive it, and it holds our pipes open;
-            # what has left the process group keeps them open for as long as it likes.
-            self._signal_group()
-            if taps:
-                await asyncio.wait(taps, timeout=_LAST_LINES_S)
-            for tap_task in taps:
-                tap_task.cancel()
-        self._exited.set()
-        self._finish()
+    async def _follow(self) -> None:
+        try:
+            try:
+                await self._process.wait()
+            finally:
+                self._exited.set()
+                self._finish()
+                if self._protocol is not None:
+                    self._protocol.close()
+            await asyncio.to_thread(self._process.clear)
+        except asyncio.CancelledError:
+            self._process.abandon()
+            raise
 
     def _finish(self) -> None:
         """Tell everybody who waits that the process has ended."""
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(base.InstanceFailed(self._epitaph("before it was ready")))
+        alone = len(self._calls) == 1
         for request_id, call in list(self._calls.items()):
-            call.put({"t": "died"})
+            call.put({"t": "died", "alone": alone})
             self._end_call(request_id, call)
+        status = self._process.status
         if not self.killed:
-            self._log.error("instance.died", status=self._status, last=list(self._taps[1].tail))
+            last = self._process.last_lines
+            self._log.error("instance.died", status=status, cause=self._process.limit, last=last)
         else:
-            self._log.info("instance.ended", status=self._status)
+            self._log.info("instance.ended", status=status)
         self._died(self)
 
     def _on_frame(self, frame: Frame) -> None:
@@ -316,7 +299,7 @@ class ChildInstance(Service):
             if problem:
                 self._kill(problem)
             else:
-                self._signal_group()
+                self._process.kill()
 
     def _end_call(self, request_id: str, call: _Call) -> None:
         self._calls.pop(request_id, None)
@@ -332,26 +315,25 @@ class ChildInstance(Service):
             self._protocol.pause(paused=False)
 
     def _kill(self, reason: str) -> None:
-        if self._process is not None and not self._killed:
+        if not self._killed:
             self._killed = True
             self._log.info("instance.killed", reason=reason)
-            self._signal_group()
+            self._process.kill()
 
-    def _signal_group(self) -> None:
-        # The group's id is the pid of its leader; while a member lives the kernel reuses neither.
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-
-    def _death(self) -> base.InstanceDied:
-        return base.InstanceDied(self._epitaph("in the middle of a call"), status=self._status)
+    def _death(self, *, alone: bool) -> FoamError:
+        message = self._epitaph("in the middle of a call")
+        if self._process.limit and alone:  # its own doing: it would end like that anywhere
+            return ExecutionFailed(message, status=self._process.status)
+        return base.InstanceDied(message, status=self._process.status)
 
     def _epitaph(self, when: str) -> str:
-        status = self._status
+        status = self._process.status
+        how = f"exit status {status}"
         if status is not None and status < 0:
             with contextlib.suppress(ValueError):
-                return f"instance {self._name} ended {when}: {signal.Signals(-status).name}"
-        return f"instance {self._name} ended {when}: exit status {status}"
+                how = signal.Signals(-status).name
+        cause = self._process.limit
+        return f"instance {self._name} ended {when}: {how}" + (f": it {cause}" if cause else "")
 
 
 def _final(frame: Frame) -> base.Final:
@@ -389,16 +371,3 @@ def failure(frame: Frame) -> FoamError:
     )
     error.remote = False
     return error
-
-
-async def _exit_status(process: asyncio.subprocess.Process) -> int:
-    """Wait until a process has ended, whoever still holds its output open.
-
-    ``Process.wait`` alone waits for the pipes too (cpython issue 119710), and a program that the
-    process started in a session of its own may keep them for as long as it likes.
-    """
-    while process.returncode is None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_EXIT_POLL_S):
-                await process.wait()
-    return process.returncode

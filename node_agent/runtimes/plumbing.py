@@ -9,7 +9,7 @@ import structlog
 
 from node_agent.worker.frames import Frame, FrameBuffer, FrameError, pack
 
-_READ_BYTES: Final = 8192
+_TAIL_LINES: Final = 5
 
 
 class FrameProtocol(asyncio.Protocol):
@@ -94,44 +94,44 @@ class LogTap:
         self._count = 0
         self._dropped = 0
         self._rest = b""
-        self.tail: deque[str] = deque(maxlen=5)
-
-    async def follow(self, stream: asyncio.StreamReader) -> None:
-        """Take everything a child writes, to the end."""
-        loop = asyncio.get_running_loop()
-        while data := await stream.read(_READ_BYTES):
-            self.feed(data, now_s=loop.time())
-        self.end(now_s=loop.time())
+        self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
 
     def feed(self, data: bytes, *, now_s: float) -> None:
         """Take what the child wrote."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        block, newline, self._rest = (self._rest + data).rpartition(b"\n")
+        if newline:
+            self._take(block, now_s)
         if len(self._rest) > self._line_limit:
-            lines.append(self._rest)
+            self._take(self._rest, now_s)
             self._rest = b""
-        for line in lines:
-            self._line(line, now_s)
 
     def end(self, *, now_s: float) -> None:
         """Write the last, unfinished line and how many were dropped."""
-        if self._rest:
-            self._line(self._rest, now_s)
-            self._rest = b""
+        self._take(self._rest, now_s)
+        self._rest = b""
         self._say_dropped()
 
-    def _line(self, line: bytes, now_s: float) -> None:
-        text = line.decode("utf-8", errors="replace").rstrip()[: self._line_limit]
-        if not text:
-            return
-        self.tail.append(text)
+    def _take(self, block: bytes, now_s: float) -> None:
+        """Log lines; those beyond the limit are counted, but for the last not even looked at."""
         if int(now_s) != self._window:
             self._window, self._count = int(now_s), 0
             self._say_dropped()
-        self._count += 1
-        if self._count > self._window_limit:
-            self._dropped += 1
-            return
-        self._log.info("instance.output", stream=self._stream, line=text)
+        room = self._window_limit - self._count
+        lines = block.split(b"\n", room)
+        surplus = b"".join(lines[room:]).rstrip()
+        for text in filter(None, map(self._text, lines[:room])):
+            self.tail.append(text)
+            self._count += 1
+            self._log.info("instance.output", stream=self._stream, line=text)
+        if surplus:
+            self._dropped += surplus.count(b"\n") + 1
+            last = surplus.rsplit(b"\n", _TAIL_LINES)[-_TAIL_LINES:]
+            self.tail.extend(filter(None, map(self._text, last)))
+
+    def _text(self, line: bytes) -> str:
+        # A character takes four bytes at most; a cut one at the end is worth no more than a mark.
+        start = line[: 4 * self._line_limit]
+        return start.decode("utf-8", errors="replace").rstrip()[: self._line_limit]
 
     def _say_dropped(self) -> None:
         if self._dropped:

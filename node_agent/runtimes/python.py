@@ -6,18 +6,10 @@ from typing import Any
 
 from capability_schemas.capability import ModelInfo
 from capability_schemas.errors import ConfigurationError
-from capability_schemas.functions import FunctionLimits, FunctionSpec
+from capability_schemas.functions import FunctionSpec
+from node_agent.isolation.limits import limits_frame
 from node_agent.runtimes import base
 from node_agent.runtimes.child import ChildInstance
-
-
-def limits_frame(limits: FunctionLimits) -> dict[str, Any]:
-    """Return the resource limits of a specification as the child applies them."""
-    return {
-        "memory_bytes": limits.memory_bytes,
-        "cpu_s": limits.cpu_s,
-        "open_files": limits.open_files,
-    }
 
 
 class PythonRuntime:
@@ -49,8 +41,8 @@ class PythonRuntime:
             )
 
     def group(self, spec: FunctionSpec) -> str:
-        """Every function has instances of its own."""
-        return f"python:{spec.name}"
+        """Every function has instances of its own; an edit makes new ones."""
+        return base.own_group(spec)
 
     def call_options(self, spec: FunctionSpec) -> dict[str, Any]:
         """Calls need none."""

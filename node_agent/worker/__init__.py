@@ -8,7 +8,7 @@ up, bounded, in the log of the agent.
 ::
 
     agent                                  child
-      | -- load {runtime, entry/model} ---> |   import user code or load the model
+      | -- load {runtime, entry/model} ---> |   put the limits on, import the code or load the model
       | <-- ready {info} / failed --------- |
       | -- invoke {id, input, text} ------> |
       | <-- piece {id, d} ... ------------- |   one per yield, or per few tokens

@@ -7,20 +7,14 @@ import socket
 import sys
 import threading
 import traceback
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from node_agent.worker.base import Host, InvocationError, Request
+from node_agent.worker.confinement import Confinement
 from node_agent.worker.frames import Frame, FrameError, FrameSocket
 
 _PR_SET_PDEATHSIG: Final = 1
 """``prctl(2)``: signal to get when the thread that started this process ends (Linux only)."""
-
-_LIMITS: Final = {
-    "memory_bytes": "RLIMIT_AS",
-    "cpu_s": "RLIMIT_CPU",
-    "open_files": "RLIMIT_NOFILE",
-    "file_bytes": "RLIMIT_FSIZE",
-}
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -36,29 +30,7 @@ def die_with_parent(parent_pid: int) -> None:
         os._exit(1)
 
 
-def apply_limits(limits: dict[str, Any]) -> None:
-    """Set the resource limits of this process, ``setrlimit(2)``; a missing or null one is not set.
-
-    Args:
-        limits: ``memory_bytes``, ``cpu_s``, ``open_files``, ``file_bytes``.
-    """
-    try:
-        import resource  # noqa: PLC0415 - absent on Windows
-    except ImportError:
-        return
-    for name, constant in _LIMITS.items():
-        wanted = limits.get(name)
-        if wanted is None:
-            continue
-        kind = getattr(resource, constant)
-        _, hard = resource.getrlimit(kind)
-        value = int(wanted) if hard == resource.RLIM_INFINITY else min(int(wanted), hard)
-        resource.setrlimit(kind, (value, value))
-    if limits.get("core_dumps") is not True:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def make_host(load: Frame, channel: FrameSocket) -> Host:
+def make_host(load: Frame, channel: FrameSocket, confinement: Confinement) -> Host:
     """Return the host that the ``load`` frame asks for, not loaded yet.
 
     Raises:
@@ -69,19 +41,55 @@ def make_host(load: Frame, channel: FrameSocket) -> Host:
         from node_agent.worker.python_host import PythonHost  # noqa: PLC0415 - only what is needed: a child starts fast
 
         return PythonHost(
-            entry=str(load["entry"]), concurrency=int(load.get("concurrency", 1)), emit=channel.send
+            entry=str(load["entry"]),
+            concurrency=int(load.get("concurrency", 1)),
+            emit=channel.send,
+            explain=confinement.explain,
         )
     if runtime == "llama_cpp":
         from node_agent.worker.engine_host import EngineHost  # noqa: PLC0415 - only what is needed: a child starts fast
 
         return EngineHost(options=load.get("options") or {}, emit=channel.send)
+    if runtime == "embeddings":
+        from node_agent.worker.embedding_host import EmbeddingHost  # noqa: PLC0415 - only what is needed: a child starts fast
+
+        return EmbeddingHost(options=load.get("options") or {}, emit=channel.send)
+    if runtime == "command":
+        from node_agent.worker.command_host import CommandHost  # noqa: PLC0415 - only what is needed: a child starts fast
+
+        return CommandHost(
+            options=load["options"], concurrency=int(load["concurrency"]), emit=channel.send
+        )
+    if runtime == "wasm":
+        from node_agent.worker.wasm_host import WasmHost  # noqa: PLC0415 - only what is needed: a child starts fast
+
+        return WasmHost(
+            entry=str(load["entry"]),
+            options=load["options"],
+            concurrency=int(load["concurrency"]),
+            emit=channel.send,
+        )
+    if runtime == "mcp":
+        from node_agent.worker.mcp_host import McpHost  # noqa: PLC0415 - only what is needed: a child starts fast
+
+        return McpHost(
+            server=load["server"], concurrency=int(load["concurrency"]), emit=channel.send
+        )
     raise InvocationError("internal", f"no runtime {runtime!r} in a worker")
 
 
-def read_frames(channel: FrameSocket, host: Host) -> None:
+def end_group() -> NoReturn:
+    """End this process and everything in its process group, which it leads when started so."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
+
+
+def read_frames(channel: FrameSocket, host: Host, confinement: Confinement) -> None:
     """Hand the agent's frames to the host until ``close``; the reader thread.
 
-    The agent's end closing means that nobody wants this process any more: it ends at once.
+    The agent's end closing means that nobody wants this process any more: it ends at once, and
+    with it what it started.
     """
     while True:
         try:
@@ -89,8 +97,9 @@ def read_frames(channel: FrameSocket, host: Host) -> None:
         except FrameError:
             frame = None
         if frame is None:
-            os._exit(0)
+            end_group()
         if frame["t"] == "invoke":
+            confinement.begin_call()
             host.submit(Request.from_frame(frame))
         elif frame["t"] == "cancel":
             host.cancel(str(frame["id"]))
@@ -103,39 +112,50 @@ def run(channel: FrameSocket, load: Frame) -> int:
     if load.get("folder"):
         os.chdir(str(load["folder"]))
         sys.path.append(str(load["folder"]))
+    confinement = Confinement(load.get("limits") or {}, **load.get("confinement") or {})
+    network = confinement.apply()
     if load["t"] == "describe":
         from node_agent.worker.describe import describe  # noqa: PLC0415 - only what is needed: a child starts fast
 
-        return _describe(channel, load, describe)
+        return _describe(channel, load, describe, confinement)
     try:
-        apply_limits(load.get("limits") or {})
-        host = make_host(load, channel)
+        host = make_host(load, channel, confinement)
         info = host.load()
     except InvocationError as exc:
         channel.send({"t": "failed", "code": exc.code, "message": exc.message})
         return 1
     except BaseException as exc:  # noqa: BLE001 - supervision boundary: user code runs when it is imported
         traceback.print_exc()
-        channel.send({"t": "failed", "code": "execution_failed", "message": _say(exc)})
+        message = _say(exc, confinement)
+        channel.send({"t": "failed", "code": "execution_failed", "message": message})
         return 1
-    threading.Thread(target=read_frames, args=(channel, host), daemon=True).start()
-    channel.send({"t": "ready", "info": info})
+    threading.Thread(target=read_frames, args=(channel, host, confinement), daemon=True).start()
+    channel.send({"t": "ready", "info": {**info, "network": network}})
     host.serve()
     return 0
 
 
-def _describe(channel: FrameSocket, load: Frame, describe: Any) -> int:
+def _describe(channel: FrameSocket, load: Frame, describe: Any, confinement: Confinement) -> int:
     try:
-        channel.send({"t": "described", "functions": describe(str(load["target"]))})
+        fields, problems = describe(
+            str(load["where"]), load["names"], everything=bool(load["everything"])
+        )
+        channel.send({"t": "described", "functions": fields, "problems": problems})
+    except InvocationError as exc:
+        channel.send({"t": "failed", "code": exc.code, "message": exc.message})
+        return 1
     except BaseException as exc:  # noqa: BLE001 - supervision boundary: user code runs when it is imported
         traceback.print_exc()
-        channel.send({"t": "failed", "code": "execution_failed", "message": _say(exc)})
+        message = _say(exc, confinement)
+        channel.send({"t": "failed", "code": "execution_failed", "message": message})
         return 1
     return 0
 
 
-def _say(exc: BaseException) -> str:
-    return f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+def _say(exc: BaseException, confinement: Confinement) -> str:
+    hint = confinement.explain(exc).get("hint")
+    said = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+    return f"{said} ({hint})" if hint else said
 
 
 def main(arguments: list[str]) -> int:
@@ -147,6 +167,7 @@ def main(arguments: list[str]) -> int:
     descriptor, parent_pid = int(arguments[0]), int(arguments[1])
     die_with_parent(parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which then closes us
+    os.set_inheritable(descriptor, False)  # it is ours, not of programs that we start
     channel = FrameSocket(socket.socket(fileno=descriptor))
     load = channel.receive()
     if load is None:

@@ -40,12 +40,21 @@ def load_entry(entry: str) -> tuple[types.ModuleType, Any]:
             "internal", f"entry {entry!r}: write module:function or file.py:function"
         )
     module = import_target(where)
+    return module, find_function(module, where, attribute)
+
+
+def find_function(module: types.ModuleType, where: str, attribute: str) -> Any:
+    """Return a function of a module by name, dots within it allowed.
+
+    Raises:
+        InvocationError: There is none.
+    """
     found: Any = module
     for part in attribute.split("."):
         found = getattr(found, part, None)
     if not callable(found):
-        raise InvocationError("internal", f"entry {entry!r}: {where} has no function {attribute!r}")
-    return module, found
+        raise InvocationError("internal", f"{where} has no function {attribute!r}")
+    return found
 
 
 def import_target(target: str) -> types.ModuleType:
@@ -194,9 +203,18 @@ class PythonHost:
         entry: ``module:function`` or ``file.py:function``.
         concurrency: Invocations at a time, used by async functions only.
         emit: Sends a frame.
+        explain: Says which limit of the process is behind an error (`Confinement.explain`).
     """
 
-    def __init__(self, *, entry: str, concurrency: int, emit: Emit) -> None:
+    def __init__(
+        self,
+        *,
+        entry: str,
+        concurrency: int,
+        emit: Emit,
+        explain: Callable[[BaseException], dict[str, str]],
+    ) -> None:
+        self._explain = explain
         self._entry = entry
         self._concurrency = concurrency
         self._emit = emit
@@ -279,7 +297,9 @@ class PythonHost:
             traceback.print_exception(exc)  # to the log; the wire gets type and message only
             kind = type(exc).__name__
             code, message = "execution_failed", f"{kind}: {exc}" if str(exc) else kind
-            detail = {"type": kind}
+            detail = {"type": kind, **self._explain(exc)}
+            if hint := detail.pop("hint", ""):
+                message = f"{message[:1800]} ({hint})"
         self._emit(
             {
                 "t": "error",

@@ -126,3 +126,18 @@ async def test_nothing_runs_after_a_start_that_was_cancelled(tmp_path: Path) -> 
     supervisor.add(_spec(tmp_path, READY + UNTIL_PARENT_ENDS))
     await asyncio.wait_for(supervisor.stop(), 10)
     assert supervisor.pids == {}
+
+
+async def test_a_grandchild_that_holds_the_pipes_hides_no_death(tmp_path: Path, eventually) -> None:
+    pid_file = tmp_path / "pid"
+    code = (
+        "import pathlib, subprocess, sys\n"
+        "child = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+        f"pathlib.Path({str(pid_file)!r}).write_text(str(child.pid))\n"
+    )
+    told: list[str] = []
+    policy = RestartPolicy(base_s=60, cap_s=60, limit=3)
+    async with Supervisor(policy=policy, notify=told.append) as supervisor:
+        supervisor.add(_spec(tmp_path, code + READY + "raise SystemExit(7)"))
+        await eventually(lambda: any("part ended (exit code 7)" in sentence for sentence in told))
+    os.kill(int(pid_file.read_text()), signal.SIGKILL)

@@ -68,6 +68,9 @@ def test_covers_agrees_with_matching_every_topic():
 PUBLISHED = {
     Role.DEVICE: ("task/x", "task/x/cancel", "task/x/resume"),
     Role.NODE: (
+        "task/x",
+        "task/x/cancel",
+        "task/x/resume",
         "capability/x/f",
         "node/x/state",
         "node/x/load",
@@ -90,7 +93,7 @@ PUBLISHED = {
 }
 SUBSCRIBED = {
     Role.DEVICE: ("reply/x/#", "reply/x/+/+", "reply/x/t/n"),
-    Role.NODE: ("invoke/x", "control/x", "artifact/x/+", "router/+/state"),
+    Role.NODE: ("reply/x/#", "invoke/x", "control/x", "artifact/x/+", "router/+/state"),
     Role.ROUTER: (
         "task/#",
         "task/+/cancel",
