@@ -3,7 +3,7 @@
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from node_agent.worker.base import InvocationError
@@ -15,17 +15,19 @@ class EngineOptions:
 
     Attributes:
         model: Path of the GGUF file.
-        n_ctx: Context length, tokens; the model's own when 0.
+        n_ctx: Context length of one call, tokens; the model's own when 0.
         n_threads: Threads of one decode; 1 is the fastest on a shared machine.
-        n_batch: Prompt tokens decoded at a time.
-        seed: Sampling seed; without effect at temperature 0.
+        n_batch: Most tokens decoded at a time.
+        parallel: Calls at a time.
+        lora: Adapters, ``(path, scale)`` each.
     """
 
     model: str
     n_ctx: int = 0
     n_threads: int = 1
     n_batch: int = 512
-    seed: int = 0
+    parallel: int = 1
+    lora: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,18 +35,34 @@ class Prompt:
     """What an engine shall answer.
 
     Attributes:
-        messages: Chat messages, ``{"role", "content"}``, formatted by the model's own template.
+        messages: Chat messages in the format of the OpenAI API, put into words by the model's own
+            template.
+        tools: Tools the model may call, in the same format.
+        tools_template: How the prompt states them, see `chat.state_tools`; None: as the model's
+            template does, or a plain instruction.
         max_tokens: Most tokens to generate; the rest of the context when None.
         temperature: 0 (greedy) and up.
+        top_k: Only the k likeliest tokens; 0: all. Like the next three without effect on greedy.
+        top_p: Only the likeliest tokens that together have this probability.
+        min_p: Only tokens at least this likely, as a share of the likeliest one's probability.
+        seed: Of the random choice; the same seed makes the same text.
         stop: Texts that end the answer and are not part of it.
         schema: JSON Schema the answer must follow, or None.
+        session: Affinity key: a prompt of the same session likely begins like the one before.
     """
 
-    messages: Sequence[Mapping[str, str]]
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    tools_template: str | None = None
     max_tokens: int | None = None
     temperature: float = 0.0
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    seed: int = 0
     stop: tuple[str, ...] = ()
     schema: Mapping[str, Any] | None = None
+    session: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,31 +73,63 @@ class Completion:
         input_tokens: Tokens of the formatted prompt.
         output_tokens: Tokens generated, the end token included.
         finish: ``stop``, ``length`` or ``cancelled``.
+        cached_tokens: Tokens of the prompt that were still in memory from an earlier call.
+        confidence: Probability of the least certain token, 0 to 1, by the model's own distribution
+            (temperature 1, before a grammar); None when there is no token.
+        prefill_ms: From the start to the first token, milliseconds.
+        decode_ms: From the first token to the end, milliseconds.
     """
 
-    input_tokens: int
-    output_tokens: int
+    input_tokens: int = 0
+    output_tokens: int = 0
     finish: str
+    cached_tokens: int = 0
+    confidence: float | None = None
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """A prompt on its way through an engine; the callbacks come from the engine's thread.
+
+    Attributes:
+        prompt: Makes the prompt; may raise ``InvocationError``.
+        on_text: Takes each piece of text, never half a character.
+        on_end: Called exactly once, last: how it ended, or why it failed.
+        cancelled: Ends it soon after it is set.
+    """
+
+    prompt: Callable[[], Prompt]
+    on_text: Callable[[str], None]
+    on_end: Callable[[Completion | Exception], None]
+    cancelled: threading.Event = field(default_factory=threading.Event)
 
 
 class Engine(Protocol):
-    """One loaded model, used by one thread at a time (two are fatal in native code)."""
+    """One loaded model that answers several prompts at a time."""
 
     @property
     def info(self) -> dict[str, Any]:
-        """Facts to advertise: engine version, context length, model name."""
+        """Facts to advertise: ``slots``, engine version, context length, model name, speed."""
+        ...
+
+    def submit(self, job: Job) -> None:
+        """Take a prompt; any thread may call it, and it returns at once."""
+        ...
+
+    def run(self) -> None:
+        """Work on the calling thread until ``stop``, and then end what is under way."""
+        ...
+
+    def stop(self) -> None:
+        """Make ``run`` return; any thread may call it."""
         ...
 
     def generate(
         self, prompt: Prompt, on_text: Callable[[str], None], cancelled: threading.Event
     ) -> Completion:
-        """Answer a prompt, handing out text token by token.
-
-        Args:
-            prompt: What to answer.
-            on_text: Called with each piece of text, never with half a character.
-            cancelled: Ends the generation soon after it is set, prompt decoding included where the
-                engine can.
+        """Answer one prompt on the calling thread, without ``run``.
 
         Raises:
             InvocationError: ``invalid_task``: the prompt does not fit the context.
