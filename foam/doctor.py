@@ -100,15 +100,39 @@ def _encoder(settings: Settings) -> Iterable[Check]:
         )
 
 
-def _engines(_: Settings) -> Iterable[Check]:
-    found = [
-        name for name in ("llama_cpp", "xllamacpp") if importlib.util.find_spec(name) is not None
-    ]
+def _runtimes(_: Settings) -> Iterable[Check]:
+    from node_agent.runtimes.catalogue import runtime_states
+
+    for state in runtime_states():
+        # The shipped functions need a model engine and nothing else.
+        needed = state.name == "llama_cpp"
+        yield Check(
+            f"runtime {state.name}",
+            "ok" if not state.problem else "missing" if needed else "note",
+            state.problem or state.origin,
+            state.remedy,
+        )
+
+
+def _isolation(_: Settings) -> Iterable[Check]:
+    from node_agent.isolation.system import find_isolation
+
+    found = find_isolation()
     yield Check(
-        "model engine",
-        "ok" if found else "missing",
-        ", ".join(found) or "none",
-        "" if found else "in the clone: pip install '.[llm]' (needs a compiler) or '.[llm-wheel]'",
+        "network filter",
+        "note" if found.no_network_filter else "ok",
+        found.no_network_filter or "functions have no network unless it is granted",
+        "functions can open connections here" if found.no_network_filter else "",
+    )
+    tree = found.cgroups
+    yield Check(
+        "control groups",
+        "note" if tree is None else "ok",
+        found.no_cgroups if tree is None else f"{', '.join(sorted(tree.controllers))}, {tree.path}",
+        "only limits.cpus and limits.processes need them: run the node as a systemd service with "
+        "Delegate=yes"
+        if tree is None
+        else "",
     )
 
 
@@ -175,7 +199,8 @@ _CHECKS: Final[tuple[Callable[[Settings], Iterable[Check]], ...]] = (
     _python,
     _brokers,
     _encoder,
-    _engines,
+    _runtimes,
+    _isolation,
     _model,
     _disk,
 )

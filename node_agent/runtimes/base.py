@@ -1,5 +1,6 @@
 """The contract between the agent and whatever runs functions."""
 
+import hashlib
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,7 +190,10 @@ class Runtime(Protocol):
         ...
 
     def model(self, spec: FunctionSpec, info: dict[str, Any]) -> ModelInfo | None:
-        """Describe the model behind a function, given what its instance said (or nothing yet)."""
+        """Describe the model behind a function, given what its instance said (or nothing yet).
+
+        An engine named while nothing runs yet means that the model is no file of this node.
+        """
         ...
 
     async def start(self, spec: FunctionSpec, *, died: Died) -> Instance:
@@ -199,6 +203,19 @@ class Runtime(Protocol):
             InstanceFailed: It ended or refused before it was ready.
         """
         ...
+
+
+def own_group(spec: FunctionSpec) -> str:
+    """Return the group of a function that shares instances with no other.
+
+    An edit of its code, or of what its process is started with, makes another group: old instances
+    finish what they have and take nothing new.
+    """
+    concerns = spec.model_dump_json(
+        include={"entry", "code", "model", "options", "concurrency", "limits"}
+    )
+    digest = hashlib.sha256(concerns.encode()).hexdigest()[:12]
+    return f"{spec.runtime}:{spec.name}:{digest}"
 
 
 class LocalFunctions(Protocol):
@@ -250,6 +267,8 @@ class RuntimeContext:
             a file; raises ``ConfigurationError`` when there is none, saying how to get it.
         local: The node's own functions; None where there is no node around (tests, checks).
         mesh: The mesh's functions; None likewise.
+        mcp_servers: Servers of tools by name, as the declaration names them (``[[mcp]]``, paths
+            absolute); always those of the declaration in force, so look when an instance starts.
     """
 
     node: str = "local"
@@ -258,6 +277,7 @@ class RuntimeContext:
     model_path: Callable[[str], Path] = Path
     local: LocalFunctions | None = None
     mesh: MeshFunctions | None = None
+    mcp_servers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 RuntimeFactory = Callable[[RuntimeContext], Runtime]

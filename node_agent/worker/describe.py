@@ -7,11 +7,12 @@ pydantic: each parameter becomes a property, the return annotation the output.
 import collections.abc
 import inspect
 import typing
+from collections.abc import Sequence
 from typing import Any, Final
 
 from node_agent.functions import DECLARATION_ATTRIBUTE, FunctionDeclaration
 from node_agent.worker.base import InvocationError
-from node_agent.worker.python_host import import_target, load_entry
+from node_agent.worker.python_host import find_function, import_target
 
 _STREAMS: Final = (
     collections.abc.Generator,
@@ -25,40 +26,54 @@ _RETURN_ARGUMENT: Final = 2
 """Position of the return type in ``Generator[Yield, Send, Return]``."""
 
 
-def describe(target: str) -> list[dict[str, Any]]:
-    """Return the fields of every declared function of a module, ready for a specification.
+def describe(
+    where: str, names: Sequence[str], *, everything: bool
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Describe functions of a module, ready for a specification.
 
     Args:
-        target: ``module`` or ``file.py`` (every decorated function), or either with ``:name`` (that
-            one, decorated or not).
+        where: ``module`` or ``file.py``; imported once.
+        names: Functions to describe, decorated or not.
+        everything: Also describe every function that is decorated.
+
+    Returns:
+        Fields by attribute of the module, and what is wrong by attribute of those that cannot be
+        described.
 
     Raises:
-        InvocationError: Nothing is declared there, or a signature makes no schema.
+        InvocationError: There is no such module, or nothing is declared there.
     """
-    where, _, attribute = target.rpartition(":")
-    if where and attribute:
-        _, found = load_entry(target)
-        declared = {attribute: found}
-    else:
-        where = target
-        module = import_target(target)
-        declared = {
-            name: value
+    module = import_target(where)
+    wanted = dict.fromkeys(names)
+    if everything:
+        declared = [
+            name
             for name, value in vars(module).items()
             if isinstance(getattr(value, DECLARATION_ATTRIBUTE, None), FunctionDeclaration)
             and value.__module__ == module.__name__
-        }
+        ]
         if not declared:
             raise InvocationError(
-                "internal", f"{target} declares nothing: put @function on a function"
+                "internal", f"{where} declares nothing: put @function on a function"
             )
-    return [_fields(where, name, found) for name, found in declared.items()]
+        wanted |= dict.fromkeys(declared)
+    fields: dict[str, dict[str, Any]] = {}
+    problems: dict[str, str] = {}
+    for name in wanted:
+        try:
+            fields[name] = _fields(where, name, find_function(module, where, name))
+        except InvocationError as exc:
+            problems[name] = exc.message
+        except (NameError, TypeError) as exc:  # an annotation that names nothing
+            problems[name] = f"no schema from its signature, give input_schema: {exc}"
+    return fields, problems
 
 
 def _fields(where: str, attribute: str, target: Any) -> dict[str, Any]:
+    """Return what a function says about itself; what it does not say is left to the defaults."""
     fields: dict[str, Any] = {
         "name": attribute.rpartition(".")[2],
-        "description": " ".join((inspect.getdoc(target) or "").split()),
+        "description": " ".join((inspect.getdoc(target) or "").split()) or None,
     }
     declaration = getattr(target, DECLARATION_ATTRIBUTE, None)
     schemas: dict[str, Any] = {"input_schema": None, "output_schema": None}
@@ -66,15 +81,16 @@ def _fields(where: str, attribute: str, target: Any) -> dict[str, Any]:
         fields |= {
             "name": declaration.name,
             "version": declaration.version,
-            "description": declaration.description,
-            "examples": list(declaration.examples),
-            "skills": list(declaration.skills),
+            "description": declaration.description or None,
+            "examples": list(declaration.examples) or None,
+            "skills": list(declaration.skills) or None,
             "concurrency": declaration.concurrency,
             **declaration.extra,
         }
         if declaration.timeout_s is not None:
             limits = dict(fields.get("limits") or {})
-            limits.setdefault("timeout_ms", max(1, round(declaration.timeout_s * 1000)))
+            if "timeout" not in limits:
+                limits.setdefault("timeout_ms", max(1, round(declaration.timeout_s * 1000)))
             fields["limits"] = limits
         schemas = {
             "input_schema": declaration.input_schema,

@@ -1,0 +1,122 @@
+"""The ``wasm`` runtime: WebAssembly programs (WASI preview 1 commands) in a child process."""
+
+import itertools
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from capability_schemas.capability import ModelInfo
+from capability_schemas.errors import ConfigurationError
+from capability_schemas.functions import FunctionSpec
+from capability_schemas.wire import first_problem
+from node_agent.isolation.limits import limits_frame
+from node_agent.runtimes import base
+from node_agent.runtimes.child import ChildInstance
+from node_agent.runtimes.command import VariableName
+
+_NATIVE_LIMITS = ("memory_bytes", "file_bytes")
+"""Limits that wasmtime keeps, and that the process around it would break under: it reserves far
+more address space than it uses, and the program can write no file."""
+
+
+class WasmOptions(BaseModel):
+    """Options of a ``wasm`` function.
+
+    Attributes:
+        args: Arguments after the program's name.
+        env: All its environment variables.
+        folders: Folders it may read, never write: path inside (absolute) to path on the node.
+        fuel: Work one call may do, about one unit an instruction; the default is about ten
+            seconds of a plain loop on a small machine. Out of fuel the call fails.
+        output: What its standard output is, see `node_agent.worker.programs`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    args: tuple[str, ...] = ()
+    env: dict[VariableName, str] = Field(default_factory=dict)
+    folders: dict[str, Path] = Field(default_factory=dict)
+    fuel: Annotated[int, Field(ge=1, lt=2**63)] = 10_000_000_000
+    output: Literal["text", "json", "jsonl"] = "text"
+
+
+class WasmRuntime:
+    """Runs WebAssembly programs.
+
+    Args:
+        context: What it may use of the node.
+    """
+
+    name = "wasm"
+    chats = False
+
+    def __init__(self, context: base.RuntimeContext) -> None:
+        self._context = context
+        self._numbers = itertools.count(1)
+
+    def check(self, spec: FunctionSpec) -> None:
+        """Check the options, and that the file and the granted folders are there."""
+        options = _options(spec)
+        entry = Path(spec.entry or "")
+        if entry.suffix not in (".wasm", ".wat"):
+            raise ConfigurationError(
+                f"function {spec.name}: entry {spec.entry!r}, write path/to/file.wasm (or .wat)"
+            )
+        if not entry.is_file():
+            raise ConfigurationError(f"function {spec.name}: file {spec.entry} does not exist")
+        for inside, outside in options.folders.items():
+            where = f"function {spec.name}: options.folders.{inside}"
+            if not PurePosixPath(inside).is_absolute():
+                raise ConfigurationError(f"{where}: write an absolute path, /data for instance")
+            if not outside.is_dir():
+                raise ConfigurationError(f"{where}: {outside} is no folder")
+
+    def group(self, spec: FunctionSpec) -> str:
+        """Every function has instances of its own; an edit makes new ones."""
+        return base.own_group(spec)
+
+    def call_options(self, spec: FunctionSpec) -> dict[str, Any]:
+        """Calls need none."""
+        return {}
+
+    def model(self, spec: FunctionSpec, info: dict[str, Any]) -> ModelInfo | None:
+        """There is no model behind it."""
+        return None
+
+    async def start(self, spec: FunctionSpec, *, died: base.Died) -> ChildInstance:
+        """Start a process and compile the module."""
+        options = _options(spec)
+        folders = {inside: str(path.absolute()) for inside, path in options.folders.items()}
+        instance = ChildInstance(
+            name=f"{spec.name}-{next(self._numbers)}",
+            load={
+                "runtime": "wasm",
+                "entry": str(_file(spec)),
+                "concurrency": spec.concurrency,
+                "options": {
+                    **options.model_dump(mode="json"),
+                    "folders": folders,
+                    "output_bytes": spec.limits.output_bytes,
+                    "memory_bytes": spec.limits.memory_bytes,
+                },
+                "limits": {**limits_frame(spec.limits), **dict.fromkeys(_NATIVE_LIMITS)},
+            },
+            start_timeout_s=self._context.start_timeout_s,
+            cancel_grace_s=self._context.cancel_grace_s,
+            died=died,
+        )
+        await instance.start()
+        return instance
+
+
+def _file(spec: FunctionSpec) -> Path:
+    return Path(spec.entry or "").absolute()
+
+
+def _options(spec: FunctionSpec) -> WasmOptions:
+    try:
+        return WasmOptions.model_validate(spec.options)
+    except ValidationError as exc:
+        field, problem = first_problem(exc)
+        raise ConfigurationError(f"function {spec.name}: options.{field}: {problem}") from exc
