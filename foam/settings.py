@@ -4,7 +4,8 @@ A value is taken from, in this order: the command line (or a keyword argument), 
 default.
 Environment variables are named ``FOAM_`` plus the field name in capitals: ``FOAM_DATA``,
 ``FOAM_URL``, ``FOAM_USERNAME``, ``FOAM_PASSWORD``, ``FOAM_SITE``, ``FOAM_ENCODER``,
-``FOAM_ENCODER_BACKEND``, ``FOAM_MODEL``, ``FOAM_LOG_LEVEL``. A variable that looks like a
+``FOAM_ENCODER_BACKEND``, ``FOAM_MODEL``, ``FOAM_WATCH``, ``FOAM_MODELS``, ``FOAM_MODELS_BUDGET``,
+``FOAM_HUB``, ``FOAM_HUB_TOKEN``, ``FOAM_OFFLINE``, ``FOAM_LOG_LEVEL``. A variable that looks like a
 misspelling of one of these is refused: ``FOAM_PASWORD`` must not silently mean "no password".
 """
 
@@ -12,10 +13,10 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, ValidationError
 
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.ids import Identifier
@@ -31,6 +32,10 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 def _default_data() -> Path:
     return platformdirs.user_state_path("foam")
+
+
+def _default_models() -> Path:
+    return platformdirs.user_data_path("foam") / "models"
 
 
 class Settings(BaseModel):
@@ -51,6 +56,13 @@ class Settings(BaseModel):
         encoder_backend: ``onnx`` (default) or ``sentence_transformers`` (the reference; needs
             torch).
         model: GGUF file that the demo's language node runs; None means the shipped demo model.
+        watch: Whether a node follows the files of its declaration and takes up edits.
+        models: Folder of the model store, shared by every node of the user on this machine.
+        models_budget: Most bytes that the store may take (``20GB``, ``20GiB``); what was used
+            longest ago is evicted. None: no limit.
+        hub: Address of the model hub, or of a mirror of it.
+        hub_token: File that holds the access token for ``hub``; nobody but its owner may read it.
+        offline: Fetch no models; what is stored and files are used.
         log_level: Least severe level that is written.
     """
 
@@ -64,6 +76,12 @@ class Settings(BaseModel):
     encoder: Path | None = None
     encoder_backend: Literal["onnx", "sentence_transformers"] = "onnx"
     model: Path | None = None
+    watch: bool = True
+    models: Path = Field(default_factory=_default_models)
+    models_budget: Annotated[ByteSize, Field(gt=0)] | None = None
+    hub: str = "https://huggingface.co"
+    hub_token: Path | None = None
+    offline: bool = False
     log_level: LogLevel = "info"
 
 
@@ -99,7 +117,10 @@ def load_settings(environ: Mapping[str, str] | None = None, **given: object) -> 
         first = exc.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "settings"
         raise ConfigurationError(f"setting {where}: {first['msg']}", field=where) from exc
-    return settings.model_copy(update={"data": settings.data.expanduser().absolute()})
+    folders = {"data": settings.data, "models": settings.models}
+    return settings.model_copy(
+        update={name: folder.expanduser().absolute() for name, folder in folders.items()}
+    )
 
 
 def child_environment(**extra: str) -> dict[str, str]:

@@ -1,12 +1,24 @@
 """The ``foam`` command line.
 
 Modules: `app` (the application and its error boundary), `codes` (exit codes), `ask`, `processes`
-(up, broker, registry, router, node), `look` (nodes, functions, explain), `admin`, `device`,
-`doctor`, `demo`. Commands import what they need when they run, so that ``foam node`` stays as light
-as a node should be.
+(up, broker, registry, router), `node` (run, check), `look` (nodes, functions, explain), `admin`,
+`device`, `model`, `doctor`, `demo`. Commands import what they need when they run, so that ``foam
+node`` stays as light as a node should be.
 """
 
-from foam.cli import admin, ask, demo, device, doctor, look, processes
+from foam.cli import admin, ask, demo, device, doctor, look, model, node, processes
 from foam.cli.app import app, main
 
-__all__ = ["admin", "app", "ask", "demo", "device", "doctor", "look", "main", "processes"]
+__all__ = [
+    "admin",
+    "app",
+    "ask",
+    "demo",
+    "device",
+    "doctor",
+    "look",
+    "main",
+    "model",
+    "node",
+    "processes",
+]

@@ -38,8 +38,8 @@ _BY_CODE: Final[dict[ErrorCode, tuple[int, str]]] = {
 _LOCAL: Final[tuple[tuple[type[FoamError], int, str], ...]] = (
     (ConfigurationError, 20, "settings, files or a port are not usable"),
     (Conflict, 21, "it exists already, or already runs"),
-    (Unavailable, 22, "the broker, or the router, does not answer"),
-    (NotFound, 23, "there is no such mesh or member"),
+    (Unavailable, 22, "the broker, the router or a server does not answer"),
+    (NotFound, 23, "there is no such mesh, member or model"),
 )
 _PREFERS_CODE: Final = (AccessDenied, TaskCancelled)
 

@@ -15,7 +15,16 @@ from foam.cli.codes import CODES_EPILOG
 from foam.cli.connection import connected
 from foam.settings import Settings
 
-__all__ = ["JsonOption", "ask_admin", "explain", "functions", "nodes", "show"]
+__all__ = [
+    "JsonOption",
+    "ask_admin",
+    "explain",
+    "functions",
+    "new_table",
+    "nodes",
+    "print_rich",
+    "show",
+]
 
 _PIPE_COLUMNS: Final = 160
 """Width of tables that no terminal limits."""
@@ -75,7 +84,8 @@ def show(
     run_async(main())
 
 
-def _table(*columns: str) -> Any:
+def new_table(*columns: str) -> Any:
+    """Make a table with these columns."""
     from rich import box
     from rich.table import Table
 
@@ -85,7 +95,8 @@ def _table(*columns: str) -> Any:
     return table
 
 
-def _print(thing: Any) -> None:
+def print_rich(thing: Any) -> None:
+    """Print a table, or text, to the width of the terminal."""
     from rich.console import Console
 
     width = shutil.get_terminal_size(fallback=(_PIPE_COLUMNS, 50)).columns
@@ -93,7 +104,7 @@ def _print(thing: Any) -> None:
 
 
 def _draw_nodes(answer: dict[str, Any]) -> None:
-    table = _table("node", "state", "running", "queued", "seen", "functions")
+    table = new_table("node", "state", "running", "queued", "seen", "functions")
     for row in answer.get("nodes", ()):
         load = row.get("load") or {}
         state = "cordoned" if row.get("cordoned") else str(row.get("state", ""))
@@ -108,11 +119,11 @@ def _draw_nodes(answer: dict[str, Any]) -> None:
             f"{seen / 1000:.0f} s ago" if seen is not None else "",
             ", ".join(row.get("functions", ())),
         )
-    _print(table)
+    print_rich(table)
 
 
 def _draw_functions(answer: dict[str, Any]) -> None:
-    table = _table("function", "version", "node", "live", "description")
+    table = new_table("function", "version", "node", "live", "description")
     for row in answer.get("functions", ()):
         table.add_row(
             row["function"],
@@ -121,7 +132,7 @@ def _draw_functions(answer: dict[str, Any]) -> None:
             "yes" if row.get("live") else "no",
             row.get("description", ""),
         )
-    _print(table)
+    print_rich(table)
 
 
 def _number(value: Any) -> str:
@@ -160,10 +171,10 @@ def _alike(one: Sequence[Any], other: Sequence[Any]) -> bool:
 
 
 def _draw_explanation(answer: dict[str, Any]) -> None:
-    _print(f"by {answer.get('by')}, threshold {_number(answer.get('threshold'))}")
+    print_rich(f"by {answer.get('by')}, threshold {_number(answer.get('threshold'))}")
     rows = list(answer.get("candidates", ()))
     terms, same = telling_terms(rows)
-    table = _table("node", "function", "similarity", *terms, "score", "verdict")
+    table = new_table("node", "function", "similarity", *terms, "score", "verdict")
     for row in rows:
         values = row.get("terms", {})
         table.add_row(
@@ -175,15 +186,15 @@ def _draw_explanation(answer: dict[str, Any]) -> None:
             str(row.get("verdict", "")),
         )
     if rows:
-        _print(table)
+        print_rich(table)
     if same:
         listed = ", ".join(f"{name} {_number(value)}" for name, value in same.items())
-        _print(f"the same for all: {listed}")
+        print_rich(f"the same for all: {listed}")
     chosen = answer.get("chosen")
     if chosen:
-        _print(f"chosen: {chosen[0]}/{chosen[1]}")
+        print_rich(f"chosen: {chosen[0]}/{chosen[1]}")
     elif answer.get("problem"):
-        _print(f"nobody: {answer['problem'].get('code')}: {answer['problem'].get('message')}")
+        print_rich(f"nobody: {answer['problem'].get('code')}: {answer['problem'].get('message')}")
 
 
 @app.command(epilog=CODES_EPILOG)
