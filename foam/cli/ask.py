@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from capability_schemas.errors import FoamError, InvalidTask, TaskCancelled
-from capability_schemas.reply import Chunk, ErrorEvent, Result, Routed
+from capability_schemas.reply import Chunk, ErrorEvent, Result, Routed, Step
 from foam.cli.app import app, complain, drop_output, run_async
 from foam.cli.codes import CODES_EPILOG
 from foam.cli.connection import connected
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["EventPrinter", "ask", "read_json_option"]
 
 _CANCEL_GRACE_S: Final = 5.0
+_STEP_CHARS: Final = 60
 
 
 def read_json_option(value: str | None, what: str) -> Any:
@@ -93,6 +94,9 @@ class EventPrinter:
                     f"-> {event.node}: {event.function} {event.version}, "
                     f"score {event.score:.2f}{again}{why}"
                 )
+            case Step(state=state) if state != "running":
+                self._close_text()
+                self._note(_step_line(event), dim=True)
             case Result():
                 self._close(event)
             case ErrorEvent():
@@ -131,10 +135,31 @@ class EventPrinter:
             sys.stdout.flush()
             self._text_open = False
 
-    def _note(self, line: str) -> None:
+    def _note(self, line: str, *, dim: bool = False) -> None:
         if not self._quiet:
-            sys.stderr.write(line + "\n")
+            sys.stderr.write(typer.style(line, dim=True) if dim and sys.stderr.isatty() else line)
+            sys.stderr.write("\n")
             sys.stderr.flush()
+
+
+def _step_line(step: Step) -> str:
+    """Say in one line how a tool call of an agent, or a step of a plan, ended."""
+    detail = step.detail
+    arguments = detail.get("arguments")
+    said = detail.get("error") if step.state in ("failed", "refused") else detail.get("result")
+    took = f", {detail['ms']:.0f} ms" if isinstance(detail.get("ms"), int | float) else ""
+    tool = detail.get("tool")
+    given = "" if arguments is None else _short(arguments)
+    what = _short(step.step) if tool is None else f"{_short(tool)}({given})"
+    outcome = "" if said is None else f": {_short(said)}"
+    return f"   {what} {_short(step.state)}{took}{outcome}"
+
+
+def _short(value: Any) -> str:
+    """Return a value in one short line without control characters."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= _STEP_CHARS else text[: _STEP_CHARS - 1] + "…"
 
 
 async def _follow(handle: "TaskHandle", printer: EventPrinter) -> FoamError | None:

@@ -1,0 +1,53 @@
+"""What ``foam ask`` shows of an answer and of the way to it."""
+
+import pytest
+
+from capability_schemas.reply import Chunk, Result, Step
+from foam.cli.ask import EventPrinter
+
+
+def step(state, number=1, **detail):
+    return Step(task="t", at=1, step=f"call-{number}", state=state, node="edge-1", detail=detail)
+
+
+def show(capsys, *events, **options):
+    printer = EventPrinter(**options)
+    for event in events:
+        printer.show(event)
+    return capsys.readouterr()
+
+
+def test_each_tool_call_is_one_line_beside_the_answer(capsys):
+    seen = show(
+        capsys,
+        step("running", tool="add", arguments={"a": 1}),
+        step("finished", tool="add", arguments={"a": 1}, result="3", ms=12.4),
+        step("refused", tool="open_gate", arguments={}, error="Refused: not approved"),
+        Chunk(task="t", at=1, seq=0, data="it is 3"),
+        Result(task="t", at=1, seq=1, output="it is 3"),
+    )
+    assert seen.out == "it is 3\n"
+    assert seen.err.splitlines() == [
+        '   add({"a": 1}) finished, 12 ms: 3',
+        "   open_gate({}) refused: Refused: not approved",
+    ]
+
+
+def test_a_result_cannot_write_over_the_terminal(capsys):
+    hostile = "\x1b[2J\x1b]0;owned\x07line 1\nline 2 " + "x" * 500
+    line = show(capsys, step("finished", tool="p\x1b[Jage", arguments=None, result=hostile)).err
+    assert line.count("\n") == 1
+    assert "\x1b" not in line
+    assert len(line) < 120
+    assert "line 1 line 2" in line
+
+
+def test_a_step_of_a_plan_has_a_line_too(capsys):
+    assert show(capsys, step("failed", error="no node")).err == "   call-1 failed: no node\n"
+
+
+@pytest.mark.parametrize("options", [{"quiet": True}, {"as_json": True}])
+def test_quiet_and_json_keep_stderr_empty(capsys, options):
+    seen = show(capsys, step("finished", tool="add", result="3"), **options)
+    assert seen.err == ""
+    assert ("call-1" in seen.out) is ("as_json" in options)
