@@ -1,13 +1,16 @@
 """The node agent: takes invocations, runs them, and says how it is."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
 
 import structlog
 
 from broker.lifecycle import Service
 from broker.session.base import Message, Session, Will
+from capability_schemas.capability import ModelInfo, Resources
 from capability_schemas.errors import ConfigurationError, InvalidTopic, ProtocolError
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.ids import is_identifier, now_ms
@@ -16,12 +19,19 @@ from capability_schemas.node import NodeLoad
 from capability_schemas.signing import SigningKey
 from capability_schemas.topics import MAX_LEVELS, TopicKind, Topics
 from capability_schemas.wire import decode
+from node_agent.admission.control import Admission
+from node_agent.admission.forecast import Forecast
+from node_agent.admission.local import NodeFunctions
+from node_agent.admission.peers import PeerBook
+from node_agent.admission.queue import AdmissionQueue
 from node_agent.announcer import Announcer, offline_will
+from node_agent.declaration.inspection import DeclaredFunctions
 from node_agent.executor import ExecutionCounters, Executor
 from node_agent.gauge import LoadGauge
 from node_agent.invocation import HANDED_BACK, Execution, Outcome
-from node_agent.pool import InstancePool
-from node_agent.queue import AdmissionQueue
+from node_agent.models.gguf import BrokenModel, read_gguf
+from node_agent.pool.keepwarm import WarmthSettings
+from node_agent.pool.pool import InstancePool
 from node_agent.reporter import Reporter
 from node_agent.runtimes.base import Runtime, RuntimeContext
 from node_agent.runtimes.catalogue import make_runtimes
@@ -48,6 +58,9 @@ class NodeAgent(Service):
         functions: What it offers, names unique.
         key: Signs the claims.
         runtimes: Further runtimes by name, or replacements of the built-in ones.
+        context: What runtimes may use beyond the node itself: models, the mesh, servers of tools.
+        model_digest: Returns the digest of a model file where it is known without reading the
+            file, else None.
         epoch: The node's epoch, UTC milliseconds, when a last will with it was made before; the
             time now when None.
         clock: UTC milliseconds.
@@ -65,6 +78,8 @@ class NodeAgent(Service):
         functions: Sequence[FunctionSpec],
         key: SigningKey | None = None,
         runtimes: Mapping[str, Runtime] | None = None,
+        context: RuntimeContext | None = None,
+        model_digest: Callable[[Path], str | None] = lambda _: None,
         epoch: int | None = None,
         clock: Callable[[], int] = now_ms,
     ) -> None:
@@ -76,30 +91,52 @@ class NodeAgent(Service):
         self._topics = topics
         self._settings = settings
         self._clock = clock
-        self._functions = {spec.name: spec for spec in functions}
-        if len(self._functions) != len(functions):
-            raise ConfigurationError(f"node {settings.node}: two functions share a name")
-        context = RuntimeContext(
-            node=settings.node,
-            start_timeout_s=settings.start_timeout_s,
-            cancel_grace_s=settings.cancel_grace_s,
-        )
-        wanted = {spec.runtime for spec in functions} - (runtimes or {}).keys()
-        self._runtimes = make_runtimes(wanted, context) | dict(runtimes or {})
-        queue = AdmissionQueue(limit=settings.queue_limit)
+        self._functions = self._by_name(functions)
+        given = context or RuntimeContext()
+        self._servers = dict(given.mcp_servers)
+        self._runtimes = dict(runtimes or {})
+        self._queue = AdmissionQueue(limit=settings.queue_limit)
         self._pool = InstancePool(
             runtimes=self._runtimes,
             backoff_s=settings.backoff_s,
             backoff_limit_s=settings.backoff_limit_s,
+            warmth=WarmthSettings(
+                worth=settings.keep_warm_worth,
+                least_s=settings.keep_warm_least_s,
+                costly_least_s=settings.keep_warm_costly_s,
+                most_s=settings.keep_warm_most_s,
+            ),
+            memory_reserve_bytes=settings.memory_reserve_bytes,
+            model_file=self._model_file,
         )
+        admission = Admission(queue=self._queue, pool=self._pool, clock=clock)
+        self._context = dataclasses.replace(
+            given,
+            node=settings.node,
+            start_timeout_s=settings.start_timeout_s,
+            cancel_grace_s=settings.cancel_grace_s,
+            mcp_servers=self._servers,
+            local=NodeFunctions(
+                admission=admission,
+                queue=self._queue,
+                pool=self._pool,
+                runtimes=self._runtimes,
+                clock=clock,
+            ),
+        )
+        self._given = dict(self._runtimes)
+        DeclaredFunctions(functions, self._context, self._given).check()
+        self._runtimes |= self._missing_runtimes(functions)
+        self._peers = PeerBook(settings.peers)
         self._executor = Executor(
             settings=settings,
             functions=self._functions,
             runtimes=self._runtimes,
             session=session,
             reporter=Reporter(session=session, topics=topics, node=settings.node),
-            queue=queue,
+            admission=admission,
             pool=self._pool,
+            peers=self._peers,
             on_ended=self._on_ended,
             on_change=self._on_change,
             clock=clock,
@@ -108,7 +145,7 @@ class NodeAgent(Service):
             node=settings.node,
             epoch=self.epoch,
             functions=self._functions,
-            queue=queue,
+            queue=self._queue,
             queue_limit=settings.queue_limit,
             pool=self._pool,
             clock=clock,
@@ -121,6 +158,8 @@ class NodeAgent(Service):
             key=key,
             epoch=self.epoch,
             load=self._gauge.load,
+            model_file=self._describe_model,
+            model_digest=model_digest,
             clock=clock,
         )
         self._warming: list[asyncio.Task[None]] = []
@@ -132,6 +171,11 @@ class NodeAgent(Service):
         """What happened since the agent started."""
         return self._executor.counters
 
+    @property
+    def forecast(self) -> Forecast:
+        """What it knows about run times, and how far its predictions were off."""
+        return self._executor.forecast
+
     def last_will(self) -> Will:
         """Return the last will for the session's next connection."""
         return offline_will(
@@ -141,6 +185,57 @@ class NodeAgent(Service):
     def load(self) -> NodeLoad:
         """Return the live figures of the node."""
         return self._gauge.load()
+
+    async def replace(
+        self,
+        functions: Sequence[FunctionSpec],
+        *,
+        mcp_servers: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Offer other functions from now on; what was taken before ends as it began.
+
+        What is new or changed gets a new claim, what is gone is withdrawn. One call at a time.
+        Cancellation is safe: all or nothing of it happens.
+
+        Args:
+            functions: All that the node offers, names unique.
+            mcp_servers: All its servers of tools by name; those it has when None.
+
+        Raises:
+            ConfigurationError: A function cannot run here; then everything stays as it is.
+        """
+        wanted = self._by_name(functions)
+        context = self._context
+        if mcp_servers is not None:
+            context = dataclasses.replace(context, mcp_servers=mcp_servers)
+        declared = DeclaredFunctions(functions, context, self._given)
+        await asyncio.to_thread(declared.check)
+        self._runtimes |= self._missing_runtimes(functions)
+        if mcp_servers is not None:  # in place, for runtimes hold on to the mapping
+            self._servers.clear()
+            self._servers.update(mcp_servers)
+        before, self._functions = self._functions, wanted
+        self._executor.replace(wanted)
+        self._gauge.replace(wanted)
+        self._announcer.replace(wanted)
+        edited = [spec for spec in functions if before.get(spec.name) != spec]
+        self._start_warming(edited)
+        _log.info(
+            "node.functions_replaced",
+            node=self._settings.node,
+            added=sorted(wanted.keys() - before.keys()),
+            changed=sorted(spec.name for spec in edited if spec.name in before),
+            removed=sorted(before.keys() - wanted.keys()),
+        )
+
+    def remark(self, text: str) -> None:
+        """Say something along with the state of the node, until the next remark.
+
+        Args:
+            text: For the operator (``foam nodes --json``); empty takes the last one back.
+        """
+        if self._executor.accepting:
+            self._announcer.set_state("birth", text)
 
     async def drain(self, *, timeout_s: float | None = None, reason: str = "") -> bool:
         """Refuse what is new and wait for what is running.
@@ -193,13 +288,13 @@ class NodeAgent(Service):
             self._on_control,
             queue_limit=_CONTROL_BACKLOG,
         )
+        for peer in self._peers.peers:
+            await self._session.subscribe(
+                self._topics.build(TopicKind.NODE_LOAD, node=peer), self._on_peer
+            )
         self._unlisten = self._session.on_connection(self._on_connection)
         await self._announcer.start()
-        self._warming = [
-            self.spawn(self._warm(spec), name=f"warm.{spec.name}")
-            for spec in self._functions.values()
-            if spec.warm
-        ]
+        self._start_warming(self._functions.values())
         _log.info("node.started", node=node, functions=sorted(self._functions), epoch=self.epoch)
 
     async def _on_stop(self) -> None:
@@ -246,6 +341,13 @@ class NodeAgent(Service):
         elif control.task is not None:
             self._executor.cancel(control)
 
+    async def _on_peer(self, message: Message) -> None:
+        try:
+            self._peers.heard(decode(NodeLoad, message.payload), now=self._clock())
+        except ProtocolError as exc:
+            self.bad_frames += 1
+            _log.warning("peer.bad_frame", error=exc.message, topic=message.topic)
+
     def _reply_topic(self, invocation: Invocation) -> str:
         """Return the topic of this node's events, checked to lie in the client's own subtree.
 
@@ -269,28 +371,85 @@ class NodeAgent(Service):
             self._announcer.set_state("draining", reason)
             _log.info("node.draining", node=self._settings.node, reason=reason)
 
+    def _by_name(self, functions: Sequence[FunctionSpec]) -> dict[str, FunctionSpec]:
+        named = {spec.name: spec for spec in functions}
+        if len(named) != len(functions):
+            raise ConfigurationError(f"node {self._settings.node}: two functions share a name")
+        return named
+
+    def _missing_runtimes(self, functions: Iterable[FunctionSpec]) -> dict[str, Runtime]:
+        """Make the runtimes that functions name and the node has not."""
+        wanted = {spec.runtime for spec in functions} - self._runtimes.keys()
+        return make_runtimes(sorted(wanted), self._context)
+
     def _on_ended(self, execution: Execution, outcome: Outcome) -> None:
-        if outcome.status == "finished" and outcome.code is None:
+        spec = execution.spec
+        edited = self._functions.get(spec.name) != spec
+        if outcome.status == "finished" and outcome.code is None and not edited:
             self._gauge.add_run(
-                execution.spec.name, first_ms=execution.warm_first_ms, total_ms=execution.run_ms
+                spec.name, first_ms=execution.warm_first_ms, total_ms=execution.run_ms
             )
-            self._advertise_model(execution.spec)
+            self._advertise(spec)
 
     def _on_change(self) -> None:
         if self._gauge.saturation_changed():
             self._announcer.hurry()
 
+    def _start_warming(self, functions: Iterable[FunctionSpec]) -> None:
+        self._warming = [task for task in self._warming if not task.done()] + [
+            self.spawn(self._warm(spec), name=f"warm.{spec.name}")
+            for spec in functions
+            if spec.warm
+        ]
+
     async def _warm(self, spec: FunctionSpec) -> None:
         await self._pool.warm(spec)
-        self._advertise_model(spec)
-        self._announcer.hurry()
+        if self._functions.get(spec.name) == spec:
+            self._advertise(spec)
+            self._announcer.hurry()
 
-    def _advertise_model(self, spec: FunctionSpec) -> None:
-        instances = self._pool.instances(spec)
-        info = instances[0].info if instances else {}
-        model = self._runtimes[spec.runtime].model(spec, info)
-        if model is not None and info:
-            self._announcer.set_model(spec.name, model, context_tokens=info.get("context_tokens"))
+    def _advertise(self, spec: FunctionSpec) -> None:
+        """Tell what the instances of a function have shown about it."""
+        info = self._pool.info(spec)
+        self._announcer.measured(
+            spec.name,
+            self._runtimes[spec.runtime].model(spec, info) if info else None,
+            Resources(
+                memory_bytes=info.get("memory_bytes") or spec.limits.memory_bytes,
+                context_tokens=info.get("context_tokens"),
+                concurrency=self._queue.concurrency_of(spec.name) or spec.concurrency,
+                first_ms=self._gauge.first_ms(spec.name),
+                token_ms=info.get("token_ms"),
+            ),
+        )
+
+    def _model_file(self, spec: FunctionSpec) -> Path | None:
+        """Return the file behind the model of a function; blocks.
+
+        Raises:
+            ConfigurationError: There is no such model.
+        """
+        about = self._runtimes[spec.runtime].model(spec, {})
+        if spec.model is None or about is None or about.engine is not None:
+            return None
+        return self._context.model_path(spec.model)
+
+    def _describe_model(self, spec: FunctionSpec) -> tuple[ModelInfo, Path] | None:
+        """Describe the model of a function by the head of its file; blocks.
+
+        Raises:
+            ConfigurationError: There is no such model.
+        """
+        path = self._model_file(spec)
+        about = self._runtimes[spec.runtime].model(spec, {})
+        if path is None or about is None:
+            return None
+        try:
+            head = read_gguf(path)
+        except BrokenModel:  # of another format, whose runtime took it
+            return about, path
+        update = {"name": head.name or about.name, "quantisation": head.quantisation}
+        return about.model_copy(update=update), path
 
     def _on_connection(self, up: bool) -> None:
         """Drop what runs when the node has been cut off for longer than its leases last."""

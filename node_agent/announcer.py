@@ -1,7 +1,6 @@
 """What a node says about itself unasked: its state, its claims and its load."""
 
 import asyncio
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
@@ -11,12 +10,13 @@ import structlog
 from broker.lifecycle import Service
 from broker.session.base import Session, Will
 from capability_schemas.capability import CapabilityClaim, ModelInfo, Resources
-from capability_schemas.errors import BrokerUnavailable, Overloaded
+from capability_schemas.errors import BrokerUnavailable, ConfigurationError, Overloaded
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.node import NodeLoad, NodeState, Presence
 from capability_schemas.signing import SigningKey, sign
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode
+from node_agent.declaration.sources import Stamp, file_digest, stamp_of
 from node_agent.settings import NodeSettings
 
 AGENT_VERSION: Final = "0.1.0"
@@ -26,6 +26,12 @@ _RENEWALS: Final = 3
 """Renewals of a claim within one lease: two may be lost."""
 
 _FAREWELL_LIMIT_S: Final = 3.0
+_NEWS: Final = 0.25
+"""Relative change of a measured time from which it is told before the next renewal."""
+
+_FIRST_MS: Final = 20.0
+_TOKEN_MS: Final = 1.0
+"""Least change of a time to the first output, and of a time per token, that is told at once."""
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -43,14 +49,23 @@ def offline_will(*, topics: Topics, node: str, epoch: int, at: int) -> Will:
     return Will(topics.build(TopicKind.NODE_STATE, node=node), encode(state), qos=1, retain=True)
 
 
-def file_digest(path: Path) -> str:
-    """Return ``sha256:`` and the hex digest of a file; blocks, run it in a thread.
+def is_news(old: Resources | None, new: Resources) -> bool:
+    """Tell whether measured figures differ enough from those last told to tell them.
 
-    Raises:
-        OSError: The file cannot be read.
+    Times jitter, and every claim costs the registry and all routers some work: those told are put
+    right by the next renewal anyway.
     """
-    with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+    if old is None:
+        return True
+    times = ((old.first_ms, new.first_ms, _FIRST_MS), (old.token_ms, new.token_ms, _TOKEN_MS))
+    for before, now, least in times:
+        if before is None or now is None:
+            if before is not now:
+                return True
+        elif abs(now - before) > max(least, _NEWS * before):
+            return True
+    untimed = {"first_ms": None, "token_ms": None}
+    return old.model_copy(update=untimed) != new.model_copy(update=untimed)
 
 
 class Announcer(Service):
@@ -67,6 +82,10 @@ class Announcer(Service):
         key: Signs the claims; they go unsigned when None.
         epoch: Start of the agent, UTC milliseconds.
         load: Makes the load message.
+        model_file: Describes the model of a function, as far as is known while nothing runs, and
+            names its file; None when there is none; blocks.
+        model_digest: Returns the digest of such a file where it is known, else None: then the
+            file is read.
         clock: UTC milliseconds.
     """
 
@@ -80,24 +99,30 @@ class Announcer(Service):
         key: SigningKey | None,
         epoch: int,
         load: Callable[[], NodeLoad],
+        model_file: Callable[[FunctionSpec], tuple[ModelInfo, Path] | None],
+        model_digest: Callable[[Path], str | None] = lambda _: None,
         clock: Callable[[], int],
     ) -> None:
         super().__init__(service_id=settings.node)
         self._session = session
         self._topics = topics
         self._settings = settings
-        self._functions = functions
+        self._functions = dict(functions)
         self._key = key
         self._epoch = epoch
         self._load = load
+        self._model_file = model_file
+        self._model_digest = model_digest
         self._clock = clock
         self._presence: Presence = "birth"
         self._reason = ""
-        self._revisions = dict.fromkeys(functions, 0)
+        self._revisions: dict[str, int] = {}  # kept for ever: a function may come back
         self._claims: dict[str, tuple[int, bytes]] = {}
         self._models: dict[str, ModelInfo] = {}
-        self._contexts: dict[str, int] = {}
-        self._digests: dict[str, str] = {}
+        self._resources: dict[str, Resources] = {}
+        self._told: dict[str, Resources] = {}
+        self._digests: dict[str, tuple[Stamp | None, str]] = {}  # by model
+        self._digesting: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
     @property
@@ -112,16 +137,43 @@ class Announcer(Service):
         self._session.announce(topic, self._state_payload)
         self.hurry()
 
-    def set_model(self, function: str, model: ModelInfo, *, context_tokens: int | None) -> None:
-        """Tell which model is behind a function; a new revision when that is news."""
-        if function in self._digests:
-            model = model.model_copy(update={"digest": self._digests[function]})
-        if self._models.get(function) == model and self._contexts.get(function) == context_tokens:
+    def measured(self, function: str, model: ModelInfo | None, resources: Resources) -> None:
+        """Take what running a function has shown; told at once when it is news.
+
+        Args:
+            function: Its name; one that was withdrawn meanwhile is passed over.
+            model: The model behind it, if any.
+            resources: What it needs and how fast it is.
+        """
+        spec = self._functions.get(function)
+        if spec is None:
             return
-        self._models[function] = model
-        if context_tokens is not None:
-            self._contexts[function] = context_tokens
+        self._resources[function] = resources
+        if model is not None and spec.model in self._digests:
+            model = model.model_copy(update={"digest": self._digests[spec.model][1]})
+        if model is not None and model != self._models.get(function):
+            self._models[function] = model
+        elif not is_news(self._told.get(function), resources):
+            return
         self._announce_claim(function, renew=True)
+
+    def replace(self, functions: Mapping[str, FunctionSpec]) -> None:
+        """Claim other functions from now on: withdraw what is gone, renew what has changed.
+
+        Args:
+            functions: All that the node offers now, by name.
+        """
+        before, self._functions = self._functions, dict(functions)
+        for function in before.keys() - functions.keys():
+            self._session.announce(self._forget(function), lambda: b"")
+        for function, spec in functions.items():
+            if before.get(function) != spec:
+                self._forget(function)
+                self._announce_claim(function, renew=True)
+        if self._digesting is not None:
+            self._digesting.cancel()
+        self._digesting = self.spawn(self._digest_models(), name="digests")
+        self.hurry()
 
     def hurry(self) -> None:
         """Have the load sent soon: something changed that routers should know."""
@@ -134,7 +186,7 @@ class Announcer(Service):
         self._presence, self._reason = "offline", reason
         try:
             for function in self._functions:
-                topic = self._topics.build(TopicKind.CAPABILITY, node=node, function=function)
+                topic = self._forget(function)
                 self._session.retract(topic)
                 self._session.post(topic, b"", retain=True)
             self._session.retract(state_topic)
@@ -150,7 +202,7 @@ class Announcer(Service):
             self._announce_claim(function, renew=True)
         self.spawn(self._renew_claims(), name="claims")
         self.spawn(self._send_load(), name="load")
-        self.spawn(self._digest_models(), name="digests")
+        self._digesting = self.spawn(self._digest_models(), name="digests")
 
     def _state_payload(self) -> bytes:
         return encode(
@@ -164,6 +216,13 @@ class Announcer(Service):
                 load_interval_s=self._settings.load_interval_s,
             )
         )
+
+    def _forget(self, function: str) -> str:
+        """Forget what was claimed for a function; returns the topic of its claim."""
+        for known in (self._claims, self._models, self._resources, self._told):
+            known.pop(function, None)
+        node = self._settings.node
+        return self._topics.build(TopicKind.CAPABILITY, node=node, function=function)
 
     def _announce_claim(self, function: str, *, renew: bool) -> None:
         if self._presence == "offline":  # what is learnt late must not bring a claim back
@@ -185,13 +244,21 @@ class Announcer(Service):
         made = self._claims.get(function)
         if made is not None and made[0] - now > lease_ms // 2:
             return made[1]
-        self._revisions[function] += 1
-        claim = self._claim(self._functions[function], expires_at=now + lease_ms)
+        self._revisions[function] = self._revisions.get(function, 0) + 1
+        spec = self._functions[function]
+        self._told[function] = self._figures(spec)
+        claim = self._claim(spec, expires_at=now + lease_ms)
         if self._key is not None:
             claim = sign(claim, self._key)
         payload = encode(claim)
         self._claims[function] = (now + lease_ms, payload)
         return payload
+
+    def _figures(self, spec: FunctionSpec) -> Resources:
+        """Return what was measured, or else declared."""
+        return self._resources.get(spec.name) or Resources(
+            memory_bytes=spec.limits.memory_bytes, concurrency=spec.concurrency
+        )
 
     def _claim(self, spec: FunctionSpec, *, expires_at: int) -> CapabilityClaim:
         return CapabilityClaim(
@@ -206,11 +273,7 @@ class Announcer(Service):
             input_schema=spec.input_schema,
             output_schema=spec.output_schema,
             modalities=spec.modalities,
-            resources=Resources(
-                memory_bytes=spec.limits.memory_bytes,
-                context_tokens=self._contexts.get(spec.name),
-                concurrency=spec.concurrency,
-            ),
+            resources=self._told[spec.name],
             cost=spec.cost,
             policy=spec.policy,
             model=self._models.get(spec.name),
@@ -220,7 +283,7 @@ class Announcer(Service):
     async def _renew_claims(self) -> None:
         while True:
             await asyncio.sleep(self._settings.claim_lease_s / _RENEWALS)
-            for function in self._functions:
+            for function in tuple(self._functions):
                 self._announce_claim(function, renew=True)
 
     async def _send_load(self) -> None:
@@ -241,16 +304,27 @@ class Announcer(Service):
 
     async def _digest_models(self) -> None:
         """Hash the model files in the background: a large one takes seconds, readiness does not."""
-        done: dict[str, str] = {}
-        for spec in self._functions.values():
+        for spec in tuple(self._functions.values()):
             if spec.model is None:
                 continue
             try:
-                if spec.model not in done:
-                    done[spec.model] = await asyncio.to_thread(file_digest, Path(spec.model))
-            except OSError as exc:
+                found = await asyncio.to_thread(self._digest, spec)
+            except (OSError, ConfigurationError) as exc:
                 _log.warning("model.digest_failed", model=spec.model, error=str(exc))
                 continue
-            self._digests[spec.name] = done[spec.model]
-            known = self._models.get(spec.name) or ModelInfo(name=Path(spec.model).stem)
-            self.set_model(spec.name, known, context_tokens=self._contexts.get(spec.name))
+            if found is not None:
+                model, stamp, digest = found
+                self._digests[spec.model] = stamp, digest
+                self.measured(spec.name, self._models.get(spec.name, model), self._figures(spec))
+
+    def _digest(self, spec: FunctionSpec) -> tuple[ModelInfo, Stamp | None, str] | None:
+        """Describe and digest a model, the latter only when its file has changed; blocks."""
+        found = self._model_file(spec)
+        if found is None:
+            return None
+        model, path = found
+        stamp = stamp_of(path)
+        before = self._digests.get(str(spec.model))
+        if before is not None and before[0] == stamp:
+            return model, *before
+        return model, stamp, self._model_digest(path) or file_digest(path)

@@ -4,14 +4,13 @@ import asyncio
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
 
 import structlog
 
 from broker.lifecycle import Service
 from broker.session.base import Session
 from capability_schemas.errors import (
-    DeadlineExceeded,
+    ConfigurationError,
     ExecutionFailed,
     FoamError,
     NotFound,
@@ -19,15 +18,16 @@ from capability_schemas.errors import (
 )
 from capability_schemas.functions import FunctionSpec, check_input, effective_input
 from capability_schemas.invocation import Control, Invocation
+from node_agent.admission.calls import CALLER, Caller
+from node_agent.admission.control import Admission
+from node_agent.admission.forecast import Forecast, work_of
+from node_agent.admission.peers import PeerBook
 from node_agent.invocation import Execution, Outcome, OutcomeMemory
-from node_agent.pool import InstancePool
-from node_agent.queue import AdmissionQueue, Entry
+from node_agent.pool.pool import InstancePool
 from node_agent.reporter import Reporter
 from node_agent.runtimes.base import Runtime
 from node_agent.settings import NodeSettings
 from node_agent.stream import ReplyStream
-
-_LEAST_TICK_S: Final = 0.005
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -59,18 +59,16 @@ class Executor(Service):
 
     Args:
         settings: The node's settings.
-        functions: What it offers, by name.
+        functions: What it offers, by name, each checked by its runtime.
         runtimes: Runtime by name.
         session: Where events go.
         reporter: What routers hear.
-        queue: The admission queue; its groups are configured here.
+        admission: Who is taken in; told here what is offered.
         pool: The instances, started and stopped by somebody else.
+        peers: Nodes to name when something is refused.
         on_ended: Told about every execution that has ended.
         on_change: Called when something began, ended or was queued.
         clock: UTC milliseconds.
-
-    Raises:
-        ConfigurationError: A function does not fit its runtime.
     """
 
     def __init__(
@@ -81,8 +79,9 @@ class Executor(Service):
         runtimes: Mapping[str, Runtime],
         session: Session,
         reporter: Reporter,
-        queue: AdmissionQueue,
+        admission: Admission,
         pool: InstancePool,
+        peers: PeerBook,
         on_ended: Ended,
         on_change: Callable[[], None],
         clock: Callable[[], int],
@@ -95,8 +94,9 @@ class Executor(Service):
         self._runtimes = runtimes
         self._session = session
         self._reporter = reporter
-        self._queue = queue
+        self._admission = admission
         self._pool = pool
+        self._peers = peers
         self._on_ended = on_ended
         self._on_change = on_change
         self._clock = clock
@@ -105,12 +105,31 @@ class Executor(Service):
         self._outcomes = OutcomeMemory(limit=settings.outcome_limit)
         self._idle = asyncio.Event()
         self._idle.set()
-        self._changed = asyncio.Event()
         self._numbers = itertools.count(1)
+        admission.configure(functions, edited=set())
+
+    def replace(self, functions: Mapping[str, FunctionSpec]) -> None:
+        """Offer other functions from now on; what was taken before ends as it began.
+
+        Args:
+            functions: All that the node offers, by name, each checked by its runtime (which may
+                look at files, and thus block).
+
+        Raises:
+            ConfigurationError: One names a runtime that is not there; nothing has changed then.
+        """
         for spec in functions.values():
-            runtime = runtimes[spec.runtime]
-            runtime.check(spec)
-            queue.configure(runtime.group(spec), capacity=spec.concurrency)
+            if spec.runtime not in self._runtimes:
+                raise ConfigurationError(f"{spec.name}: there is no runtime {spec.runtime!r} here")
+        before, self._functions = self._functions, dict(functions)
+        edited = {name for name, spec in before.items() if functions.get(name) != spec}
+        self._admission.configure(functions, edited=edited)
+        self._admission.dispatch()
+
+    @property
+    def forecast(self) -> Forecast:
+        """What is known about run times, and how far predictions were off."""
+        return self._admission.forecast
 
     def take(self, invocation: Invocation, reply: str) -> None:
         """Take an invocation: admit it, refuse it, or answer again for an attempt known already.
@@ -130,6 +149,7 @@ class Executor(Service):
                 code=exc.code.value,
                 reason=exc.message,
                 retry_after_ms=exc.detail.get("retry_after_ms"),
+                peer=self._peers.best(invocation.function, now=self._clock()),
             )
             self._outcomes.record(invocation, outcome)
             self._reporter.ended(invocation, outcome)
@@ -168,7 +188,7 @@ class Executor(Service):
         return True
 
     async def _on_start(self) -> None:
-        self.spawn(self._watch_deadlines(), name="deadlines")
+        self.spawn(self._admission.watch(), name="deadlines")
 
     def _is_known(self, invocation: Invocation, reply: str) -> bool:
         """Answer for an attempt that runs or has ended here, or is older than one that does."""
@@ -206,14 +226,15 @@ class Executor(Service):
             options=runtime.call_options(spec),
             clock=self._clock,
         )
-        entry = Entry(
-            key=execution.key,
-            group=runtime.group(spec),
-            function=spec.name,
-            priority=invocation.priority,
+        execution.ticket = self._admission.admit(
+            execution.key,
+            spec,
+            work_of(execution.request),
             deadline=invocation.deadline,
+            priority=invocation.priority,
+            begin=lambda: self._begin(execution),
+            drop=lambda error: self._end_waiting(execution, error),
         )
-        wait_ms = self._queue.offer(entry, now=self._clock())
         self._live[execution.key] = execution
         self._current[invocation.client, invocation.task] = execution
         self._idle.clear()
@@ -225,7 +246,7 @@ class Executor(Service):
             self._dispatch()
         # Last, so that the instance gets its call before the session writes; whatever the
         # invocation says itself comes later still, for it runs in a task of its own.
-        self._reporter.admitted(invocation, wait_ms=wait_ms)
+        self._reporter.admitted(invocation, wait_ms=execution.ticket.wait_ms)
 
     def _admissible(self, invocation: Invocation) -> FunctionSpec:
         """Return the function an invocation is for.
@@ -262,13 +283,23 @@ class Executor(Service):
         )
 
     def _dispatch(self) -> None:
-        """Start whatever has a free instance."""
-        while (entry := self._queue.take()) is not None:
-            self.spawn(self._run(self._live[entry.key]), name=f"run.{next(self._numbers)}")
-        self._changed.set()
+        """Start whatever has a free place."""
+        self._admission.dispatch()
         self._on_change()
 
+    def _begin(self, execution: Execution) -> None:
+        self.spawn(self._run(execution), name=f"run.{next(self._numbers)}")
+
     async def _run(self, execution: Execution) -> None:
+        invocation = execution.invocation
+        CALLER.set(
+            Caller(
+                key=execution.key,
+                deadline=invocation.deadline,
+                priority=invocation.priority,
+                session=invocation.session,
+            )
+        )
         try:
             outcome = await self._outcome(execution)
             try:
@@ -280,7 +311,9 @@ class Executor(Service):
                 await execution.settle()
             finally:
                 ran_out = execution.stopped_by is None
-                self._queue.finished(execution.key, run_ms=execution.run_ms if ran_out else None)
+                if execution.ticket is not None:
+                    run_ms = execution.run_ms if ran_out else None
+                    self._admission.free(execution.ticket, run_ms=run_ms)
                 self._forget(execution)
                 self._dispatch()
 
@@ -308,6 +341,8 @@ class Executor(Service):
         else:
             self.counters.finished += 1
         self._reporter.ended(invocation, outcome)
+        if execution.ticket is not None and outcome.status == "finished" and outcome.code is None:
+            self._admission.ended(execution.ticket, execution.final, run_ms=execution.run_ms)
         self._on_ended(execution, outcome)
         _log.info(
             "invocation.ended",
@@ -324,36 +359,18 @@ class Executor(Service):
             self._idle.set()
 
     def _stop(self, execution: Execution, reason: str) -> None:
-        waits = self._queue.remove(execution.key) is not None
+        waits = execution.ticket is not None and self._admission.withdraw(execution.ticket)
         execution.stop(reason)
         if waits:
             self._end_waiting(execution, execution.stop_error())
 
     def _end_waiting(self, execution: Execution, error: FoamError) -> None:
         """End an invocation that has not begun."""
-        self._queue.remove(execution.key)
+        if execution.ticket is not None:
+            self._admission.withdraw(execution.ticket)
         self.spawn(self._finish_waiting(execution, error), name=f"end.{next(self._numbers)}")
-        self._changed.set()
 
     async def _finish_waiting(self, execution: Execution, error: FoamError) -> None:
         self._conclude(execution, await execution.end_with(error))
         self._forget(execution)
         self._on_change()
-
-    async def _watch_deadlines(self) -> None:
-        """End what waits past its deadline."""
-        while True:
-            self._changed.clear()
-            deadline = self._queue.next_deadline
-            if deadline is None:
-                await self._changed.wait()
-                continue
-            left_s = max(_LEAST_TICK_S, (deadline - self._clock()) / 1000)
-            try:
-                async with asyncio.timeout(left_s):
-                    await self._changed.wait()
-            except TimeoutError:
-                for entry in self._queue.expired(now=self._clock()):
-                    node = self._settings.node
-                    error = DeadlineExceeded(f"the deadline passed in the queue of node {node}")
-                    self._end_waiting(self._live[entry.key], error)

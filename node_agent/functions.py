@@ -55,25 +55,25 @@ class FunctionDeclaration:
 
     Attributes:
         name: Function name in topics, 1 to 64 of ``A-Z a-z 0-9 _ -``.
-        version: Semantic version of the function.
+        version: Semantic version of the function; None where the author does not say.
         description: What it does, in words that a task would use.
         examples: Utterances that should reach it.
         skills: Skill names it offers.
-        input_schema: JSON Schema of the input.
-        output_schema: JSON Schema of the output.
-        concurrency: Invocations at a time on one node, at least 1.
+        input_schema: JSON Schema of the input, or the path of a file with it.
+        output_schema: JSON Schema of the output, or the path of a file with it.
+        concurrency: Invocations at a time on one node, at least 1; None likewise.
         timeout_s: Longest run of one invocation, seconds; only the deadline counts when None.
         extra: Further fields of the function's specification (``policy``, ``cost``, ``limits``).
     """
 
     name: str
-    version: str
+    version: str | None
     description: str
     examples: tuple[str, ...]
     skills: tuple[str, ...]
-    input_schema: Mapping[str, Any] | None
-    output_schema: Mapping[str, Any] | None
-    concurrency: int
+    input_schema: Mapping[str, Any] | str | None
+    output_schema: Mapping[str, Any] | str | None
+    concurrency: int | None
     timeout_s: float | None
     extra: Mapping[str, Any]
 
@@ -86,13 +86,13 @@ def function(target: Function, /) -> Function: ...
 def function(
     *,
     name: str | None = None,
-    version: str = "1.0.0",
+    version: str | None = None,
     description: str | None = None,
     examples: Sequence[str] = (),
     skills: Sequence[str] = (),
-    input_schema: Mapping[str, Any] | None = None,
-    output_schema: Mapping[str, Any] | None = None,
-    concurrency: int = 1,
+    input_schema: Mapping[str, Any] | str | None = None,
+    output_schema: Mapping[str, Any] | str | None = None,
+    concurrency: int | None = None,
     timeout_s: float | None = None,
     **extra: Any,
 ) -> Callable[[Function], Function]: ...
@@ -103,13 +103,13 @@ def function(
     /,
     *,
     name: str | None = None,
-    version: str = "1.0.0",
+    version: str | None = None,
     description: str | None = None,
     examples: Sequence[str] = (),
     skills: Sequence[str] = (),
-    input_schema: Mapping[str, Any] | None = None,
-    output_schema: Mapping[str, Any] | None = None,
-    concurrency: int = 1,
+    input_schema: Mapping[str, Any] | str | None = None,
+    output_schema: Mapping[str, Any] | str | None = None,
+    concurrency: int | None = None,
     timeout_s: float | None = None,
     **extra: Any,
 ) -> Function | Callable[[Function], Function]:
@@ -122,23 +122,23 @@ def function(
     Args:
         target: The function, when the decorator is used without parentheses.
         name: Name in topics; the function's own name when omitted.
-        version: Semantic version.
+        version: Semantic version; ``1.0.0`` when nobody says.
         description: What it does; the docstring when omitted.
         examples: Utterances that should reach it; a handful makes matching much better.
         skills: Skill names.
-        input_schema: JSON Schema of the input; derived from the signature when omitted.
-        output_schema: JSON Schema of the output; derived from the return annotation when omitted.
-        concurrency: Invocations at a time, at least 1. An async function runs them in one process,
-            any other in as many processes.
+        input_schema: JSON Schema of the input, or the path of a file with it, from this file's
+            folder; derived from the signature when omitted.
+        output_schema: Likewise of the output; derived from the return annotation when omitted.
+        concurrency: Invocations at a time, at least 1 (the default). An async function runs them in
+            one process, any other in as many processes.
         timeout_s: Longest run of one invocation, seconds.
-        **extra: Further fields of the specification (``policy``, ``cost``, ``limits``), checked
-        when
-            the node loads it.
+        **extra: Further fields of the specification (``policy``, ``cost``, ``limits``, ``idle``),
+            checked when the node loads it. A node file that names the function has the last word.
 
     Raises:
         ValueError: ``concurrency`` or ``timeout_s`` is out of range.
     """
-    if concurrency < 1:
+    if concurrency is not None and concurrency < 1:
         raise ValueError(f"concurrency is {concurrency}: use at least 1")
     if timeout_s is not None and timeout_s <= 0:
         raise ValueError(f"timeout_s is {timeout_s}: use more than 0")

@@ -1,36 +1,16 @@
 """The live figures of a node: how busy, how fast, how much memory is left."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Final
 
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.node import FunctionLoad, NodeLoad
-from node_agent.pool import InstancePool
-from node_agent.queue import AdmissionQueue
+from node_agent.admission.queue import AdmissionQueue
+from node_agent.pool.memory import available_memory_bytes
+from node_agent.pool.pool import InstancePool
 
 _SMOOTHING: Final = 0.2
 """Weight of the newest run in a smoothed time."""
-
-_MEMINFO: Final = Path("/proc/meminfo")
-
-
-def available_memory_bytes(meminfo: Path = _MEMINFO) -> int | None:
-    """Return the memory a new process may take, bytes; None where the system does not say.
-
-    ``MemAvailable`` of proc(5), Linux 3.14 and later.
-
-    Args:
-        meminfo: The file to read.
-    """
-    try:
-        with meminfo.open(encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        return None
-    return None
 
 
 class LoadGauge:
@@ -59,7 +39,7 @@ class LoadGauge:
     ) -> None:
         self._node = node
         self._epoch = epoch
-        self._functions = functions
+        self._functions = dict(functions)
         self._queue = queue
         self._queue_limit = queue_limit
         self._pool = pool
@@ -68,14 +48,32 @@ class LoadGauge:
         self._total_ms: dict[str, float] = {}
         self._saturation = 0
 
+    def replace(self, functions: Mapping[str, FunctionSpec]) -> None:
+        """Measure other functions from now on; what was edited is measured anew.
+
+        Args:
+            functions: All that the node offers now, by name.
+        """
+        for name, spec in self._functions.items():
+            if functions.get(name) != spec:
+                self._first_ms.pop(name, None)
+                self._total_ms.pop(name, None)
+        self._functions = dict(functions)
+
+    def first_ms(self, function: str) -> float | None:
+        """Return the smoothed time to the first output of a warm run, milliseconds."""
+        return self._first_ms.get(function)
+
     def add_run(self, function: str, *, first_ms: float | None, total_ms: float) -> None:
-        """Count a run that went well into the smoothed times.
+        """Count a run that went well into the smoothed times; one of a withdrawn function does not.
 
         Args:
             function: The function.
             first_ms: Time to the first output, milliseconds.
             total_ms: Time of the whole run, milliseconds.
         """
+        if function not in self._functions:
+            return
         if first_ms is not None:
             self._first_ms[function] = _smooth(self._first_ms.get(function), first_ms)
         self._total_ms[function] = _smooth(self._total_ms.get(function), total_ms)
@@ -114,7 +112,7 @@ class LoadGauge:
             running=running,
             queued=queued,
             instances=len(self._pool.instances(spec)),
-            concurrency=spec.concurrency,
+            concurrency=self._queue.concurrency_of(name) or spec.concurrency,
             first_ms=self._first_ms.get(name),
             total_ms=self._total_ms.get(name),
             degraded=self._pool.is_degraded(spec),

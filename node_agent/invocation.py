@@ -2,17 +2,20 @@
 
 import asyncio
 import contextlib
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import structlog
 
 from capability_schemas.errors import (
+    ConfigurationError,
     DeadlineExceeded,
     ErrorCode,
     FoamError,
+    Overloaded,
     TaskCancelled,
     TooLarge,
 )
@@ -33,6 +36,9 @@ from node_agent.runtimes.base import (
 )
 from node_agent.stream import ReplyStream
 from node_agent.worker.frames import to_json
+
+if TYPE_CHECKING:
+    from node_agent.admission.control import Ticket
 
 _END_LIMIT_S: Final = 30.0
 """How long a terminal event may wait for room in the session, seconds."""
@@ -56,6 +62,7 @@ class Outcome:
         reason: Why, in words.
         seq: Next free number of the task.
         retry_after_ms: When another try is sensible.
+        peer: A node that may take it instead.
         terminal: Payload of the terminal event this node sent, if it did.
     """
 
@@ -64,6 +71,7 @@ class Outcome:
     reason: str = ""
     seq: int | None = None
     retry_after_ms: int | None = None
+    peer: str | None = None
     terminal: bytes | None = None
 
 
@@ -117,7 +125,7 @@ class OutcomeMemory:
 class Instances(Protocol):
     """Where an execution gets its instance: `node_agent.pool.InstancePool`."""
 
-    async def acquire(self, spec: FunctionSpec) -> Instance:
+    async def acquire(self, spec: FunctionSpec, *, session: str | None = None) -> Instance:
         """Lease an instance."""
         ...
 
@@ -138,6 +146,11 @@ class Execution:
         instances: Where the instance comes from.
         options: Options of the runtime for this call.
         clock: UTC milliseconds.
+
+    Attributes:
+        request: The call of the instance.
+        ticket: Its admission, once it is admitted.
+        final: The end of its answer, once there is one.
     """
 
     def __init__(
@@ -157,23 +170,29 @@ class Execution:
         self.stopped_by: str | None = None
         self.first_ms: float | None = None
         self.run_ms = 0.0
-        self._value = value
+        self.ticket: Ticket | None = None
+        self.final: FinalPiece | None = None
         self._node = node
         self._stream = stream
         self._instances = instances
-        self._options = options
         self._clock = clock
         self._received_at = clock()
         self._started_at: int | None = None
         self._called_at: int | None = None
         self._scope: asyncio.Timeout | None = None
         self._instance: Instance | None = None
-        self._request_id = f"{invocation.client}/{invocation.task}/{invocation.attempt}"
+        self.request = Request(
+            id=f"{invocation.client}/{invocation.task}/{invocation.attempt}",
+            input=value,
+            text=invocation.text,
+            options=options,
+            session=invocation.session,
+        )
 
     @property
     def key(self) -> str:
         """Identity of the attempt."""
-        return self._request_id
+        return self.request.id
 
     @property
     def warm_first_ms(self) -> float | None:
@@ -204,10 +223,9 @@ class Execution:
         """
         self._started_at = self._clock()
         self._stream.open()
-        final: FinalPiece | None = None
         error: FoamError | None = None
         try:
-            final = await self._limited()
+            self.final = await self._limited()
         except TimeoutError:
             error = self.stop_error()
         except FoamError as exc:
@@ -217,8 +235,8 @@ class Execution:
             raise
         # From the call on: the start of an instance is no property of the function.
         self.run_ms = float(self._clock() - (self._called_at or self._started_at))
-        if final is not None and self.stopped_by not in SILENT_REASONS:
-            return await self._succeed(final)
+        if self.final is not None and self.stopped_by not in SILENT_REASONS:
+            return await self._succeed(self.final)
         return await self.end_with(error or self.stop_error())
 
     async def settle(self) -> None:
@@ -226,7 +244,7 @@ class Execution:
         if self._instance is None:
             return
         try:
-            await self._instance.settled(self._request_id)
+            await self._instance.settled(self.request.id)
         finally:
             self._instances.release(self.spec, self._instance, served=self._instance.alive)
 
@@ -240,21 +258,16 @@ class Execution:
             try:
                 if self.stopped_by is not None:  # stopped before it began
                     raise self.stop_error()
-                return await self._call(left_ms)
+                return await self._call(self._clock() + left_ms)
             finally:
                 self._scope = None
 
-    async def _call(self, left_ms: float) -> FinalPiece:
-        self._instance = await self._instances.acquire(self.spec)
+    async def _call(self, ends_at: float) -> FinalPiece:
+        self._instance = await self._instances.acquire(self.spec, session=self.request.session)
+        if self.ticket is not None:
+            self.ticket.check_time(self._clock())
         self._called_at = self._clock()
-        request = Request(
-            id=self._request_id,
-            input=self._value,
-            text=self.invocation.text,
-            left_ms=left_ms,
-            options=self._options,
-            session=self.invocation.session,
-        )
+        request = dataclasses.replace(self.request, left_ms=ends_at - self._called_at)
         final: FinalPiece | None = None
         async with contextlib.aclosing(self._instance.invoke(request)) as answers:
             async for item in answers:
@@ -312,13 +325,14 @@ class Execution:
         """End it by an error, or hand it back to the router; also before it has begun.
 
         Args:
-            error: What happened. The loss of an instance, overload and a leaving node are mended by
-                another node; anything else is the task's terminal event.
+            error: What happened. The loss of an instance, overload, a node that is not made for it
+                and a leaving node are mended by another node; anything else is the task's terminal
+                event.
         """
         if self.stopped_by in SILENT_REASONS:
             return Outcome(status="dropped", reason=self.stopped_by or "")
         lost = isinstance(error, InstanceDied | InstanceFailed) or self.stopped_by == HANDED_BACK
-        if lost or error.code == ErrorCode.OVERLOADED:
+        if lost or isinstance(error, Overloaded | ConfigurationError):
             self._stream.drop()
             return Outcome(
                 status="failed",

@@ -62,6 +62,7 @@ class Reporter:
                 code=outcome.code,
                 reason=outcome.reason[:_REASON_CHARACTERS],
                 retry_after_ms=outcome.retry_after_ms,
+                peer=outcome.peer,
                 seq=outcome.seq,
             ),
         )

@@ -27,6 +27,14 @@ class NodeSettings(BaseModel):
         cancel_grace_s: Time a cancelled call has before its process is killed, seconds.
         start_timeout_s: Longest start of an instance, seconds.
         outcome_limit: Ended invocations remembered to recognise duplicates.
+        peers: Neighbour nodes; one of them is named to a router that is turned away.
+        keep_warm_worth: Idle seconds that one second of starting an instance is worth: an idle
+            instance stays for its start time so many times over, where use does not show better.
+        keep_warm_least_s: Shortest stay of an idle instance, seconds.
+        keep_warm_costly_s: Shortest stay of one whose start takes half a second or more, seconds.
+        keep_warm_most_s: Longest stay, seconds.
+        memory_reserve_bytes: Available memory below which idle instances are evicted; a twentieth
+            of all memory when None.
         backoff_s: First pause after repeated crashes of a function's instances, seconds; doubles.
         backoff_limit_s: Longest such pause, seconds.
     """
@@ -47,5 +55,11 @@ class NodeSettings(BaseModel):
     cancel_grace_s: Annotated[float, Field(ge=0)] = 2.0
     start_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     outcome_limit: Annotated[int, Field(ge=1)] = 1024
+    peers: tuple[Identifier, ...] = ()
+    keep_warm_worth: Annotated[float, Field(ge=0)] = 120.0
+    keep_warm_least_s: Annotated[float, Field(ge=0)] = 5.0
+    keep_warm_costly_s: Annotated[float, Field(ge=0)] = 30.0
+    keep_warm_most_s: Annotated[float, Field(ge=0)] = 1800.0
+    memory_reserve_bytes: Annotated[int, Field(ge=0)] | None = None
     backoff_s: Annotated[float, Field(gt=0)] = 0.5
     backoff_limit_s: Annotated[float, Field(gt=0)] = 30.0

@@ -283,7 +283,14 @@ class TaskMachine:
                 self._final_seq = max(0, (report.seq or 0) - 1)
                 return []
             case "refused" | "failed":
+                self._prefer(report.peer)
                 return self._mend(_problem_of(report), now)
+
+    def _prefer(self, peer: str | None) -> None:
+        """Try a node next that another has named, if it was chosen as a candidate itself."""
+        named = [choice for choice in self._waiting if choice.node == peer]
+        others = [choice for choice in self._waiting if choice.node != peer]
+        self._waiting = deque(named + others)
 
     def _on_observed(self, event: Observed, now: int) -> list[Action]:
         if not self._holds(event.source, event.attempt):

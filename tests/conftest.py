@@ -1,6 +1,7 @@
 """Fixtures for every kind of test: brokers, a proxy, eventual assertions."""
 
 import asyncio
+import gc
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 
@@ -26,6 +27,13 @@ def _quiet_logs() -> Iterator[None]:
     )
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collect_garbage() -> Iterator[None]:
+    """Have what a module leaked (a process, a socket) show in it, and not in some later test."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture

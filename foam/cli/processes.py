@@ -1,4 +1,4 @@
-"""``foam up``, and each of its processes alone: ``foam broker | registry | router | node``."""
+"""``foam up``, and each of its processes alone: ``foam broker | registry | router``."""
 
 import sys
 from collections.abc import Coroutine
@@ -15,7 +15,15 @@ from foam.cli.connection import DataOption, SiteOption, connected, process_setti
 from foam.settings import Settings, load_settings
 from foam.status import ProcessStatus
 
-__all__ = ["broker", "node", "registry", "router", "up"]
+__all__ = [
+    "IdentityOption",
+    "SupervisedOption",
+    "broker",
+    "registry",
+    "router",
+    "run_reporting",
+    "up",
+]
 
 _DEFAULT_PORT: Final = 1883
 
@@ -111,7 +119,7 @@ def broker(
         name, _ = choose_engine(engine)
         return await run_broker(settings, engine=name, host=host, port=port, status=status)
 
-    _run(main(), status)
+    run_reporting(main(), status)
 
 
 @app.command(epilog=CODES_EPILOG)
@@ -126,7 +134,7 @@ def registry(
     from foam.wiring import run_registry
 
     status = ProcessStatus(title="registry", supervised=supervised)
-    _run(run_registry(settings, identity_file=identity, status=status), status)
+    run_reporting(run_registry(settings, identity_file=identity, status=status), status)
 
 
 @app.command(epilog=CODES_EPILOG)
@@ -141,39 +149,16 @@ def router(
     from foam.wiring import run_router
 
     status = ProcessStatus(title="router", supervised=supervised)
-    _run(run_router(settings, identity_file=identity, status=status), status)
+    run_reporting(run_router(settings, identity_file=identity, status=status), status)
 
 
-@app.command(epilog=CODES_EPILOG)
-@connected(partial(process_settings, "node"))
-def node(
-    settings: Settings,
-    source: Annotated[
-        str,
-        typer.Argument(help="Node file (.toml), Python file (.py) or module with its functions."),
-    ],
-    *,
-    node_id: Annotated[
-        str | None, typer.Option("--id", help="Id of the node; that of the file otherwise.")
-    ] = None,
-    identity: IdentityOption = None,
-    supervised: SupervisedOption = False,
-) -> None:
-    """Run a node: its functions become capabilities of the mesh.
+def run_reporting(main: Coroutine[Any, Any, int], status: ProcessStatus) -> None:
+    """Run a process of the mesh to its end; what ends it is reported where readiness is.
 
-    On another machine: `foam device add ID --role node` here, copy the identity file and its key
-    there, then `foam node FILE --identity ID.json`.
+    Args:
+        main: Returns the exit code.
+        status: Where to report.
     """
-    from foam.wiring import run_node
-
-    status = ProcessStatus(title="node", supervised=supervised)
-    _run(
-        run_node(settings, source=source, node_id=node_id, identity_file=identity, status=status),
-        status,
-    )
-
-
-def _run(main: Coroutine[Any, Any, int], status: ProcessStatus) -> None:
     try:
         run_async(main)
     except FoamError as error:

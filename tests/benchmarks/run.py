@@ -4,8 +4,9 @@
     python tests/benchmarks/run.py round_trip first_token --brokers mosquitto embedded
     python tests/benchmarks/run.py footprint --json out.json
 
-Verbs: ``round_trip``, ``first_token``, ``throughput``, ``footprint``, ``brokers`` and ``routing``
-(these two need no mesh), ``all``. Tables go to stdout, the same numbers to ``--json``.
+Verbs: ``round_trip``, ``first_token``, ``throughput``, ``footprint``, ``fifty``; ``streams``,
+``cold_start``, ``runtimes``, ``prediction``, ``brokers`` and ``routing``, which need no mesh;
+``all``. Tables go to stdout, the same numbers to ``--json``.
 """
 
 import argparse
@@ -23,8 +24,13 @@ sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parents[1])]
 
 from benchmarks import (  # noqa: E402 - the test folders are no installed packages
     agent_footprint,
+    batched_decoding,
     broker_throughput,
+    cold_start,
+    finish_prediction,
     first_token,
+    idle_agent,
+    runtime_overhead,
     task_round_trip,
     token_throughput,
 )
@@ -39,8 +45,15 @@ VERBS: dict[str, Measure] = {
     "first_token": first_token.measure,
     "throughput": token_throughput.measure,
     "footprint": agent_footprint.measure,
+    "fifty": idle_agent.measure,
 }
-ONCE = ("footprint",)
+WITHOUT_MESH: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "streams": batched_decoding.measure,
+    "cold_start": cold_start.measure,
+    "runtimes": runtime_overhead.measure,
+    "prediction": finish_prediction.measure,
+}
+ONCE = ("footprint", "fifty")
 """Benchmarks that do not depend on the broker run on the first one only."""
 
 
@@ -63,15 +76,22 @@ async def run(verbs: list[str], brokers: list[str]) -> dict[str, list[dict[str, 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Benchmarks of the mesh.")
-    parser.add_argument("verbs", nargs="+", choices=[*VERBS, "brokers", "routing", "all"])
+    parser.add_argument(
+        "verbs", nargs="+", choices=[*VERBS, *WITHOUT_MESH, "brokers", "routing", "all"]
+    )
     parser.add_argument("--brokers", nargs="+", default=None, help="default: all on this machine")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
-    wanted = [*VERBS, "brokers", "routing"] if "all" in options.verbs else options.verbs
+    everything = [*VERBS, *WITHOUT_MESH, "brokers", "routing"]
+    wanted = everything if "all" in options.verbs else options.verbs
     configure_logging("error")
     facts = machine()
     print(json.dumps(facts))
-    rows = asyncio.run(run([v for v in wanted if v in VERBS], options.brokers or brokers_here()))
+    meshed = [verb for verb in wanted if verb in VERBS]
+    rows: dict[str, list[dict[str, Any]]] = {}
+    if meshed:
+        rows = asyncio.run(run(meshed, options.brokers or brokers_here()))
+    rows |= {verb: measured() for verb, measured in WITHOUT_MESH.items() if verb in wanted}
     if "brokers" in wanted:
         rows["brokers"] = asyncio.run(broker_throughput.measure())
     for verb, found in rows.items():

@@ -5,12 +5,14 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from broker.session.memory import MemoryBroker, MemorySession
 from broker.session.mqtt import MqttSession
+from capability_schemas.errors import ConfigurationError
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.ids import now_ms
 from capability_schemas.invocation import Control, Invocation
@@ -19,6 +21,8 @@ from capability_schemas.topics import TopicKind
 from capability_schemas.wire import encode
 from node_agent.agent import NodeAgent
 from node_agent.announcer import offline_will
+from node_agent.declaration import load_declaration, read_declaration
+from node_agent.declaration.watch import SourceWatch
 from node_agent.settings import NodeSettings
 
 ROOT = Path(__file__).parents[2]
@@ -239,17 +243,14 @@ async def test_an_output_that_cannot_be_sent_is_an_error_and_the_next_call_runs(
     assert second["output"] == [[]]
 
 
-async def test_a_program_that_outlives_its_instance_does_not_hide_its_death(
-    agent, router, tmp_path
-):
+async def test_a_program_in_a_session_of_its_own_dies_with_its_instance(agent, router, tmp_path):
     pid_file = tmp_path / "pid"
     router.invoke("orphan", {"pid_file": str(pid_file)})
-    try:
-        await router.ended()
-        assert router.statuses() == ["admitted", "failed"]
-        assert agent.load().functions["orphan"].instances == 0
-    finally:
-        os.kill(int(pid_file.read_text()), signal.SIGKILL)
+    await router.ended()
+    assert router.statuses() == ["admitted", "failed"]
+    assert agent.load().functions["orphan"].instances == 0
+    stat = Path(f"/proc/{pid_file.read_text()}/stat")  # gone, or a zombie until init looks
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX"
 
 
 async def test_a_crashing_function_is_paused_and_shown_as_degraded(make_agent, router):
@@ -631,3 +632,166 @@ async def test_waiting_for_warm_functions_ends_when_their_instances_run(make_age
         assert await agent.wait_warm(20.0), "a function that cannot start must not hold the others"
         await router.eventually(lambda: loads and loads[-1]["add"]["instances"] == 1)
         assert loads[-1]["words"]["instances"] == 0
+
+
+SHOP = """
+import os
+import time
+from pathlib import Path
+
+def slow(marker: str, until: str) -> str:
+    Path(marker + ".new").write_text(str(os.getpid()))
+    os.rename(marker + ".new", marker)
+    while not Path(until).exists():
+        time.sleep(0.01)
+    return "{answer}"
+"""
+
+
+class Shop:
+    """A Python file with one function, edited while a node runs it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.marker, self.until = folder / "marker", folder / "until"
+        self.write("old")
+
+    def write(self, answer):
+        (self.folder / "shop.py").write_text(SHOP.replace("{answer}", answer))
+
+    def functions(self, *more, **fields):
+        table = {"name": "slow", "description": "slow", "entry": "shop.py:slow", **fields}
+        lines = [f"{name} = {json.dumps(value)}\n" for name, value in table.items()]
+        lines += ["input_schema = {}\n", *more]
+        path = self.folder / "node.toml"
+        path.write_text("[[function]]\n" + "".join(lines))
+        return load_declaration(path).functions
+
+    def call(self):
+        self.marker.unlink(missing_ok=True)
+        return {"marker": str(self.marker), "until": str(self.until)}
+
+
+@pytest.fixture
+def shop(tmp_path):
+    return Shop(tmp_path)
+
+
+async def test_running_work_ends_on_the_old_code_and_the_next_runs_the_new(
+    make_agent, router, shop, eventually
+):
+    async with make_agent(shop.functions()) as agent:
+        router.invoke("slow", shop.call())
+        await eventually(shop.marker.exists)
+        shop.write("new")
+        await agent.replace(shop.functions())
+        old_process = Path("/proc") / shop.marker.read_text()
+        assert old_process.exists()
+        shop.until.touch()
+        (first,) = await router.ended("t1")
+        router.invoke("slow", shop.call(), task="t2")
+        (second,) = await router.ended("t2")
+        assert (first["output"], second["output"]) == ("old", "new")
+        await eventually(lambda: not old_process.exists())
+        assert agent.load().functions["slow"].instances == 1
+
+
+async def test_work_that_waits_is_run_though_its_function_is_gone(
+    make_agent, router, shop, eventually
+):
+    other = python("add")
+    async with make_agent((*shop.functions(), other)) as agent:
+        router.invoke("slow", shop.call())
+        await eventually(shop.marker.exists)
+        router.invoke("slow", shop.call(), task="t2")
+        await eventually(lambda: router.statuses("t2") == ["admitted"])
+        await agent.replace([other])
+        router.invoke("slow", shop.call(), task="t3")
+        await router.ended("t3")
+        assert router.reports[-1]["status"] == "refused"
+        shop.until.touch()
+        (first,) = await router.ended("t1")
+        (second,) = await router.ended("t2")
+        assert first["output"] == second["output"] == "old"
+        assert list(agent.load().functions) == ["add"]
+
+
+async def test_a_new_set_of_functions_is_claimed_and_what_is_gone_is_withdrawn(
+    make_agent, router, broker, shop, eventually
+):
+    async with make_agent((*shop.functions(), python("add"))) as agent:
+        await eventually(lambda: claims_of(broker, "add") and claims_of(broker, "slow"))
+        await agent.replace([python("add", version="1.1.0"), python("words")])
+        await eventually(lambda: claims_of(broker, "words"))
+        assert claims_of(broker, "slow")[-1] == b""
+        first, *_, last = (json.loads(payload) for payload in claims_of(broker, "add"))
+        assert (first["version"], last["version"]) == ("1.0.0", "1.1.0")
+        assert last["epoch"] == first["epoch"]
+        assert last["revision"] > first["revision"]
+        router.invoke("words", text="all is well")
+        assert (await router.ended())[-1]["output"] == "all is well "
+
+
+async def test_functions_that_cannot_run_change_nothing(make_agent, router, broker, shop):
+    async with make_agent((python("add"),)) as agent:
+        await router.eventually(lambda: claims_of(broker, "add"))
+        wrong = [python("add", entry="no.py:add"), python("words", options={"x": 1})]
+        with pytest.raises(ConfigurationError) as raised:
+            await agent.replace(wrong)
+        first, second = raised.value.message.splitlines()
+        assert "no.py does not exist" in first
+        assert "options" in second
+        with pytest.raises(ConfigurationError, match="'abacus' is unknown"):
+            await agent.replace([python("add", runtime="abacus")])
+        with pytest.raises(ConfigurationError, match="share a name"):
+            await agent.replace([python("add"), python("add")])
+        router.invoke("add", {"a": 1})
+        (result,) = await router.ended()
+        assert result["output"] == 3
+        assert claims_of(broker, "words") == []
+        assert list(agent.load().functions) == ["add"]
+
+
+async def test_edited_files_reach_the_node_by_themselves(make_agent, router, shop, eventually):
+    source = shop.folder / "node.toml"
+    functions = shop.functions()
+    taken_up = []
+    async with make_agent(functions) as agent:
+
+        async def apply(declaration):
+            await agent.replace(declaration.functions)
+            taken_up.extend(declaration.functions)
+
+        watch = SourceWatch(
+            node=NODE,
+            files=load_declaration(source).files,
+            read=partial(read_declaration, source),
+            apply=apply,
+            poll_s=0.05,
+        )
+        shop.until.touch()
+        async with watch:
+            shop.write("new")
+            await eventually(lambda: taken_up != [])
+        (spec,) = taken_up
+        assert spec.code != functions[0].code
+        router.invoke("slow", shop.call())
+        (result,) = await router.ended()
+        assert result["output"] == "new"
+
+
+async def test_a_warm_function_starts_again_after_an_edit(make_agent, shop, eventually):
+    async with make_agent(shop.functions(warm=True)) as agent:
+        assert await agent.wait_warm(60)
+        shop.write("new")
+        await agent.replace(shop.functions(warm=True))
+        assert await agent.wait_warm(60)
+        assert agent.load().functions["slow"].instances == 1
+
+
+async def test_what_calls_have_shown_is_claimed(agent, router, broker, eventually):
+    router.invoke("add", {"a": 1})
+    await router.ended()
+    router.invoke("add", {"a": 1}, task="t2")
+    await router.ended("t2")
+    await eventually(lambda: "first_ms" in json.loads(claims_of(broker, "add")[-1])["resources"])

@@ -328,3 +328,17 @@ def test_a_restored_task_past_its_deadline_listens_first(node: str | None) -> No
     task.handle(Tick(), SETTINGS.settle_ms)
     task.handle(Tick(), SETTINGS.settle_ms + SETTINGS.deadline_grace_ms)
     assert task.ended
+
+
+def test_a_refusal_that_names_a_candidate_has_it_tried_next() -> None:
+    third = Choice("c", "f", "1.0.0", 0.7)
+    task = machine(A, B, third)
+    refused = report("refused", code="overloaded", retry_after_ms=100, peer="c")
+    assert task.handle(refused, 10) == [Invoke(third, 2, 0)]
+    assert task.handle(report("refused", node="c", attempt=2), 20) == [Invoke(B, 3, 0)]
+
+
+def test_a_named_node_that_is_no_candidate_is_not_tried() -> None:
+    task = machine(A, B)
+    refused = report("refused", code="overloaded", retry_after_ms=100, peer="stranger")
+    assert task.handle(refused, 10) == [Invoke(B, 2, 0)]

@@ -1,0 +1,127 @@
+"""What a check finds beyond what reading finds."""
+
+from textwrap import dedent
+
+import pytest
+
+from capability_schemas.errors import NotFound, Unavailable
+from node_agent.declaration.inspection import DeclaredFunctions, inspect_declaration
+from node_agent.declaration.reader import read_declaration
+from node_agent.runtimes.base import Request, RuntimeContext
+
+
+@pytest.fixture
+def found(tmp_path):
+    def inspect(content):
+        path = tmp_path / "node.toml"
+        path.write_text(dedent(content).lstrip())
+        declaration = read_declaration(path, thorough=True)
+        assert declaration.problems == ()
+        problems = inspect_declaration(declaration, source=str(path), context=RuntimeContext())
+        return [
+            (problem.line, problem.field, problem.warning, problem.message) for problem in problems
+        ]
+
+    return inspect
+
+
+def test_every_function_is_held_against_its_runtime(found, tmp_path):
+    (tmp_path / "code.py").write_text("def f(): ...\n")
+    (tmp_path / "odd.py").write_text("import no_such_thing\n")
+    problems = found(
+        """
+        [defaults]
+        description = "Do a thing that is worth words."
+        examples = ["one", "two", "three"]
+
+        [[function]]
+        name = "a"
+        runtime = "abacus"
+
+        [[function]]
+        name = "b"
+        runtime = "python"
+        entry = "code.py:f"
+        options = { speed = 3 }
+
+        [[function]]
+        name = "c"
+        runtime = "llama_cpp"
+        model = "missing.gguf"
+        options = { prepare = "odd.py:words" }
+        """
+    )
+    assert [(line, field, warning) for line, field, warning, _ in problems] == [
+        (5, "runtime", False),
+        (9, "", False),
+        (15, "", False),
+        (15, "options.prepare", False),
+    ]
+    unknown, options, model, prepare = (message for *_, message in problems)
+    assert "'abacus' is unknown" in unknown
+    assert "llama_cpp" in unknown
+    assert options.endswith("speed")
+    assert str(tmp_path / "missing.gguf") in model
+    assert "no_such_thing" in prepare
+
+
+def test_words_that_routing_has_too_few_of_are_warned_of(found, tmp_path):
+    (tmp_path / "code.py").write_text("def f(): ...\n")
+    description, examples = found(
+        """
+        [[function]]
+        name = "a"
+        description = "Thing."
+        examples = ["do it"]
+        entry = "code.py:f"
+        """
+    )
+    assert description[:3] == (1, "description", True)
+    assert examples[:3] == (1, "examples", True)
+    assert examples[3].startswith("1 given; fewer than 3 route poorly")
+
+
+AGENT = """
+    [defaults]
+    description = "Do a thing that is worth words."
+    examples = ["one", "two", "three"]
+
+    [[function]]
+    name = "think"
+    runtime = "openai"
+    model = "any"
+    options = { base_url = "http://127.0.0.1:1/v1" }
+
+    [[function]]
+    name = "work"
+    runtime = "agent"
+    options = { model = "MODEL", tools = ["mcp:files/read"] }
+
+    [[mcp]]
+    name = "SERVER"
+    command = "./serve"
+    folder = "."
+    """
+
+
+def test_what_an_agent_names_is_looked_for_among_the_declared(found, tmp_path):
+    (tmp_path / "serve").write_text("#!/bin/sh\n")
+    (tmp_path / "serve").chmod(0o755)
+    assert found(AGENT.replace("MODEL", "think").replace("SERVER", "files")) == []
+    ((line, *_, no_model),) = found(AGENT.replace("MODEL", "dream").replace("SERVER", "files"))
+    assert line == 11
+    assert "dream" in no_model
+    ((*_, no_server),) = found(AGENT.replace("MODEL", "think").replace("SERVER", "other"))
+    assert "files" in no_server
+    broken = AGENT.replace("MODEL", "think").replace("SERVER", "files").replace('"./serve"', "3")
+    (server, agent) = found(broken)
+    assert server == (None, "", False, "command: Input should be a valid string")
+    assert agent[0] == 11
+
+
+def test_nothing_runs_in_a_check():
+    declared = DeclaredFunctions([], RuntimeContext())
+    with pytest.raises(NotFound, match="no function f"):
+        declared.runtime("f")
+    with pytest.raises(Unavailable, match="only being checked"):
+        declared.invoke("f", Request(id="r", input=None, text=None))
