@@ -1,0 +1,1 @@
+"""The language model that FOAM ships, and under `foam.models.training` how it was made."""

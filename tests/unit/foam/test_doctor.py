@@ -1,0 +1,80 @@
+"""What ``foam doctor`` says of runtimes and isolation."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from foam.doctor import run_checks
+from foam.settings import Settings
+from node_agent.isolation import system
+from node_agent.isolation.cgroup import CgroupTree
+from node_agent.isolation.system import Isolation
+from support.plugin import installed_plugin
+
+
+def checks(folder):
+    found = run_checks(Settings(data=folder))
+    return {check.what: check for check in found if check.what.startswith("runtime ")}
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Make libraries look as if they were not installed."""
+    real = importlib.util.find_spec
+
+    def hide(*names):
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: None if name in names else real(name)
+        )
+
+    return hide
+
+
+def test_a_runtime_that_cannot_run_says_why_and_what_to_do(tmp_path, without):
+    without("wasmtime", "llama_cpp", "xllamacpp")
+    found = checks(tmp_path)
+    assert found["runtime python"].verdict == "ok"
+    assert found["runtime wasm"].verdict == "note"
+    assert "wasmtime is not installed" in found["runtime wasm"].found
+    assert "foam-mesh[wasm]" in found["runtime wasm"].remedy
+    assert found["runtime llama_cpp"].verdict == "missing"  # what is shipped needs it
+
+
+def test_runtimes_of_other_distributions_are_listed(tmp_path):
+    with installed_plugin(tmp_path):
+        assert checks(tmp_path)["runtime echo"].found == "foam-echo 1.0.0"
+
+
+def test_a_broken_one_is_named(tmp_path):
+    with installed_plugin(tmp_path):
+        (tmp_path / "foam_echo.py").write_text("import not_there")
+        broken = checks(tmp_path)["runtime echo"]
+    assert broken.verdict == "note"
+    assert "not_there" in broken.found
+
+
+@pytest.mark.parametrize(
+    ("isolation", "verdicts"),
+    [
+        (Isolation(cgroups=None, no_cgroups="v1 only", no_network_filter="too old"), "note note"),
+        (
+            Isolation(
+                cgroups=CgroupTree(Path("/sys/fs/cgroup/unit"), frozenset({"pids", "cpu"})),
+                no_cgroups="",
+                no_network_filter="",
+            ),
+            "ok ok",
+        ),
+    ],
+)
+def test_what_keeps_instances_apart_is_said(tmp_path, monkeypatch, isolation, verdicts):
+    monkeypatch.setattr(system, "find_isolation", lambda: isolation)
+    found = {check.what: check for check in run_checks(Settings(data=tmp_path))}
+    network, groups = found["network filter"], found["control groups"]
+    assert f"{network.verdict} {groups.verdict}" == verdicts
+    if isolation.cgroups is None:
+        assert (network.found, groups.found) == ("too old", "v1 only")
+        assert "Delegate=yes" in groups.remedy
+    else:
+        assert groups.found == "cpu, pids, /sys/fs/cgroup/unit"
