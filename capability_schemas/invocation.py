@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from capability_schemas.ids import Identifier
+from capability_schemas.task import TaskPolicy
 from capability_schemas.wire import WireModel
 
 
@@ -26,6 +27,8 @@ class Invocation(WireModel):
         stream: Whether chunks are wanted.
         priority: 0 to 9.
         session: Affinity key.
+        policy: Demands of the task, when it has any: they hold for whatever the function asks of
+            others too.
         trace: W3C ``traceparent``.
         sent_at: When the router sent it, UTC milliseconds.
         signature: Ed25519 over the canonical bytes.
@@ -45,6 +48,7 @@ class Invocation(WireModel):
     stream: bool = True
     priority: Annotated[int, Field(ge=0, le=9)] = 5
     session: str | None = None
+    policy: TaskPolicy | None = None
     trace: str | None = None
     sent_at: int
     signature: str | None = None

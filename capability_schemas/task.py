@@ -3,7 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from semantic_version import SimpleSpec, Version
@@ -45,6 +45,26 @@ class TaskPolicy(WirePart):
     max_cost: Annotated[float, Field(ge=0, strict=True)] | None = None
     local_only: Annotated[bool, Field(strict=True)] = False
     grants: tuple[ShortText, ...] = ()
+
+    def narrowed(self, other: "TaskPolicy") -> "TaskPolicy":
+        """Return the policy that demands what this one and another one demand.
+
+        Args:
+            other: Further demands. Of two classes of data the more private one holds, of two
+                prices the lower one.
+        """
+        zones = self.zones if other.zones is None else other.zones
+        if self.zones is not None and other.zones is not None:
+            zones = tuple(zone for zone in self.zones if zone in other.zones)
+        classes = [data for data in (self.data, other.data) if data is not None]
+        prices = [price for price in (self.max_cost, other.max_cost) if price is not None]
+        return TaskPolicy(
+            zones=zones,
+            data=max(classes, key=get_args(DataClass).index, default=None),
+            max_cost=min(prices, default=None),
+            local_only=self.local_only or other.local_only,
+            grants=tuple(dict.fromkeys((*self.grants, *other.grants))),
+        )
 
 
 class Task(WireModel):

@@ -187,6 +187,7 @@ class Execution:
             text=invocation.text,
             options=options,
             session=invocation.session,
+            policy=invocation.policy,
         )
 
     @property

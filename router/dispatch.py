@@ -12,7 +12,7 @@ from broker.session.base import Session
 from capability_schemas.errors import FoamError, Overloaded
 from capability_schemas.invocation import Control, Invocation, Report
 from capability_schemas.reply import Accepted, ErrorEvent, Routed
-from capability_schemas.task import FunctionRef, decode_task
+from capability_schemas.task import FunctionRef, TaskPolicy, decode_task
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode
 from registry.encoders.base import Vectors
@@ -408,6 +408,7 @@ class Dispatcher:
             stream=task.stream,
             priority=task.priority,
             session=task.session,
+            policy=None if task.policy == TaskPolicy() else task.policy,
             trace=task.trace,
             sent_at=now,
         )

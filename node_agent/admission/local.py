@@ -6,7 +6,13 @@ import itertools
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Final
 
-from capability_schemas.errors import DeadlineExceeded, FoamError, NotFound, TooLarge
+from capability_schemas.errors import (
+    DeadlineExceeded,
+    FoamError,
+    NotFound,
+    PolicyDenied,
+    TooLarge,
+)
 from capability_schemas.functions import FunctionSpec, check_input, effective_input
 from node_agent.admission.calls import CALLER, Caller, CallGraph
 from node_agent.admission.control import Admission, Ticket
@@ -84,12 +90,15 @@ class NodeFunctions:
 
         Raises:
             NotFound: The node has no such function.
+            PolicyDenied: The task must not leave the site, and the function would hand it outside.
             InvalidTask: The input does not fit its schema.
             ExecutionFailed: It would wait for itself, or is nested too deeply.
             DeadlineExceeded: It did not end in time, or could not.
             FoamError: It was refused, or failed.
         """
         spec = self._spec(name)
+        if request.policy is not None and request.policy.local_only and spec.policy.external:
+            raise PolicyDenied(f"{name} hands data to a service outside, the task must stay here")
         runtime = self._runtimes[spec.runtime]
         value = effective_input(request.text, request.input, spec.input_schema)
         if "messages" not in request.options:
@@ -110,6 +119,7 @@ class NodeFunctions:
             left_ms=float(deadline - self._clock()),
             options={**runtime.call_options(spec), **request.options},
             session=inner.session,
+            policy=request.policy,
         )
         if caller is not None:
             self._graph.begin(

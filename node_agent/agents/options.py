@@ -29,8 +29,8 @@ class ToolOptions(BaseModel):
             node knows none of functions elsewhere: state it for them.
         approve: Whether it may run; as the agent says when None.
         max_calls: Most calls of it in one run.
-        policy: Demands on the node that runs it (PROTOCOL section 2), for ``mesh:``; those of the
-            agent's own task do not go with it.
+        policy: Further demands on the node that runs it (PROTOCOL section 2), for ``mesh:``; those
+            of the agent's own task hold anyway.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -11,6 +11,7 @@ import structlog
 
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.functions import check_schema
+from capability_schemas.task import TaskPolicy
 from node_agent.agents.loop import Tool, tool_name
 from node_agent.agents.options import AgentOptions, ToolOptions
 from node_agent.agents.servers import ServerProcesses
@@ -117,7 +118,6 @@ class Toolbox:
             raise ConfigurationError(
                 f"function {self._agent}: {wanted.use}: this node is not connected to a mesh"
             )
-        policy = {} if wanted.policy is None else {"policy": wanted.policy.model_dump()}
         if what == "*":
             description = "Ask the mesh: it finds whoever can do what the text says."
             schema: Mapping[str, Any] = _TEXT_ONLY
@@ -126,7 +126,12 @@ class Toolbox:
             schema = wanted.parameters or {"type": "object"}
 
         def run(request: base.Request) -> AsyncGenerator[base.Answer, None]:
-            task = {"session": request.session, "stream": False, **policy}
+            policy = (request.policy or TaskPolicy()).narrowed(wanted.policy or TaskPolicy())
+            task: dict[str, Any] = {
+                "session": request.session,
+                "stream": False,
+                "policy": policy.model_dump(),
+            }
             if what == "*":
                 task |= {"text": request.input["text"]}
             else:

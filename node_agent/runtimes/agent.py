@@ -197,6 +197,7 @@ class _Run:
             left_ms=None if left_s is None else left_s * 1000,
             options={"messages": ask.messages, **({"tools": ask.tools} if ask.tools else {})},
             session=self._request.session,
+            policy=self._request.policy,
         )
         aloud = not ask.tools or self._options.stream == "words"
         heard = len(self._said)
@@ -268,6 +269,7 @@ class _Run:
             text=None,
             left_ms=limit_s * 1000,
             session=self._request.session,
+            policy=self._request.policy,
         )
         result = error = ""
         try:

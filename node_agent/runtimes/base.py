@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from capability_schemas.capability import ModelInfo
 from capability_schemas.errors import Unavailable
 from capability_schemas.functions import FunctionSpec
+from capability_schemas.task import TaskPolicy
 
 
 class InstanceDied(Unavailable):
@@ -42,6 +43,7 @@ class Request:
             place of the prompt template) and ``tools`` (likewise); with ``tools`` the output is
             ``{"content": text or None, "tool_calls": [{"id", "name", "arguments"}]}``.
         session: Affinity key: calls of one session share a prompt prefix.
+        policy: Demands of the task; they hold for the functions that this one asks, too.
     """
 
     id: str
@@ -50,6 +52,7 @@ class Request:
     left_ms: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
     session: str | None = None
+    policy: TaskPolicy | None = None
 
 
 @dataclass(frozen=True, slots=True)

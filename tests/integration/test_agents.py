@@ -19,6 +19,7 @@ from capability_schemas.errors import (
     InvalidTask,
     NoCapableNode,
 )
+from capability_schemas.task import TaskPolicy
 from node_agent.runtimes.agent import AgentRuntime
 from node_agent.runtimes.base import (
     Final,
@@ -112,11 +113,16 @@ class Helper:
         self.local = local
         self.seen = []
 
-    async def __call__(self, text, value=None, *, left_ms=30_000, session=None):
+    async def __call__(self, text, value=None, *, left_ms=30_000, session=None, policy=None):
         """Run the agent once; returns its final."""
         given = {"text": text, **(value or {})} if text is not None else value
         asked = Request(
-            id=f"r{len(self.seen)}", input=given, text=text, left_ms=left_ms, session=session
+            id=f"r{len(self.seen)}",
+            input=given,
+            text=text,
+            left_ms=left_ms,
+            session=session,
+            policy=policy,
         )
         self.seen.clear()
         async with aclosing(self.instance.invoke(asked)) as answers:
@@ -242,10 +248,11 @@ async def test_a_function_of_the_mesh_is_a_tool():
     answers = [wants(("forecast", {"hall": 3}), ("ask_mesh", {"text": "sum"})), Answer(text="ok")]
     mesh = FakeMesh(lambda task: {"load": 7} if task.get("function") else "the sum")
     async with agent_around(answers, mesh=mesh, tools=[tool, "mesh:*"]) as (ask, server):
-        await ask("how is the load?", session="s1")
+        await ask("how is the load?", session="s1", policy=TaskPolicy(data="private"))
     (first, first_s), (second, _) = sorted(mesh.tasks, key=lambda one: "text" in one[0])
     assert (first["function"], first["input"]) == ("forecast@>=1.2", {"hall": 3})
     assert first["policy"]["zones"] == ("hall-3",)
+    assert (first["policy"]["data"], second["policy"]["data"]) == ("private", "private")
     assert 0 < first_s <= 30
     assert (second["text"], second["session"]) == ("sum", "s1")
     assert results(server.bodies[1]) == ['{"load":7}', "the sum"]

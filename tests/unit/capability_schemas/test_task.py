@@ -5,7 +5,14 @@ import json
 import pytest
 
 from capability_schemas.errors import ErrorCode, InvalidTask, TooLarge
-from capability_schemas.task import FunctionRef, Task, decode_task, peek_task_id, skim_task_id
+from capability_schemas.task import (
+    FunctionRef,
+    Task,
+    TaskPolicy,
+    decode_task,
+    peek_task_id,
+    skim_task_id,
+)
 from capability_schemas.wire import encode
 
 
@@ -136,3 +143,15 @@ def test_bad_references_are_refused(reference):
 def test_unknown_fields_outside_the_task_are_ignored():
     task = json.dumps({"text": "a", "policy": {"zones": ["hall-3"]}}).encode()
     assert decode_task(task).policy.zones == ("hall-3",)
+
+
+def test_policies_add_up():
+    first = TaskPolicy(zones=("a", "b"), data="internal", max_cost=2.0, grants=("x",))
+    second = TaskPolicy(zones=("b", "c"), data="private", local_only=True, grants=("x", "y"))
+    both = TaskPolicy(
+        zones=("b",), data="private", max_cost=2.0, local_only=True, grants=("x", "y")
+    )
+    assert first.narrowed(second) == both
+    assert second.narrowed(first) == both
+    assert TaskPolicy().narrowed(first) == first
+    assert TaskPolicy().narrowed(TaskPolicy()) == TaskPolicy()

@@ -11,9 +11,11 @@ from capability_schemas.errors import (
     InvalidTask,
     NotFound,
     Overloaded,
+    PolicyDenied,
     TooLarge,
 )
 from capability_schemas.functions import FunctionSpec
+from capability_schemas.task import TaskPolicy
 from node_agent.admission.calls import CALLER, Caller, CallGraph
 from node_agent.admission.control import Admission
 from node_agent.admission.local import NodeFunctions
@@ -120,6 +122,7 @@ async def node():
         spec("outer"),
         spec("other"),
         spec("pair", concurrency=2),
+        spec("outside", policy={"external": True}),
     )
     async with made.pool:
         yield made
@@ -140,8 +143,15 @@ async def test_options_of_the_call_add_to_those_of_the_function(node):
     assert node.runtime.requests[0].options == {"template": "{text}", "messages": messages}
 
 
+async def test_what_must_stay_here_is_not_handed_outside(node):
+    with pytest.raises(PolicyDenied, match="outside"):
+        await node.ask("outside", text="x", policy=TaskPolicy(local_only=True))
+    await node.ask("outside", text="x", policy=TaskPolicy(data="private"))
+    assert len(node.runtime.requests) == 1
+
+
 async def test_an_unknown_function_and_a_wrong_input_are_named(node):
-    with pytest.raises(NotFound, match="'nope'; it has brief, echo, other, outer, pair, small"):
+    with pytest.raises(NotFound, match="'nope'; it has brief, echo, other, outer, outside, pair"):
         await node.ask("nope")
     with pytest.raises(InvalidTask, match="text"):
         await node.ask("echo", {"text": 5})
