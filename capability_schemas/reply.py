@@ -20,14 +20,12 @@ class Usage(WirePart):
 
     Attributes:
         input_tokens: Tokens of the prompt; None for functions without tokens.
-        cached_tokens: Those of them that a kept prompt prefix spared.
         output_tokens: Tokens generated.
         cpu_ms: Processor time of the instance.
         cost: Price of the call in the unit the site uses.
     """
 
     input_tokens: int | None = None
-    cached_tokens: int | None = None
     output_tokens: int | None = None
     cpu_ms: Milliseconds | None = None
     cost: float | None = None

@@ -253,8 +253,8 @@ class NodeAgent(Service):
         return await self._executor.wait_idle(limit_s)
 
     def undrain(self) -> None:
-        """Take work again."""
-        if not self._executor.accepting:
+        """Take work again; not when the node is being left."""
+        if self.running and not self._executor.accepting:
             self._executor.accepting = True
             self._announcer.set_state("birth")
 

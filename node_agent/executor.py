@@ -22,7 +22,7 @@ from node_agent.admission.calls import CALLER, Caller
 from node_agent.admission.control import Admission
 from node_agent.admission.forecast import Forecast, work_of
 from node_agent.admission.peers import PeerBook
-from node_agent.invocation import Execution, Outcome, OutcomeMemory
+from node_agent.invocation import Execution, Outcome, OutcomeMemory, key_of
 from node_agent.pool.pool import InstancePool
 from node_agent.reporter import Reporter
 from node_agent.runtimes.base import Runtime
@@ -193,6 +193,9 @@ class Executor(Service):
     def _is_known(self, invocation: Invocation, reply: str) -> bool:
         """Answer for an attempt that runs or has ended here, or is older than one that does."""
         current = self._current.get((invocation.client, invocation.task))
+        if current is None and key_of(invocation) in self._live:
+            self.counters.duplicates += 1  # it has ended, was forgotten, and leaves its instance
+            return True
         if current is not None and current.invocation.attempt < invocation.attempt:
             self._stop(current, "superseded")
             return False
@@ -341,9 +344,10 @@ class Executor(Service):
         else:
             self.counters.finished += 1
         self._reporter.ended(invocation, outcome)
-        if execution.ticket is not None and outcome.status == "finished" and outcome.code is None:
-            self._admission.ended(execution.ticket, execution.final, run_ms=execution.run_ms)
-        self._on_ended(execution, outcome)
+        try:
+            self._learn(execution, outcome)
+        except Exception as exc:  # noqa: BLE001  # supervision boundary: figures of others' runtimes
+            _log.error("invocation.unlearnt", function=execution.spec.name, exc_info=exc)
         _log.info(
             "invocation.ended",
             task=invocation.task,
@@ -352,6 +356,12 @@ class Executor(Service):
             status=outcome.status,
             code=outcome.code,
         )
+
+    def _learn(self, execution: Execution, outcome: Outcome) -> None:
+        """Take in what a run has shown."""
+        if execution.ticket is not None and outcome.status == "finished" and outcome.code is None:
+            self._admission.ended(execution.ticket, execution.final, run_ms=execution.run_ms)
+        self._on_ended(execution, outcome)
 
     def _forget(self, execution: Execution) -> None:
         self._live.pop(execution.key, None)
@@ -371,6 +381,8 @@ class Executor(Service):
         self.spawn(self._finish_waiting(execution, error), name=f"end.{next(self._numbers)}")
 
     async def _finish_waiting(self, execution: Execution, error: FoamError) -> None:
-        self._conclude(execution, await execution.end_with(error))
-        self._forget(execution)
-        self._on_change()
+        try:
+            self._conclude(execution, await execution.end_with(error))
+        finally:
+            self._forget(execution)
+            self._on_change()

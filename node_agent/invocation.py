@@ -75,6 +75,11 @@ class Outcome:
     terminal: bytes | None = None
 
 
+def key_of(invocation: Invocation) -> str:
+    """Return the identity of an attempt."""
+    return f"{invocation.client}/{invocation.task}/{invocation.attempt}"
+
+
 class OutcomeMemory:
     """The last outcomes by (client, task, attempt), so that nothing runs twice.
 
@@ -88,6 +93,7 @@ class OutcomeMemory:
         self._limit = limit
         self._terminal_limit_bytes = terminal_limit_bytes
         self._outcomes: OrderedDict[tuple[str, str, int], Outcome] = OrderedDict()
+        self._terminals: dict[tuple[str, str, int], None] = {}  # of those that still have theirs
         self._attempts: dict[tuple[str, str], int] = {}
         self._bytes = 0
 
@@ -102,8 +108,12 @@ class OutcomeMemory:
         self._outcomes[key] = outcome
         self._attempts[task] = max(invocation.attempt, self._attempts.get(task, 0))
         self._bytes += len(outcome.terminal or b"")
-        while len(self._outcomes) > self._limit or self._bytes > self._terminal_limit_bytes:
+        if outcome.terminal is not None:
+            self._terminals[key] = None
+        while len(self._outcomes) > self._limit:
             self._forget(next(iter(self._outcomes)))
+        while self._bytes > self._terminal_limit_bytes:
+            self._drop_terminal(next(iter(self._terminals)))
 
     def find(self, invocation: Invocation) -> Outcome | None:
         """Return how this very attempt ended, if it did."""
@@ -114,12 +124,19 @@ class OutcomeMemory:
         return self._attempts.get((invocation.client, invocation.task), 0)
 
     def _forget(self, key: tuple[str, str, int]) -> None:
-        outcome = self._outcomes.pop(key, None)
-        if outcome is None:
+        if key not in self._outcomes:
             return
-        self._bytes -= len(outcome.terminal or b"")
+        self._drop_terminal(key)
+        del self._outcomes[key]
         if self._attempts.get(key[:2]) == key[2]:
             del self._attempts[key[:2]]
+
+    def _drop_terminal(self, key: tuple[str, str, int]) -> None:
+        """Forget the terminal event of an outcome: it must not run again for that."""
+        self._terminals.pop(key, None)
+        outcome = self._outcomes[key]
+        self._bytes -= len(outcome.terminal or b"")
+        self._outcomes[key] = dataclasses.replace(outcome, terminal=None)
 
 
 class Instances(Protocol):
@@ -129,7 +146,7 @@ class Instances(Protocol):
         """Lease an instance."""
         ...
 
-    def release(self, spec: FunctionSpec, instance: Instance, *, served: bool) -> None:
+    def release(self, instance: Instance, *, served: bool) -> None:
         """Give it back."""
         ...
 
@@ -182,7 +199,7 @@ class Execution:
         self._scope: asyncio.Timeout | None = None
         self._instance: Instance | None = None
         self.request = Request(
-            id=f"{invocation.client}/{invocation.task}/{invocation.attempt}",
+            id=key_of(invocation),
             input=value,
             text=invocation.text,
             options=options,
@@ -212,8 +229,8 @@ class Execution:
             return
         self.stopped_by = reason
         if reason in SILENT_REASONS:
-            self._stream.drop()
-        if self._scope is not None:
+            self._stream.silence()
+        if self._scope is not None and not self._scope.expired():
             self._scope.reschedule(asyncio.get_running_loop().time())
 
     async def run(self) -> Outcome:
@@ -247,7 +264,7 @@ class Execution:
         try:
             await self._instance.settled(self.request.id)
         finally:
-            self._instances.release(self.spec, self._instance, served=self._instance.alive)
+            self._instances.release(self._instance, served=self._instance.alive)
 
     async def _limited(self) -> FinalPiece:
         left_ms = float(self.invocation.deadline - self._clock())
@@ -292,7 +309,6 @@ class Execution:
         cost = self.spec.cost.money
         usage = Usage(
             input_tokens=final.usage.get("input_tokens"),
-            cached_tokens=final.usage.get("cached_tokens"),
             output_tokens=final.usage.get("output_tokens"),
             cost=cost or None,
         )
@@ -320,6 +336,8 @@ class Execution:
             )
 
         terminal = await self._stream.end(make, limit_s=_END_LIMIT_S)
+        if terminal is None and self.stopped_by in SILENT_REASONS:  # while it waited for room
+            return Outcome(status="dropped", reason=self.stopped_by or "")
         return Outcome(status="finished", seq=self._stream.seq, terminal=terminal)
 
     async def end_with(self, error: FoamError) -> Outcome:
@@ -349,6 +367,8 @@ class Execution:
             )
 
         terminal = await self._stream.end(make, limit_s=_END_LIMIT_S)
+        if terminal is None and self.stopped_by in SILENT_REASONS:
+            return Outcome(status="dropped", reason=self.stopped_by or "")
         return Outcome(
             status="finished",
             code=error.code.value,

@@ -179,7 +179,7 @@ def _answer(event: ReplyEvent) -> base.Answer | None:
         raise event.to_error()
     if isinstance(event, Result):
         usage = event.usage.model_dump(exclude_none=True) if event.usage is not None else {}
-        counts = ("input_tokens", "output_tokens", "cached_tokens")
+        counts = ("input_tokens", "output_tokens")
         return base.Final(
             output=event.output,
             usage={name: usage[name] for name in counts if name in usage},

@@ -73,6 +73,7 @@ class ReplyStream:
         self._timer: asyncio.TimerHandle | None = None
         self._working: asyncio.TimerHandle | None = None
         self._closed = False
+        self._silent = False
         self.seq = seq
         self.sent = 0
 
@@ -153,12 +154,12 @@ class ReplyStream:
             limit_s: Longest wait for room in the session, seconds.
 
         Returns:
-            The event's payload; None when there was no room in all that time. Cancellation leaves
-            the stream without its end.
+            The event's payload; None when there was no room in all that time, or it was silenced.
+            Cancellation leaves the stream without its end.
         """
         try:
             async with asyncio.timeout(limit_s):
-                while True:
+                while not self._silent:
                     if self.flush():
                         payload = encode(make(self.seq, self._clock()))
                         try:
@@ -169,11 +170,17 @@ class ReplyStream:
                             self.seq += 1
                             return payload
                     await asyncio.sleep(_RETRY_S)
+                return None
         except TimeoutError:
             _log.error("reply.no_room", task=self._task, limit_s=limit_s)
             return None
         finally:
             self.drop()
+
+    def silence(self) -> None:
+        """Send nothing any more, the terminal event included: another attempt has the word."""
+        self._silent = True
+        self.drop()
 
     def drop(self) -> None:
         """End without a further word; what has not been sent is forgotten."""

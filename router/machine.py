@@ -260,7 +260,8 @@ class TaskMachine:
         if overloads:
             soonest = min(error.retry_after_ms for error in overloads)
             return Overloaded(
-                f"all {len(self._problems)} candidates tried refused the task or were lost",
+                f"nobody took the task, {len(self._problems)} tried; the last one: "
+                f"{self._problems[-1].message}",
                 retry_after_ms=soonest,
                 tried=len(self._problems),
             )

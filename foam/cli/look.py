@@ -129,10 +129,17 @@ def _draw_functions(answer: dict[str, Any]) -> None:
             row["function"],
             row["version"],
             row["node"],
-            "yes" if row.get("live") else "no",
+            _liveness(row),
             row.get("description", ""),
         )
     print_rich(table)
+
+
+def _liveness(row: Mapping[str, Any]) -> str:
+    if not row.get("live"):
+        return "no"
+    # Its instances crashed in a row; it still gets a task now and then, to see whether it recovers.
+    return "degraded" if (row.get("load") or {}).get("degraded") else "yes"
 
 
 def _number(value: Any) -> str:

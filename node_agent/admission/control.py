@@ -7,6 +7,7 @@ refused at once, while another node still can.
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -168,7 +169,7 @@ class Admission:
             nested=nested,
         )
         wait_ms = self._queue.wait_ms(entry, now=now)
-        self._check_finish(entry, prediction, wait_ms, start_ms or 0.0, now)
+        self._check_finish(entry, spec, prediction, wait_ms, start_ms or 0.0)
         self._queue.offer(entry, now=now)
         known = run_ms is not None and start_ms is not None and (wait_ms > 0 or not waits)
         ticket = self._tickets[key] = Ticket(
@@ -268,9 +269,14 @@ class Admission:
                 ticket.drop(DeadlineExceeded("the deadline passed in the queue"))
 
     def _check_finish(
-        self, entry: Entry, prediction: Prediction, wait_ms: float, start_ms: float, now: int
+        self,
+        entry: Entry,
+        spec: FunctionSpec,
+        prediction: Prediction,
+        wait_ms: float,
+        start_ms: float,
     ) -> None:
-        left_ms = entry.deadline - now
+        left_ms = entry.deadline - self._clock()
         if left_ms <= 0:
             return  # the queue says so
         run_ms = prediction.run_ms or 0.0
@@ -279,10 +285,14 @@ class Admission:
             return
         if needed_ms > left_ms:
             raise _no_time(entry.function, prediction, left_ms)
+        retry_ms = self._queue.retry_ms(entry.group, wait_ms)
+        if start_ms:
+            self._pool.prepare(spec)
+            retry_ms = max(retry_ms, math.ceil(start_ms))
         raise Overloaded(
             f"{entry.function} would end in {wait_ms + start_ms + needed_ms:.0f} ms (wait"
             f" {wait_ms:.0f}, start {start_ms:.0f}, run {needed_ms:.0f}), {left_ms} ms are left",
-            retry_after_ms=self._queue.retry_ms(entry.group, wait_ms or start_ms),
+            retry_after_ms=retry_ms,
         )
 
 

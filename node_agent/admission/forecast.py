@@ -37,6 +37,10 @@ _BYTES_A_TOKEN: Final = 4.0
 _FIRST_OUTPUT_TOKENS: Final = 64
 """Assumed before anything is known about a function's tokens."""
 
+_LEAST_RUNS: Final = 3
+"""Runs from which work is refused for what they took: the first is often slow, and refusing for it
+would keep the second from showing so."""
+
 _LEAST_POINTS: Final = 2
 _NEAR: Final = 5
 _REMEMBERED_NEAR: Final = 64
@@ -196,6 +200,7 @@ class _Model:
     mean: _Mean = field(default_factory=_Mean)
     wrong: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
     ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    runs: int = 0
     learnt_at: int = 0
 
     def guesses(self, work: Work) -> list[float | None]:
@@ -217,6 +222,7 @@ class Forecast:
 
     def __init__(self) -> None:
         self._models: dict[str, _Model] = {}
+        self._first_asked: dict[str, int] = {}
         self._errors: deque[float] = deque(maxlen=_REMEMBERED_ERRORS)
 
     def predict(
@@ -234,8 +240,11 @@ class Forecast:
         model = self._models.get(function)
         run_ms = None if model is None else model.best(work)
         if model is None or run_ms is None:
-            return _first_idea(work, info or {})
-        if now - model.learnt_at > _STALE_MS:
+            idea = _first_idea(work, info or {})
+            # The calibration is a measurement like any other, of an instance under load perhaps.
+            is_old = now - self._first_asked.setdefault(function, now) > _STALE_MS
+            return Prediction(run_ms=idea.run_ms) if is_old else idea
+        if model.runs < _LEAST_RUNS or now - model.learnt_at > _STALE_MS:
             return Prediction(run_ms=run_ms)
         quickest = min(model.ratios, default=0.0)
         return Prediction(run_ms=run_ms, least_ms=run_ms * min(1.0, quickest), sure=True)
@@ -273,11 +282,13 @@ class Forecast:
         model.near.learn(work, run_ms)
         model.line.learn(work, run_ms)
         model.mean.learn(run_ms)
+        model.runs += 1
         model.learnt_at = now
 
     def forget(self, function: str) -> None:
         """Forget a function, for it was edited or withdrawn."""
         self._models.pop(function, None)
+        self._first_asked.pop(function, None)
 
     def judge(self, *, predicted_ms: float, actual_ms: float) -> None:
         """Compare a predicted time from admission to end with the actual one."""

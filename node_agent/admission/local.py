@@ -192,7 +192,7 @@ class NodeFunctions:
                 await instance.settled(ticket.entry.key)
         finally:
             if instance is not None:
-                self._pool.release(ticket.spec, instance, served=instance.alive)
+                self._pool.release(instance, served=instance.alive)
             if not self._admission.withdraw(ticket):
                 ran = called_at is not None and succeeded
                 run_ms = float(self._clock() - called_at) if ran and called_at else None

@@ -102,6 +102,13 @@ class _Group:
             return self.most
         return min(self.most, self.measured)
 
+    @property
+    def spoken_for(self) -> int:
+        """Places that are held, or will be at once: not by what waits for its own function."""
+        return self.running + sum(
+            min(lane.waiting, max(0, lane.limit - lane.running)) for lane in self.lanes.values()
+        )
+
 
 class AdmissionQueue:
     """Bounded queue of a node; owned by the agent's event loop.
@@ -198,10 +205,7 @@ class AdmissionQueue:
         """Tell whether a new entry would find a place at once."""
         found = self._groups[group]
         lane = found.lanes[function]
-        return (
-            found.running + found.waiting < found.places
-            and lane.running + lane.waiting < lane.limit
-        )
+        return lane.running + lane.waiting < lane.limit and found.spoken_for < found.places
 
     def wait_ms(self, entry: Entry, *, now: int) -> float:
         """Predict how long an entry would wait if it came now, milliseconds.

@@ -4,7 +4,7 @@ import contextlib
 import fnmatch
 import itertools
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
@@ -108,7 +108,7 @@ class Toolbox:
             )
 
         def run(request: base.Request) -> AsyncGenerator[base.Answer, None]:
-            return local.invoke(name, request)
+            return local.invoke(name, replace(request, input=_unapproved(request.input)))
 
         return self._bound(wanted, options, spec.description, schema, run)
 
@@ -135,7 +135,7 @@ class Toolbox:
             if what == "*":
                 task |= {"text": request.input["text"]}
             else:
-                task |= {"function": what, "input": request.input}
+                task |= {"function": what, "input": _unapproved(request.input)}
             return mesh.ask(task, timeout_s=(request.left_ms or 0.0) / 1000)
 
         return self._bound(wanted, options, description, schema, run)
@@ -205,6 +205,11 @@ class Toolbox:
             calls=wanted.max_calls,
         )
         return BoundTool(tool, wanted.use, run)
+
+
+def _unapproved(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments without ``approved_tools``: people approve tools of an agent, no model."""
+    return {name: value for name, value in arguments.items() if name != "approved_tools"}
 
 
 def _usable(schema: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -105,6 +105,9 @@ class SourceWatch(Service):
                 await self._apply(declaration)
             except ConfigurationError as exc:
                 error = exc
+            except Exception as exc:  # noqa: BLE001  # supervision boundary: the node goes on
+                error = ConfigurationError(f"{type(exc).__name__}: {exc}")
+                _log.exception("node.edit_failed", node=self._node)
         self._told("" if error is None else f"edit refused: {error.message}"[:_TOLD_CHARS])
         if error is not None:
             _log.error("node.edit_refused", node=self._node, error=error.message)

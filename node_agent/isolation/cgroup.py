@@ -123,10 +123,15 @@ class CgroupTree:
         """
         made = Cgroup(self.path / f"{_PREFIX}-{os.getpid()}-{name}")
         made.path.mkdir()
-        for file, value in _settings(limits).items():
-            if file.partition(".")[0] in self.controllers:
-                with contextlib.suppress(FileNotFoundError):  # no swap in this kernel
-                    (made.path / file).write_text(value)
+        try:
+            for file, value in _settings(limits).items():
+                if file.partition(".")[0] in self.controllers:
+                    with contextlib.suppress(FileNotFoundError):  # no swap in this kernel
+                        (made.path / file).write_text(value)
+        except OSError:
+            with contextlib.suppress(OSError):
+                made.path.rmdir()  # nobody else will: it has no instance
+            raise
         return made
 
     def _clear(self) -> None:

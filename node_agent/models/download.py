@@ -13,7 +13,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 from urllib.parse import urljoin, urlsplit
@@ -28,7 +28,7 @@ from capability_schemas.errors import (
     Unavailable,
 )
 from node_agent.models import disk
-from node_agent.models.reference import check_address
+from node_agent.models.reference import check_address, is_own
 
 _SYNC_BYTES: Final = 32 << 20
 """A partial is put on the disk, and trusted again, in steps of this size."""
@@ -92,9 +92,9 @@ class Remote:
         modified: Its date, likewise.
     """
 
-    url: str
+    url: str = field(repr=False)  # its query may hold a key
     shown: str
-    authorization: str | None = None
+    authorization: str | None = field(default=None, repr=False)
     sha256: str | None = None
     size_bytes: int | None = None
     etag: str | None = None
@@ -203,6 +203,10 @@ class Web:
                     yield response, said
                     return
                 url = urljoin(url, response.headers["location"])
+                if is_own(_host(url)) and not is_own(start[1] or ""):
+                    raise ConfigurationError(
+                        f"{remote.shown} is redirected to this machine itself: that is refused"
+                    )
         raise ConfigurationError(f"{remote.shown} is redirected more than {_REDIRECTS} times")
 
     def json(self, remote: Remote, *, limit_bytes: int = 64 << 20) -> Any:
@@ -222,7 +226,7 @@ class Web:
                         if len(body) > limit_bytes:
                             raise ConfigurationError(f"{remote.shown} answers without end")
                     return httpx2.Response(200, content=bytes(body)).json()
-            except ValueError as exc:
+            except (ValueError, RecursionError) as exc:
                 raise ConfigurationError(f"{remote.shown} does not answer with JSON") from exc
             except _Cut as cut:
                 reason = str(cut)
@@ -494,6 +498,13 @@ def _translated() -> Iterator[None]:
 def _origin(url: str) -> tuple[str, str | None, int]:
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:  # `Web.check` says so
+        return ""
 
 
 def _length(response: httpx2.Response) -> int | None:

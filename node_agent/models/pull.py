@@ -237,7 +237,13 @@ class Puller:
     ) -> StoredModel | None:
         """Fetch and check; None when a file made of several answers does not fit together."""
         known = self._store.find(origin.name)
-        if known is not None and known.source == origin.source and partial.stat().st_size == 0:
+        if (
+            known is not None
+            and known.source == origin.source
+            # "Not modified" says nothing of a digest that what is stored does not have.
+            and remote.sha256 in (None, known.digest)
+            and partial.stat().st_size == 0
+        ):
             with contextlib.suppress(OSError):
                 if self._store.show(origin.name).path.is_file():
                     remote = replace(remote, etag=known.etag, modified=known.modified)

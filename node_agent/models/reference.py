@@ -10,7 +10,7 @@
 
 import ipaddress
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
@@ -40,8 +40,8 @@ class WebReference:
         login: ``(name, password)`` that stood in the address; never written anywhere.
     """
 
-    url: str
-    login: tuple[str, str] | None = None
+    url: str = field(repr=False)  # its query may hold a key
+    login: tuple[str, str] | None = field(default=None, repr=False)
 
     @property
     def file(self) -> str:
@@ -158,6 +158,17 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def is_own(host: str) -> bool:
+    """Tell whether a host is this machine, or one that speaks only to it (link-local addresses)."""
+    if is_loopback(host) or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_link_local or address.is_unspecified
 
 
 def check_name(name: str) -> str:

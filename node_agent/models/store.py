@@ -24,10 +24,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Annotated, Final, Self
 
 import structlog
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from capability_schemas.errors import ConfigurationError, Conflict, NotFound, Unavailable
 from capability_schemas.ids import now_ms
@@ -67,8 +67,8 @@ class ModelRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    name: str
-    digest: str
+    name: Annotated[str, AfterValidator(check_name)]
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     size_bytes: int
     reference: str
     source: str
@@ -493,11 +493,14 @@ class ModelStore:
         return f"there is no model {reference}: {stored}; get it with `foam model pull {how}`"
 
     def _records(self) -> dict[str, ModelRecord]:
-        records = {}
+        records: dict[str, ModelRecord] = {}
+        record: ModelRecord | None
         for path in sorted(self._names.glob("[!.]*.json")):
             try:
                 record = ModelRecord.model_validate(disk.read_json(path))
-            except ValidationError:
+            except (ValidationError, ConfigurationError):
+                record = None
+            if record is None or record.name != path.stem:
                 _log.warning("model.record_damaged", file=str(path))
                 continue
             records[record.name] = record

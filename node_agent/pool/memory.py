@@ -1,12 +1,19 @@
 """How much memory there is: of the machine, of the control group around the agent, of a process."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
+
+from capability_schemas.errors import ConfigurationError, Overloaded
+from capability_schemas.functions import FunctionSpec
 
 _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _OWN_CGROUP: Final = Path("/proc/self/cgroup")
+_RETRY_MS: Final = 2000
+_USUAL_BYTES: Final = 32 * 1024 * 1024
+"""Assumed of an instance of which nothing is known: an interpreter with little else."""
 
 
 def available_memory_bytes(
@@ -61,6 +68,53 @@ def resident_bytes(pid: int) -> int | None:
         return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return None
+
+
+def first_need_bytes(spec: FunctionSpec, model_file: Callable[[FunctionSpec], Path | None]) -> int:
+    """Return what an instance never measured before takes at least, as far as it is known; blocks.
+
+    The size of its model, which it maps; without one, what a bare process takes. Its limit of
+    memory says what it must never take, mostly far more than it does: the limit lowers the guess
+    and never raises it, or else a small node would refuse what fits it well.
+
+    Args:
+        spec: The function.
+        model_file: Returns the file of a function's model, None when there is none.
+
+    Returns:
+        Bytes; 0 where its model cannot be found, for the start itself says what is wrong with it.
+    """
+    try:
+        path = model_file(spec)
+        need = _USUAL_BYTES if path is None else path.stat().st_size
+    except (OSError, ConfigurationError):
+        return 0
+    limit = spec.limits.memory_bytes
+    return need if limit is None else min(need, limit)
+
+
+def larger_than_memory(function: str, need: int, total: int) -> ConfigurationError:
+    """Return the error for an instance that needs more than there is in all, bytes."""
+    return ConfigurationError(
+        f"{function} is larger than memory: it needs {_mb(need)}, this node has {_mb(total)};"
+        " use a smaller model or a larger node",
+        need_bytes=need,
+        total_bytes=total,
+    )
+
+
+def no_room(function: str, need: int, free: int) -> Overloaded:
+    """Return the error for an instance that needs more than there is now, bytes."""
+    return Overloaded(
+        f"not enough memory for {function}: it needs {_mb(need)}, {_mb(free)} are available",
+        retry_after_ms=_RETRY_MS,
+        need_bytes=need,
+        available_bytes=free,
+    )
+
+
+def _mb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.0f} MB"
 
 
 def _group(cgroups: Path, own: Path) -> Path:

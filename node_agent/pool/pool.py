@@ -11,10 +11,17 @@ from typing import Any, Final
 import structlog
 
 from broker.lifecycle import Service
-from capability_schemas.errors import ConfigurationError, FoamError, Overloaded
+from capability_schemas.errors import FoamError, Overloaded
 from capability_schemas.functions import FunctionSpec
 from node_agent.pool.keepwarm import Idle, KeepWarm, WarmthSettings, eviction_order
-from node_agent.pool.memory import available_memory_bytes, resident_bytes, total_memory_bytes
+from node_agent.pool.memory import (
+    available_memory_bytes,
+    first_need_bytes,
+    larger_than_memory,
+    no_room,
+    resident_bytes,
+    total_memory_bytes,
+)
 from node_agent.runtimes.base import Instance, InstanceFailed, Runtime
 
 _DEGRADED_CRASHES: Final = 3
@@ -31,7 +38,6 @@ _RETRY_S: Final = 5.0
 """Pause between two attempts to start something ahead of need, seconds."""
 
 _RESERVE_SHARE: Final = 0.05
-_MEMORY_RETRY_MS: Final = 2000
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -75,6 +81,7 @@ class _Group:
     pause_until: float = 0.0
     specs: tuple[FunctionSpec, ...] = ()
     retry_at: float = 0.0
+    wanted: bool = False
 
     @property
     def warm(self) -> bool:
@@ -142,6 +149,7 @@ class InstancePool(Service):
         self._grace_s = grace_s
         self._groups: dict[str, _Group] = {}
         self._names: dict[int, tuple[FunctionSpec, str]] = {}
+        self._lent: dict[int, tuple[_Group, _Member]] = {}  # by id of the instance
         self._ending: dict[asyncio.Task[None], None] = {}
         self._changed = asyncio.Event()
         self._claimed_bytes = 0
@@ -227,6 +235,7 @@ class InstancePool(Service):
             if member is None:
                 self._count_out(group)
         member.leases += 1
+        self._lent[id(member.instance)] = group, member
         if session is not None:
             group.sessions[session] = member.instance
             group.sessions.move_to_end(session)
@@ -234,20 +243,20 @@ class InstancePool(Service):
                 group.sessions.popitem(last=False)
         return member.instance
 
-    def release(self, spec: FunctionSpec, instance: Instance, *, served: bool) -> None:
+    def release(self, instance: Instance, *, served: bool) -> None:
         """Give an instance back.
 
         Args:
-            spec: The function it was leased for.
-            instance: The instance.
+            instance: What `acquire` returned.
             served: Whether it did its work, which ends a series of crashes.
         """
-        group = self._group(spec)
-        member = _member_of(group, instance)
-        if member is not None:
-            member.leases -= 1
-            member.used_at = self._now()
-            if not member.leases:
+        # Not by its function: an edit of what that rests on may have made it another group since.
+        group, member = self._lent[id(instance)]
+        member.leases -= 1
+        member.used_at = self._now()
+        if not member.leases:
+            del self._lent[id(instance)]
+            if instance.alive:
                 self._measure(group, instance)
         if served:
             group.crashes = 0
@@ -266,6 +275,17 @@ class InstancePool(Service):
         failure = None if group.members else await self._started(spec, group)
         if failure is not None:
             _log.warning("pool.warm_failed", function=spec.name, error=failure.message)
+
+    def prepare(self, spec: FunctionSpec) -> None:
+        """Have an instance started for calls to come, if there is none; returns at once.
+
+        For a call that was refused because a start takes longer than it has: without it a cold
+        function would stay cold, and what one slow start has shown would hold for ever.
+        """
+        group = self._group(spec)
+        if not (group.members or group.starts or group.pause_until > self._now()):
+            group.wanted = True
+            self.spawn(self.warm(spec), name=f"prepare.{spec.name}")
 
     async def tend(self) -> float | None:
         """End what has been idle for long enough or is in the way, start what is due soon.
@@ -291,6 +311,11 @@ class InstancePool(Service):
 
     async def _on_stop(self) -> None:
         self._closed = True
+        starts = [start for group in self._groups.values() for start in group.starts]
+        for start in starts:
+            start.cancel()
+        if starts:
+            await asyncio.wait(starts)
         for group in self._groups.values():
             for member in list(group.members):
                 self._end(group, member)
@@ -338,6 +363,9 @@ class InstancePool(Service):
         Once it is known how many slots an instance has, as many start at a time as the callers
         that wait can use.
         """
+        stopping = InstanceFailed(f"no instance of {spec.name} starts: the node is stopping")
+        if self._closed:
+            return stopping
         if len(group.starts) * (group.slots or group.waiting or 1) < max(1, group.waiting):
             start = self.spawn(self._start(spec, group), name=f"start.{spec.name}")
             group.starts[start] = self._now()
@@ -350,7 +378,7 @@ class InstancePool(Service):
         await asyncio.wait(news, return_when=asyncio.FIRST_COMPLETED)
         done = [start for start in starts if start.done()]
         if any(one.cancelled() for one in done):
-            return InstanceFailed(f"no instance of {spec.name} starts: the node is stopping")
+            return stopping
         failures = [one.result() for one in done]
         return None if freed.done() or None in failures else failures[0]
 
@@ -374,8 +402,13 @@ class InstancePool(Service):
             return exc
         except FoamError as exc:
             return exc
+        except Exception as exc:  # noqa: BLE001 - supervision boundary: runtimes may be others'
+            _log.error("pool.start_failed", function=spec.name, exc_info=exc)
+            self._count_crash(group)
+            return InstanceFailed(f"no instance of {spec.name} starts: {exc!r}"[:500])
         finally:
             self._claimed_bytes -= need_bytes
+            group.wanted = False
         if not instance.alive:
             self._count_crash(group)
             return InstanceFailed(f"an instance of {spec.name} died as soon as it was ready")
@@ -433,7 +466,7 @@ class InstancePool(Service):
 
     def _tend_starts(self, group: _Group, now: float) -> float | None:
         """Start what shall always be there or is due soon; returns when the next start is due."""
-        if group.members or group.starts or not group.specs:
+        if self._closed or group.members or group.starts or not group.specs:
             return None
         if group.warm:
             due = now
@@ -454,9 +487,15 @@ class InstancePool(Service):
         """Close an instance; it takes nothing from now on."""
         self._remove(group, member)
         instance = member.instance
-        ending = self.spawn(instance.close(self._grace_s), name=f"close.{instance.pid}")
+        ending = self.spawn(self._close(instance), name=f"close.{instance.pid}")
         self._ending[ending] = None
         ending.add_done_callback(lambda done: self._ending.pop(done, None))
+
+    async def _close(self, instance: Instance) -> None:
+        try:
+            await instance.close(self._grace_s)
+        except Exception as exc:  # noqa: BLE001 - supervision boundary: runtimes may be others'
+            _log.error("pool.close_failed", pid=instance.pid, exc_info=exc)
 
     # ---- memory
 
@@ -515,39 +554,25 @@ class InstancePool(Service):
             ConfigurationError: It needs more than there is in all.
             Overloaded: It needs more than there is now, with all idle instances gone.
         """
-        need = group.memory_bytes or await self._declared_need(spec)
+        need = group.memory_bytes
         if need is None:
-            return 0
+            need = await asyncio.to_thread(first_need_bytes, spec, self._model_file)
         total = self._total()
         if total is not None and need > total:
-            raise ConfigurationError(
-                f"{spec.name} is larger than memory: it needs {_mb(need)}, this node has"
-                f" {_mb(total)}; use a smaller model or a larger node",
-                need_bytes=need,
-                total_bytes=total,
-            )
+            raise larger_than_memory(spec.name, need, total)
         async with self._evicting:
-            while (free := self._available()) is not None and free - self._claimed_bytes < need:
-                if not await self._evict(f"room for {spec.name}"):
-                    raise Overloaded(
-                        f"not enough memory for {spec.name}: it needs {_mb(need)}, {_mb(free)} are"
-                        " available",
-                        retry_after_ms=_MEMORY_RETRY_MS,
-                        need_bytes=need,
-                        available_bytes=free,
-                    )
+            while True:
+                # What nobody has asked for takes nothing but room to spare: two that are started
+                # ahead would end each other in turn, and pressure either of them again and again.
+                asked = group.waiting or group.warm or group.wanted
+                free = self._available()
+                needed = need if asked else need + self._reserve()
+                if free is None or free - self._claimed_bytes >= needed:
+                    break
+                if not asked or not await self._evict(f"room for {spec.name}"):
+                    raise no_room(spec.name, need, free)
             self._claimed_bytes += need
         return need
-
-    async def _declared_need(self, spec: FunctionSpec) -> int | None:
-        """Return what an instance never started before needs, as far as it is known."""
-        try:
-            path = await asyncio.to_thread(self._model_file, spec)
-            if path is not None:
-                return path.stat().st_size
-        except (OSError, ConfigurationError):
-            return None  # the start itself says what is wrong with the file
-        return spec.limits.memory_bytes
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time() if self._monotonic is None else self._monotonic()
@@ -555,7 +580,3 @@ class InstancePool(Service):
 
 def _member_of(group: _Group, instance: Instance) -> _Member | None:
     return next((one for one in group.members if one.instance is instance), None)
-
-
-def _mb(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:,.0f} MB"

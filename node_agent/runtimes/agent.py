@@ -54,7 +54,7 @@ class AgentRuntime:
         """Check the options, the MCP servers, and that the functions it names are there."""
         local = self._context.local
         if local is not None:
-            check_agent(spec, local.specs(), lambda name: local.runtime(name).chats)
+            check_agent(spec, local.specs(), lambda name: _chats(local, name))
         for tool in agent_options(spec).tools:
             kind, server, _ = tool.target
             if kind == "mcp":
@@ -301,6 +301,13 @@ class _Run:
     async def _show(self, call: ToolCall, state: str, **detail: Any) -> None:
         detail = {"tool": call.tool, "arguments": _shown(call.arguments), **detail}
         await self._put(base.Progress(step=call.step, state=state, detail=detail))
+
+
+def _chats(local: base.LocalFunctions, name: str) -> bool:
+    try:
+        return local.runtime(name).chats
+    except ConfigurationError:  # of that function, and told there
+        return False
 
 
 def _check_links(spec: FunctionSpec, local: base.LocalFunctions) -> None:

@@ -4,12 +4,17 @@ import hashlib
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from capability_schemas.capability import ModelInfo
-from capability_schemas.errors import Unavailable
+from capability_schemas.errors import ConfigurationError, Unavailable
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.task import TaskPolicy
+from capability_schemas.wire import problems
+
+_Options = TypeVar("_Options", bound=BaseModel)
 
 
 class InstanceDied(Unavailable):
@@ -84,7 +89,7 @@ class Final:
     Attributes:
         output: The whole answer.
         usage: Counters: ``input_tokens``, ``output_tokens``, ``cached_tokens`` (of the input, not
-            decoded again).
+            decoded again; stays in the node, for it would tell what others have asked).
         finish: Why a model stopped: ``stop``, ``length`` or ``tool_calls``; empty for functions.
         confidence: Probability of the least certain token, 0 to 1; None where there is none.
         timing: Where the engine spent its time, milliseconds: ``prefill_ms``, ``decode_ms``.
@@ -206,6 +211,26 @@ class Runtime(Protocol):
             InstanceFailed: It ended or refused before it was ready.
         """
         ...
+
+
+def read_options(kind: type[_Options], spec: FunctionSpec) -> _Options:
+    """Read the options of a function.
+
+    Args:
+        kind: What its runtime takes.
+        spec: The function.
+
+    Raises:
+        ConfigurationError: They do not fit; it says everything that is wrong with them.
+    """
+    try:
+        return kind.model_validate(spec.options)
+    except ValidationError as exc:
+        wrong = "; ".join(
+            f"{'.'.join(str(part) for part in ('options', *path))}: {problem}"
+            for path, problem in problems(exc)
+        )
+        raise ConfigurationError(f"function {spec.name}: {wrong}") from exc
 
 
 def own_group(spec: FunctionSpec) -> str:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Any, Final
 
@@ -14,12 +13,9 @@ from broker.lifecycle import Service
 from capability_schemas.errors import ExecutionFailed, FoamError, error_from_wire
 from node_agent.isolation.system import Isolation, system_isolation
 from node_agent.runtimes import base
-from node_agent.runtimes.plumbing import FrameProtocol
+from node_agent.runtimes.plumbing import SURPLUS_LIMIT_CHARS, CallFrames, FrameProtocol
 from node_agent.runtimes.process import WorkerProcess
 from node_agent.worker.frames import Frame
-
-_PAUSE_FRAMES: Final = 256
-"""Unread frames of one call at which the child's socket is left alone (its writes then wait)."""
 
 _END_LIMIT_S: Final = 5.0
 """How long a killed process may take to vanish before it is given up on, seconds."""
@@ -28,21 +24,6 @@ _STOP_GRACE_S: Final = 1.0
 """Time an instance has to end by itself when it is stopped, seconds."""
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
-
-
-class _Call:
-    """Frames of one call on their way to whoever iterates it."""
-
-    def __init__(self) -> None:
-        self.frames: deque[Frame] = deque()
-        self.arrived = asyncio.Event()
-        self.ended = asyncio.Event()
-        self.abandoned = False
-        self.kill_timer: asyncio.TimerHandle | None = None
-
-    def put(self, frame: Frame) -> None:
-        self.frames.append(frame)
-        self.arrived.set()
 
 
 class ChildInstance(Service):
@@ -73,7 +54,7 @@ class ChildInstance(Service):
         self._start_timeout_s = start_timeout_s
         self._cancel_grace_s = cancel_grace_s
         self._died = died
-        self._calls: dict[str, _Call] = {}
+        self._calls: dict[str, CallFrames] = {}
         self._ready: asyncio.Future[dict[str, Any]] | None = None
         self._following: asyncio.Task[None] | None = None
         self._exited = asyncio.Event()
@@ -164,7 +145,7 @@ class ChildInstance(Service):
         """Run one call; see `base.Instance`. Cancellation is safe: it cancels the call."""
         if not self.alive or self._protocol is None:
             raise self._death(alone=False)
-        call = self._calls[request.id] = _Call()
+        call = self._calls[request.id] = CallFrames()
         self._protocol.send(
             {
                 "t": "invoke",
@@ -179,7 +160,7 @@ class ChildInstance(Service):
         try:
             while True:
                 while call.frames:
-                    frame = call.frames.popleft()
+                    frame = call.take()
                     if frame["t"] == "piece":
                         yield base.Piece(frame.get("d"))
                         continue
@@ -190,11 +171,13 @@ class ChildInstance(Service):
                         raise self._death(alone=frame["alone"])
                     yield _final(frame)
                     return
+                call.waits = True
                 self._resume()
                 call.arrived.clear()
                 await call.arrived.wait()
         finally:
             call.abandoned = True
+            call.waits = False
             call.frames.clear()
             self._resume()
             if not call.ended.is_set():
@@ -210,6 +193,7 @@ class ChildInstance(Service):
         call.kill_timer = asyncio.get_running_loop().call_later(
             self._cancel_grace_s, self._kill, "a cancelled call did not end"
         )
+        self._resume()  # its end stands behind whatever is unread
 
     async def settled(self, request_id: str) -> None:
         """Return when the call no longer occupies the instance."""
@@ -223,9 +207,14 @@ class ChildInstance(Service):
             self._closing = True
             if self._protocol is not None and grace_s > 0 and not self._exited.is_set():
                 self._protocol.send({"t": "close"})
-                with contextlib.suppress(TimeoutError):
+                try:
                     async with asyncio.timeout(grace_s):
                         await self._exited.wait()
+                except TimeoutError:
+                    pass
+                except asyncio.CancelledError:  # whoever closes it may run out of time
+                    self._kill("it was closed")
+                    raise
         if not self._exited.is_set():
             self._kill("it was closed")
         if self._following is not None:
@@ -245,7 +234,7 @@ class ChildInstance(Service):
                     self._protocol.close()
             await asyncio.to_thread(self._process.clear)
         except asyncio.CancelledError:
-            self._process.abandon()
+            await self._process.abandon()
             raise
 
     def _finish(self) -> None:
@@ -278,9 +267,8 @@ class ChildInstance(Service):
         if call.abandoned:
             return
         call.put(frame)
-        if len(call.frames) >= _PAUSE_FRAMES and not self._paused and self._protocol is not None:
-            self._paused = True
-            self._protocol.pause(paused=True)
+        if call.is_full:
+            self._pause(request_id, call)
 
     def _on_ready(self, frame: Frame) -> None:
         if self._ready is None or self._ready.done():
@@ -301,18 +289,36 @@ class ChildInstance(Service):
             else:
                 self._process.kill()
 
-    def _end_call(self, request_id: str, call: _Call) -> None:
+    def _end_call(self, request_id: str, call: CallFrames) -> None:
         self._calls.pop(request_id, None)
         if call.kill_timer is not None:
             call.kill_timer.cancel()
         call.ended.set()
 
+    def _pause(self, request_id: str, call: CallFrames) -> None:
+        """Let the child wait for a slow reader, unless other calls would have to wait with it."""
+        if not self._needed():
+            if not self._paused and self._protocol is not None:
+                self._paused = True
+                self._protocol.pause(paused=True)
+        elif call.surplus_chars > SURPLUS_LIMIT_CHARS:
+            self._log.warning("instance.answer_unread", call=request_id)
+            message = f"more than {SURPLUS_LIMIT_CHARS} characters of its answer were not read"
+            call.abandoned = True
+            call.frames.clear()
+            call.put({"t": "error", "code": "overloaded", "message": message})
+            self.cancel(request_id)
+
     def _resume(self) -> None:
         if self._paused and self._protocol is not None:
-            if any(len(call.frames) >= _PAUSE_FRAMES // 2 for call in self._calls.values()):
+            calls = self._calls.values()
+            if any(call.is_half_full for call in calls) and not self._needed():
                 return
             self._paused = False
             self._protocol.pause(paused=False)
+
+    def _needed(self) -> bool:
+        return any(call.needs_frames for call in self._calls.values())
 
     def _kill(self, reason: str) -> None:
         if not self._killed:

@@ -6,12 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from capability_schemas.capability import ModelInfo
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.functions import FunctionSpec
-from capability_schemas.wire import first_problem
 from node_agent.isolation.limits import limits_frame
 from node_agent.runtimes import base
 from node_agent.runtimes.child import ChildInstance
@@ -118,11 +117,7 @@ class CommandRuntime:
 
 
 def _options(spec: FunctionSpec) -> CommandOptions:
-    try:
-        return CommandOptions.model_validate(spec.options)
-    except ValidationError as exc:
-        field, problem = first_problem(exc)
-        raise ConfigurationError(f"function {spec.name}: options.{field}: {problem}") from exc
+    return base.read_options(CommandOptions, spec)
 
 
 def _find_program(spec: FunctionSpec, options: CommandOptions) -> str:

@@ -9,12 +9,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from capability_schemas.capability import ModelInfo
-from capability_schemas.errors import ConfigurationError
 from capability_schemas.functions import FunctionSpec
-from capability_schemas.wire import first_problem
 from node_agent.isolation.limits import limits_frame
 from node_agent.runtimes import base
 from node_agent.runtimes.child import ChildInstance
@@ -89,11 +87,7 @@ class EmbeddingsRuntime:
         return instance
 
     def _options(self, spec: FunctionSpec) -> EmbeddingOptions:
-        try:
-            return EmbeddingOptions.model_validate(spec.options)
-        except ValidationError as exc:
-            field, problem = first_problem(exc)
-            raise ConfigurationError(f"function {spec.name}: options.{field}: {problem}") from exc
+        return base.read_options(EmbeddingOptions, spec)
 
     def _load_options(self, spec: FunctionSpec) -> dict[str, Any]:
         return {"model": model_file(self._context, spec), **self._options(spec).model_dump()}

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import structlog
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from capability_schemas.capability import ModelInfo
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.functions import FunctionSpec
-from capability_schemas.wire import first_problem
 from node_agent.isolation.limits import limits_frame
 from node_agent.models.gguf import quantisation_name, read_gguf
 from node_agent.runtimes import base
@@ -182,11 +181,7 @@ class LlamaCppRuntime:
         return max(self._options(one).parallel or one.concurrency for one in sharing)
 
     def _options(self, spec: FunctionSpec) -> LlamaOptions:
-        try:
-            return LlamaOptions.model_validate(spec.options)
-        except ValidationError as exc:
-            field, problem = first_problem(exc)
-            raise ConfigurationError(f"function {spec.name}: options.{field}: {problem}") from exc
+        return base.read_options(LlamaOptions, spec)
 
     def _load_options(self, spec: FunctionSpec) -> dict[str, Any]:
         chosen = self._options(spec).model_dump(include=_LOAD_FIELDS, mode="json")

@@ -5,13 +5,12 @@ import itertools
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from capability_schemas.capability import ModelInfo
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.ids import Identifier
-from capability_schemas.wire import first_problem
 from node_agent.agents.servers import McpServer, load_frame, mcp_server
 from node_agent.runtimes import base
 from node_agent.runtimes.child import ChildInstance
@@ -93,9 +92,4 @@ class McpRuntime:
 
 
 def _options(spec: FunctionSpec) -> McpOptions:
-    try:
-        return McpOptions.model_validate(spec.options)
-    except ValidationError as exc:
-        field, problem = first_problem(exc)
-        place = f"options.{field}" if field else "options"
-        raise ConfigurationError(f"function {spec.name}: {place}: {problem}") from exc
+    return base.read_options(McpOptions, spec)

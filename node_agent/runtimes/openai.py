@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from capability_schemas.capability import ModelInfo
 from capability_schemas.errors import ConfigurationError, InvalidTask
 from capability_schemas.functions import FunctionSpec
-from capability_schemas.wire import first_problem
 from node_agent.runtimes import base
 from node_agent.worker.engines.base import fill_template
 
@@ -272,9 +271,4 @@ def _response_format(spec: FunctionSpec, options: OpenAIOptions) -> dict[str, An
 
 
 def _options(spec: FunctionSpec) -> OpenAIOptions:
-    try:
-        return OpenAIOptions.model_validate(spec.options)
-    except ValidationError as exc:
-        field, problem = first_problem(exc)
-        place = f"options.{field}" if field else "options"
-        raise ConfigurationError(f"function {spec.name}: {place}: {problem}") from exc
+    return base.read_options(OpenAIOptions, spec)

@@ -28,6 +28,7 @@ from node_agent.runtimes.openai_stream import (
 _TRAILER_S: Final = 0.1
 _ERROR_LIMIT_BYTES: Final = 64 * 1024
 _BODY_LIMIT_BYTES: Final = 64 * 1024 * 1024
+_RETRY_LIMIT_MS: Final = 3_600_000
 _KEPT_OPEN_S: Final = 4.0
 """How long an idle connection is kept, seconds: less than common servers keep it (uvicorn: 5)."""
 
@@ -78,19 +79,30 @@ class OpenAIInstance(InLoopInstance):
         try:
             async with asyncio.timeout(self._server.connect_s * 2):
                 found = await self._client.get(url)
-        except (httpx2.HTTPError, TimeoutError) as exc:
+        except TimeoutError as exc:
+            raise base.InstanceFailed(
+                f"the server at {self._server.base_url} was silent for "
+                f"{self._server.connect_s * 2:g} s"
+            ) from exc
+        except httpx2.HTTPError as exc:
             raise base.InstanceFailed(
                 f"no server of the OpenAI API answers at {self._server.base_url}: "
                 f"{_say(exc)}; is it running?"
             ) from exc
         if found.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             raise base.InstanceFailed(
-                f"{self._server.base_url} refuses the API key: {_body_text(found.content)}"
+                f"{self._server.base_url} refuses the API key: "
+                f"{self._without_key(_body_text(found.content))}"
             )
         models = _models(found)
         if models and self._server.model not in models:
             _log.warning("openai.model_unlisted", model=self._server.model, listed=models[:10])
         self._info["models"] = models
+
+    def _without_key(self, text: str) -> str:
+        """Return a server's words without the API key, which some repeat."""
+        key = self._server.api_key
+        return text if key is None else text.replace(key.get_secret_value(), "[API key]")
 
     async def _on_stopped(self) -> None:
         await self._client.aclose()
@@ -101,6 +113,10 @@ class OpenAIInstance(InLoopInstance):
             await self._answer(request, put)
         except httpx2.HTTPError as exc:
             raise self.lost(f"{self._server.base_url}: {_say(exc)}") from exc
+        except FoamError as exc:
+            exc.message = self._without_key(exc.message)
+            exc.args = (exc.message,)
+            raise
 
     async def _answer(self, request: base.Request, put: Put) -> None:
         loop = asyncio.get_running_loop()
@@ -113,13 +129,17 @@ class OpenAIInstance(InLoopInstance):
             tools=bool(request.options.get("tools")), parse=bool(request.options.get("parse"))
         )
         first: float | None = None
-        async with contextlib.aclosing(self._events(body)) as events:
-            async for event in events:
-                text = answer.add(event)
-                if first is None and (text or answer.finish):
-                    first = loop.time()
-                if text:
-                    await put(base.Piece(text))
+        try:
+            async with contextlib.aclosing(self._events(body)) as events:
+                async for event in events:
+                    text = answer.add(event)
+                    if first is None and (text or answer.finish):
+                        first = loop.time()
+                    if text:
+                        await put(base.Piece(text))
+        except base.InstanceDied:
+            if not answer.finish:  # else it is whole, and only its [DONE] is missing
+                raise
         if not answer.finish:
             raise Garbage(
                 "the server ended its answer without saying why; some do when the prompt is longer"
@@ -155,7 +175,7 @@ class OpenAIInstance(InLoopInstance):
             data = await _read(chunks, _BODY_LIMIT_BYTES)
         try:
             found, usage = vectors(json.loads(data), len(body["input"]))
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise Garbage(f"the server sent no JSON: {_body_text(data)}") from exc
         return base.Final(output=found, usage=usage)
 
@@ -228,13 +248,14 @@ def _refused(response: httpx2.Response, data: bytes) -> FoamError:
 def _retry_after_ms(response: httpx2.Response) -> int:
     """Return ``Retry-After`` in milliseconds; 1000 where it is missing or a date."""
     try:
-        return max(0, int(float(response.headers["retry-after"]) * 1000))
+        asked_ms = int(float(response.headers["retry-after"]) * 1000)
+        return min(max(0, asked_ms), _RETRY_LIMIT_MS)
     except (KeyError, ValueError, OverflowError):
         return 1000
 
 
 def _no_stream(data: bytes, kind: str) -> FoamError:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         body = json.loads(data)
         if isinstance(body, dict) and "error" in body:
             return server_error(body)
@@ -252,7 +273,7 @@ def _models(response: httpx2.Response) -> list[str]:
     """Return the models a server lists; none where it does not keep to the form."""
     try:
         return [str(one["id"]) for one in response.json()["data"]]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return []
 
 

@@ -4,6 +4,7 @@ Source: the streaming format of ``/v1/chat/completions`` (OpenAI API reference, 
 chunk object) in server-sent events (WHATWG HTML, section 9.2).
 """
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ class EventStream:
     def __init__(self) -> None:
         self._rest = b""
         self._data: list[str] = []
+        self._size = 0
         self.ended = False
         """Whether the server has said ``[DONE]``."""
 
@@ -48,7 +50,7 @@ class EventStream:
             if text:
                 self._field(text)
             elif self._data:
-                event, self._data = "\n".join(self._data), []
+                event, self._data, self._size = "\n".join(self._data), [], 0
                 if event == _END:
                     self.ended = True
                 else:
@@ -58,6 +60,9 @@ class EventStream:
         name, colon, value = line.partition(":")
         if name == "data":
             self._data.append(value.removeprefix(" "))
+            self._size += len(value) + 1
+            if self._size > _EVENT_LIMIT_BYTES:
+                raise Garbage(f"the server sent an event of more than {_EVENT_LIMIT_BYTES} bytes")
         elif not colon or name not in ("", "event", "id", "retry"):
             raise Garbage(f"the server sent no event stream but {line[:80]!r}")
 
@@ -104,7 +109,7 @@ class ChatAnswer:
             if event.get("usage"):
                 self._usage = _usage(event["usage"])
             return "".join(self._choice(choice) for choice in event.get("choices") or ())
-        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as exc:
             raise Garbage(f"the server sent no chat completion chunk: {str(event)[:80]}") from exc
 
     def _choice(self, choice: Mapping[str, Any]) -> str:
@@ -184,9 +189,9 @@ def _parsed(text: str, finish: str) -> Any:
 def _usage(usage: Mapping[str, Any]) -> dict[str, int]:
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     return {
-        "input_tokens": int(usage.get("prompt_tokens") or 0),
-        "output_tokens": int(usage.get("completion_tokens") or 0),
-        "cached_tokens": int(cached),
+        "input_tokens": max(0, int(usage.get("prompt_tokens") or 0)),
+        "output_tokens": max(0, int(usage.get("completion_tokens") or 0)),
+        "cached_tokens": max(0, int(cached)),
     }
 
 
@@ -207,8 +212,10 @@ def vectors(body: Any, count: int) -> tuple[list[list[float]], dict[str, int]]:
         data = sorted(body["data"], key=lambda one: int(one["index"]))
         found = [[float(number) for number in one["embedding"]] for one in data]
         usage = _usage(body.get("usage") or {})
-    except (AttributeError, KeyError, TypeError, ValueError) as exc:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as exc:
         raise Garbage(f"the server sent no embeddings: {str(body)[:80]}") from exc
+    if not all(map(math.isfinite, itertools.chain.from_iterable(found))):
+        raise Garbage("the server sent vectors with numbers that are not finite")
     if len(found) != count:
         raise Garbage(f"the server sent {len(found)} vectors for {count} texts")
     return found, usage

@@ -7,7 +7,14 @@ from typing import Final
 
 import structlog
 
-from node_agent.worker.frames import Frame, FrameBuffer, FrameError, pack
+from node_agent.worker.frames import Frame, FrameBuffer, FrameError, pack, to_json
+
+SURPLUS_LIMIT_CHARS: Final = 16 * 1024 * 1024
+"""What may gather for a call that is full, for the sake of its neighbours; then it has failed."""
+
+_FULL_FRAMES: Final = 256
+"""Unread frames of one call at which the child's socket is left alone (its writes then wait), as
+long as no other call needs what is in it."""
 
 _TAIL_LINES: Final = 5
 
@@ -66,6 +73,58 @@ class FrameProtocol(asyncio.Protocol):
         """Close the socket: the child takes it as the order to end at once."""
         if self._transport is not None:
             self._transport.close()
+
+
+class CallFrames:
+    """Frames of one call on their way to whoever iterates it.
+
+    Attributes:
+        arrived: Set when there is a frame.
+        ended: Set when the call has left the child.
+        waits: Whether its reader waits for the next frame.
+        abandoned: Whether nobody wants further frames.
+        surplus_chars: Size of what came while it was full.
+        kill_timer: Ends the child, for it was asked to end the call.
+    """
+
+    def __init__(self) -> None:
+        self.frames: deque[Frame] = deque()
+        self.arrived = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.waits = False
+        self.abandoned = False
+        self.surplus_chars = 0
+        self.kill_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the child should wait for the reader."""
+        return len(self.frames) >= _FULL_FRAMES
+
+    @property
+    def is_half_full(self) -> bool:
+        """Whether the child should go on waiting."""
+        return len(self.frames) >= _FULL_FRAMES // 2
+
+    @property
+    def needs_frames(self) -> bool:
+        """Whether somebody waits for its next frame, or for its end."""
+        return self.waits or self.kill_timer is not None
+
+    def put(self, frame: Frame) -> None:
+        """Add a frame."""
+        self.waits = False
+        if self.is_full:
+            piece = frame.get("d")
+            self.surplus_chars += len(piece if isinstance(piece, str) else to_json(frame))
+        self.frames.append(frame)
+        self.arrived.set()
+
+    def take(self) -> Frame:
+        """Return the next frame."""
+        if not self.is_full:
+            self.surplus_chars = 0
+        return self.frames.popleft()
 
 
 class LogTap:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _PACKAGE_ROOT: Final = Path(__file__).resolve().parents[2]
 _LAST_LINES_S: Final = 1.0
+"""How long what a killed process still has to say, or its end, is waited for, seconds."""
+
 _OUTPUT_LIMIT_BYTES_S: Final = 16 * 1024 * 1024
 """Output a second that is read: it goes to a log of 100 lines a second, but must not block a
 function that prints a lot for long. Reading it costs about 1 % of a processor."""
@@ -141,15 +143,20 @@ class WorkerProcess:
         if self._cgroup is not None:
             self._cgroup.kill()
 
-    def abandon(self) -> None:
+    async def abandon(self) -> None:
         """Do at once what `wait` and `clear` have not come to; blocks for some milliseconds.
 
-        For a loop that ends: work given to a thread that has not begun is not done any more.
+        For a loop that ends: work given to a thread that has not begun is not done any more, but
+        the end of the process has to arrive on the loop, or its transport outlives that.
         """
         self.kill()
         if sys.platform == "linux":
             end_strays(self._mark)
         self.clear()
+        if self._process is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_LINES_S):
+                    await self._process.wait()
 
     def clear(self) -> None:
         """Remove its folder and its control group; blocks, so call it in a thread after `wait`."""

@@ -4,12 +4,11 @@ import itertools
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from capability_schemas.capability import ModelInfo
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.functions import FunctionSpec
-from capability_schemas.wire import first_problem
 from node_agent.isolation.limits import limits_frame
 from node_agent.runtimes import base
 from node_agent.runtimes.child import ChildInstance
@@ -18,6 +17,8 @@ from node_agent.runtimes.command import VariableName
 _NATIVE_LIMITS = ("memory_bytes", "file_bytes")
 """Limits that wasmtime keeps, and that the process around it would break under: it reserves far
 more address space than it uses, and the program can write no file."""
+
+_HEAD = b"\0asm\x01\0\0\0"
 
 
 class WasmOptions(BaseModel):
@@ -65,6 +66,8 @@ class WasmRuntime:
             )
         if not entry.is_file():
             raise ConfigurationError(f"function {spec.name}: file {spec.entry} does not exist")
+        if entry.suffix == ".wasm":
+            _check_head(spec, entry)
         for inside, outside in options.folders.items():
             where = f"function {spec.name}: options.folders.{inside}"
             if not PurePosixPath(inside).is_absolute():
@@ -114,9 +117,21 @@ def _file(spec: FunctionSpec) -> Path:
     return Path(spec.entry or "").absolute()
 
 
-def _options(spec: FunctionSpec) -> WasmOptions:
+def _check_head(spec: FunctionSpec, path: Path) -> None:
+    """Check that a file is a module (WebAssembly core specification 5.5.16, version 1)."""
+    where = f"function {spec.name}: {path}"
     try:
-        return WasmOptions.model_validate(spec.options)
-    except ValidationError as exc:
-        field, problem = first_problem(exc)
-        raise ConfigurationError(f"function {spec.name}: options.{field}: {problem}") from exc
+        with path.open("rb") as file:
+            head = file.read(len(_HEAD))
+    except OSError as exc:
+        raise ConfigurationError(f"{where} cannot be read: {exc.strerror or exc}") from exc
+    if head[:4] != _HEAD[:4]:
+        raise ConfigurationError(f"{where} is no WebAssembly file: it begins with {head!r}")
+    if head != _HEAD:
+        raise ConfigurationError(
+            f"{where} is no module of version 1 (perhaps a component): build it for wasm32-wasip1"
+        )
+
+
+def _options(spec: FunctionSpec) -> WasmOptions:
+    return base.read_options(WasmOptions, spec)

@@ -154,6 +154,10 @@ def _prepared(entry: str, code: str | None, values: dict[str, Any]) -> str:
         return str(_preparer(entry, code)(dict(values)))
     except ValueError as exc:
         raise InvocationError("invalid_task", str(exc), field="text") from exc
+    except Exception as exc:
+        traceback.print_exception(exc)
+        why = f"prepare {entry} failed: {type(exc).__name__}: {exc}"
+        raise InvocationError("execution_failed", why[:2000]) from exc
 
 
 class EngineHost:
@@ -224,6 +228,12 @@ class EngineHost:
             self._emit(_final(request, stream, how))
         except InvocationError as exc:
             self._fail(request, exc)
+        except OSError:  # the agent is gone
+            raise
+        except Exception as exc:  # noqa: BLE001 - supervision boundary: one bad answer, not the model
+            traceback.print_exception(exc)
+            why = f"the model's answer cannot be used: {type(exc).__name__}: {exc}"
+            self._fail(request, InvocationError("execution_failed", why[:2000]))
 
     def _fail(self, request: Request, error: InvocationError) -> None:
         self._emit(
@@ -288,6 +298,6 @@ def _parsed(text: str, finish: str) -> Any:
     """
     try:
         return json.loads(text)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         why = "its answer was cut off by max_tokens" if finish == "length" else str(exc)
         raise InvocationError("execution_failed", f"the model did not write JSON: {why}") from exc

@@ -9,6 +9,7 @@ import fnmatch
 import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import anyio
 import httpx2
@@ -34,6 +35,9 @@ _END_S: Final = 0.5
 _DESCRIPTION_CHARS: Final = 2000
 _SCHEMA_CHARS: Final = 32 * 1024
 _ERROR_CHARS: Final = 2000
+_SECRET_CHARS: Final = 8
+"""Shortest word of headers and addresses that is taken for a key."""
+
 _SILENT_LIMIT: Final = 3
 """Calls in a row without an answer after which a server counts as lost."""
 
@@ -199,12 +203,22 @@ class McpSession:
             why = f"no answer within {limit_s:g} s"
         else:
             why = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+        why = self._private(why)
         if not isinstance(exc, MCPError | ValidationError) or (
             isinstance(exc, MCPError) and exc.code in _LOST_CODES
         ):
             self._lose(why)
         message = f"MCP server {self._name} {what}: {why}"
         return InvocationError("execution_failed", message[:_ERROR_CHARS])
+
+    def _private(self, text: str) -> str:
+        """Return text without what only this machine may know: keys in the address and headers."""
+        query = urlsplit(self._server["url"] or "").query
+        words = [word for value in self._server["headers"].values() for word in value.split()]
+        for secret in (query, *words):
+            if len(secret) >= _SECRET_CHARS:
+                text = text.replace(secret, "[private]")
+        return text
 
     def _lose(self, why: str) -> None:
         self._why = self._why or why
@@ -285,7 +299,9 @@ class McpSession:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_END_S):
                         await process.wait()
-                self._lose(f"it ended with status {process.returncode}")
+                self._lose(
+                    f"it ended with status {process.returncode}; the log of the node has its words"
+                )
         except ValueError:  # StreamReader.readline
             self._lose(f"it sent a line of more than {_LINE_LIMIT_BYTES} bytes")
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):

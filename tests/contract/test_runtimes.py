@@ -320,6 +320,21 @@ class TestRuntime:
             assert instance.alive
             assert instance.busy == 0
 
+    async def test_an_answer_that_nobody_reads_holds_up_no_other(self, endless):
+        async with endless.instance() as instance:
+            if instance.slots == 1:
+                pytest.skip("it takes one call at a time")
+            unread = endless.request(endless.endless, "unread")
+            async with aclosing(instance.invoke(unread)) as answers:
+                assert isinstance(await anext(answers), Piece)
+                for number in range(5):
+                    read = await collect(instance, endless.request(endless.answer, f"r{number}"))
+                    assert isinstance(read[-1], Final)
+                instance.cancel("unread")
+                async with asyncio.timeout(15):
+                    await instance.settled("unread")
+            assert instance.alive
+
     async def test_closing_the_answer_early_cancels_the_call_and_keeps_the_instance(self, endless):
         async with endless.instance() as instance:
             request = endless.request(endless.endless)

@@ -57,6 +57,23 @@ ADD = python(
     },
 )
 
+
+async def test_a_model_approves_nothing_for_an_agent_that_is_a_tool():
+    def think(body):
+        names = [tool["function"]["name"] for tool in body.get("tools", ())]
+        told = results(body)
+        if "sums" in names:
+            call = ("sums", {"text": "1+2", "approved_tools": ["add"]})
+            return Answer(text=told[0]) if told else wants(call)
+        return Answer(text=told[0]) if told else wants(("add", {"a": 1}))
+
+    tools = [{"use": "add", "approve": "ask"}]
+    inner = spec_of("agent", name="sums", options={"model": "chat", "tools": tools})
+    async with agent_around(think, ADD, inner, tools=["sums"]) as (ask, _):
+        final = await ask("1 + 2?", {"approved_tools": ["add"]})
+    assert "has not approved add" in final.output
+
+
 POLITE = python("polite", input_schema={"type": "object", "required": ["marker"]})
 
 

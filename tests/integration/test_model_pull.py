@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,7 +25,7 @@ from capability_schemas.errors import (
     Unavailable,
 )
 from node_agent.models import BrokenModel, ModelStore
-from node_agent.models.download import Patience, Progress, Web
+from node_agent.models.download import Patience, Progress, Remote, Web
 from node_agent.models.pull import Puller
 from support.model_server import COMMIT, MODEL, Act, ModelServer, model_server
 
@@ -200,6 +201,14 @@ def test_a_wrong_digest_keeps_nothing(pull, server, store) -> None:
         pull(server.url + PATH, sha256="0" * 64)
     assert partials(store) == []
     assert store.list() == ()
+
+
+def test_a_digest_that_what_is_stored_does_not_have_is_refused_too(pull, server, store) -> None:
+    first = pull(server.url + PATH)
+    with pytest.raises(ConfigurationError, match=f"has the digest {DIGEST}, not {'0' * 64}"):
+        pull(server.url + PATH, sha256="0" * 64)
+    assert [one.record for one in store.list()] == [first.record]
+    assert first.path.read_bytes() == DATA
 
 
 def test_a_length_too_short_gives_a_broken_model_and_is_refused(pull, server, store) -> None:
@@ -399,3 +408,28 @@ def test_errors_of_a_pull_are_the_meshs_own(pull, server) -> None:
     server.script.append(Act(headers={"Content-Encoding": "gzip"}))
     with pytest.raises(FoamError, match="packs the file unasked"):
         pull(server.url + PATH)
+
+
+@pytest.mark.parametrize(
+    ("start", "refused"), [("http://models.example", True), ("http://127.0.0.1", False)]
+)
+def test_nobody_elsewhere_redirects_to_this_machine(start, refused) -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        asked.append(str(request.url))
+        if len(asked) == 1:
+            return httpx2.Response(302, headers={"location": "http://127.0.0.1:9/secret"})
+        return httpx2.Response(200, content=iter([b'{"fine": true}']))
+
+    web = Web(insecure=True)
+    web.close()
+    web._client = httpx2.Client(transport=httpx2.MockTransport(answer))
+    remote = Remote(url=f"{start}/x", shown="x")
+    if refused:
+        with pytest.raises(ConfigurationError, match="redirected to this machine itself"):
+            web.json(remote)
+        assert len(asked) == 1
+    else:
+        assert web.json(remote) == {"fine": True}
+    web.close()

@@ -275,6 +275,23 @@ async def test_the_same_attempt_is_answered_again_and_never_run_twice(agent, rou
     assert agent.counters.duplicates == 1
 
 
+async def test_a_forgotten_attempt_that_still_holds_its_instance_is_not_started_again(
+    make_agent, router, tmp_path, eventually
+):
+    marker = tmp_path / "pid"
+    async with make_agent(outcome_limit=1, cancel_grace_s=60.0) as agent:
+        router.invoke("stubborn", {"marker": str(marker)})
+        await eventually(lambda: marker.exists() and marker.read_text())
+        router.control(verb="cancel", task="t1")
+        await router.ended()
+        router.invoke("nothing", task="t2")  # its outcome takes the place of the first
+        await router.ended("t2")
+        router.invoke("stubborn", {"marker": str(marker)})
+        await eventually(lambda: agent.counters.duplicates == 1)
+        assert (agent.load().running, agent.load().queued) == (1, 0)
+        os.kill(int(marker.read_text()), signal.SIGKILL)
+
+
 async def test_a_running_attempt_is_not_started_again(agent, router, tmp_path, eventually):
     marker = tmp_path / "pid"
     router.invoke("polite", {"marker": str(marker)})
@@ -341,9 +358,11 @@ async def test_a_deadline_ends_a_wait_in_the_queue(agent, router, tmp_path, even
     marker = tmp_path / "pid"
     router.invoke("polite", {"marker": str(marker)})
     await eventually(marker.exists)
-    router.invoke("polite", {"marker": str(tmp_path / "never")}, task="t2", left_ms=100)
+    # Long enough to reach the node in time however busy the machine is, or else it is refused.
+    router.invoke("polite", {"marker": str(tmp_path / "never")}, task="t2", left_ms=2000)
     (error,) = await router.ended("t2")
     assert error["code"] == "deadline_exceeded"
+    assert router.statuses("t2") == ["admitted", "finished"]
     router.control(verb="cancel", task="t1")
     await router.ended()
 
@@ -507,6 +526,26 @@ async def test_leaving_lets_what_runs_finish(make_agent, router, tmp_path, event
         (folder / "b").touch()
     (result,) = await router.ended()
     assert result["output"] == ["a", "b"]
+
+
+async def test_a_node_that_is_being_left_takes_nothing_whoever_says_so(
+    make_agent, router, tmp_path, eventually
+):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    agent = make_agent((python("meet"), python("add")))
+    await agent.start()
+    async with asyncio.TaskGroup() as tasks:
+        router.invoke("meet", {"name": "a", "folder": str(folder), "parties": 2})
+        await eventually((folder / "a").exists)
+        tasks.create_task(agent.stop())
+        await eventually(lambda: not agent.running)
+        router.control(verb="undrain")
+        router.invoke("add", {"a": 1}, task="t2")
+        await router.ended("t2")
+        (folder / "b").touch()
+    assert router.statuses("t2") == ["refused"]
+    assert router.statuses("t1") == ["admitted", "finished"]
 
 
 async def test_leaving_hands_back_what_does_not_finish(make_agent, router, tmp_path, eventually):

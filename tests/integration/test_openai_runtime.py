@@ -1,6 +1,7 @@
 """Servers of the OpenAI API as functions, and everything they may do wrong."""
 
 import asyncio
+import json
 import logging
 import socket
 from contextlib import aclosing
@@ -113,7 +114,9 @@ async def test_a_key_goes_to_the_server_and_nowhere_else(tmp_path, caplog):
     path = tmp_path / "key"
     path.write_text("sk-very-secret\n")
     path.chmod(0o600)
-    async with ScriptedOpenAI(answers=[OK, Answer(status=401, message="no")]) as server:
+    async with ScriptedOpenAI(
+        answers=[OK, Answer(status=401, message="bad sk-very-secret")]
+    ) as server:
         spec = talk(server, api_key_file=str(path))
         async with running(RUNTIME, spec) as instance:
             await collect(instance, request(RUNTIME, spec, text="hi"))
@@ -191,6 +194,16 @@ async def test_a_server_that_hangs_is_given_up_on(answer, limits, message):
     error = await failure_of(answer, kind=InstanceDied, **limits)
     assert message in error.message
     assert error.retryable
+
+
+async def test_a_whole_answer_without_its_last_word_counts():
+    said = {"choices": [{"delta": {"content": "fine"}, "finish_reason": "stop"}]}
+    raw = f"data: {json.dumps(said)}\n\n".encode()
+    async with ScriptedOpenAI(answers=[Answer(raw=raw, then="hang")]) as server:
+        spec = talk(server, between_s=0.2)
+        async with running(RUNTIME, spec) as instance:
+            found = await collect(instance, request(RUNTIME, spec, text="well?"))
+    assert found[-1].output == "fine"
 
 
 async def test_a_server_that_dies_in_the_middle_ends_the_instance():

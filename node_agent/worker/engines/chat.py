@@ -8,7 +8,7 @@ A model that knows nothing of tools is told about them in words, and a grammar m
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
 from node_agent.worker.base import InvocationError
@@ -82,6 +82,10 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise _bad(f"tools[{at}]", 'write {"type": "function", "function": {"name": …}}')
         parameters = inner.get("parameters") or {"type": "object", "properties": {}}
+        if not isinstance(parameters, dict) or not isinstance(
+            parameters.get("properties", {}), dict
+        ):
+            raise _bad(f"tools[{at}].parameters", "write a JSON Schema of an object")
         found.append(
             {
                 "name": inner["name"],
@@ -227,6 +231,29 @@ def read_answer(answer: Any, *, number: int) -> dict[str, Any]:
         "arguments": answer["arguments"],
     }
     return {"content": None, "tool_calls": [call]}
+
+
+def harmless(value: Any, specials: Callable[[str], Collection[str]]) -> Any:
+    """Return JSON in whose texts no special token of a model is spelled out.
+
+    For what a template writes into a prompt besides the words of messages, which `guarded_ids`
+    guards: a server of tools describes them, and a model names arguments, as they like. Such a
+    token is spelled with a space after its first character.
+
+    Args:
+        value: A message, or a tool.
+        specials: Returns the special tokens that are spelled out in a text.
+    """
+    if isinstance(value, dict):
+        return {harmless(key, specials): harmless(one, specials) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [harmless(one, specials) for one in value]
+    if not isinstance(value, str):
+        return value
+    text = value.replace(_SENTINEL, "")
+    for token in specials(text):
+        text = text.replace(token, f"{token[0]} {token[1:]}" if token[1:] else " ")
+    return text
 
 
 def guarded_ids(

@@ -236,8 +236,6 @@ class Scheduler:
                 self._start(job)
             except InvocationError as exc:
                 job.on_end(exc)
-            except OSError:  # the agent is gone
-                raise
             except Exception as exc:  # noqa: BLE001 - supervision boundary: `prepare` is user code
                 traceback.print_exception(exc)
                 job.on_end(exc)
@@ -295,8 +293,7 @@ class Scheduler:
         try:
             self._backend.decode(tokens, positions, numbers, outputs)
         except InvocationError as exc:
-            for run in runs:
-                self._end(run, exc)
+            self._apart(runs, exc)
             return
         now = time.monotonic()
         self._keep(runs, pieces)
@@ -305,6 +302,15 @@ class Scheduler:
             self._prefill_token_s += _WEIGHT * (measured - self._prefill_token_s)
         if ready:
             self._choose(ready, outputs, now)
+
+    def _apart(self, runs: list[_Run], error: InvocationError) -> None:
+        """Decode answers one by one after a failure together: the one behind it fails alone."""
+        for run in runs:
+            held = len(run.sequence.tokens)
+            if len(runs) > 1 and self._backend.cut(run.sequence.number, held):
+                self._decode([run])
+            else:
+                self._end(run, error)
 
     def _pieces(self, runs: list[_Run]) -> dict[_Run, int]:
         """Share one decode among the prompts, first come first served; tokens for each."""

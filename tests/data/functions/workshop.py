@@ -154,3 +154,9 @@ def flood(size: int) -> Iterator[str]:
     """Yield more than anybody wants."""
     while True:
         yield "x" * size
+
+
+async def torrent(size: int, n: int = 10**9) -> AsyncIterator[str]:
+    """Yield more than anybody wants, beside others."""
+    for _ in range(n):
+        yield "x" * size

@@ -139,3 +139,15 @@ async def test_silence_is_broken_by_working_events(make, outbox, eventually):
     stream.open()
     await eventually(lambda: sum(event["event"] == "working" for event in outbox.events) >= 2)
     assert "seq" not in outbox.events[0]
+
+
+async def test_a_silenced_stream_keeps_its_end_to_itself(make, outbox, eventually):
+    stream = make()
+    outbox.room = 0
+    async with asyncio.TaskGroup() as tasks:
+        end = tasks.create_task(stream.end(result, limit_s=30.0))
+        await asyncio.sleep(0)
+        stream.silence()
+        outbox.room = 10
+    assert end.result() is None
+    assert outbox.events == []

@@ -117,6 +117,23 @@ def test_all_refusals_for_load_are_one_overloaded_with_the_soonest_retry() -> No
     assert error.retry_after_ms == 300
 
 
+def test_a_node_that_cannot_meet_the_deadline_is_passed_over() -> None:
+    task = machine(A, B)
+    code = "deadline_exceeded"
+    assert task.handle(report("refused", code=code), 1) == [Invoke(B, 2, 0)]
+    error = end_of(task.handle(report("refused", "b", 2, code=code), 2)).error
+    assert isinstance(error, DeadlineExceeded)
+
+
+def test_of_a_busy_and_a_slow_node_the_busy_one_says_when_to_come_back() -> None:
+    task = machine(A, B)
+    task.handle(report("refused", code="overloaded", retry_after_ms=300), 1)
+    late = report("refused", "b", 2, code="deadline_exceeded")
+    error = end_of(task.handle(late, 2)).error
+    assert isinstance(error, Overloaded)
+    assert error.retry_after_ms == 300
+
+
 def test_silence_supersedes_the_node_and_moves_on() -> None:
     task = machine(A, B)
     assert task.wake_at == 100

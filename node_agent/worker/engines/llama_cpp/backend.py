@@ -14,6 +14,7 @@ from node_agent.worker.engines.chat import (
     PLAIN_TOOLS,
     Message,
     guarded_ids,
+    harmless,
     native_messages,
     plain_messages,
     state_tools,
@@ -161,10 +162,15 @@ class LlamaBackend:
     def _stated(self, prompt: Prompt) -> tuple[list[Message], list[Any] | None]:
         """Return the messages for the template, and the tools where the template states them."""
         if self._knows_tools and prompt.tools_template is None:
-            messages = native_messages(prompt.messages)
+            specials = self._model.specials
+            messages = [
+                {**harmless({**message, "content": None}, specials), "content": message["content"]}
+                for message in native_messages(prompt.messages)
+            ]
             if not prompt.tools:
                 return messages, None
-            tools = [{"type": "function", "function": dict(tool)} for tool in prompt.tools]
+            given = [harmless(tool, specials) for tool in prompt.tools]
+            tools = [{"type": "function", "function": tool} for tool in given]
             return with_system(messages, ANSWER_FORM), tools
         messages = plain_messages(prompt.messages)
         if prompt.tools:

@@ -84,7 +84,7 @@ class EmbeddingModel:
         """
         found = [self._model.tokenize(text, special=False, marks=True) for text in texts]
         for number, (text, ids) in enumerate(zip(texts, found, strict=True)):
-            if not text.strip():
+            if not ids or not text.strip():
                 raise InvocationError(
                     "invalid_task", f"text {number} is empty", field=f"texts[{number}]"
                 )

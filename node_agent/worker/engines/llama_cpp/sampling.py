@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import re
 from collections import OrderedDict
 from typing import Any, Final
 
@@ -14,6 +15,17 @@ from node_agent.worker.engines.scheduler import Sampler
 
 _GRAMMARS: Final = 64
 """Grammars that are kept; making one again takes some tenths of a millisecond."""
+
+
+_REPEATS: Final = 1024
+"""Most repetitions that a grammar counts: it spells each one out, nested, and llama.cpp reads nests
+by recursion, which overflows its stack at some 20 000."""
+
+_GRAMMAR_BYTES: Final = 1 << 20
+"""Longest grammar; those of useful schemas have a few thousand bytes."""
+
+_COUNTS: Final = re.compile(r"\{(\d*),?(\d*)\}")
+"""Counts in a regular expression."""
 
 
 class ChainSampler:
@@ -116,17 +128,57 @@ class Samplers:
     def _made_grammar(self, schema: str) -> Any:
         forget()
         try:
-            text = llama_grammar.json_schema_to_gbnf(schema)
-        except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as exc:
+            text = llama_grammar.json_schema_to_gbnf(json.dumps(bounded(json.loads(schema))))
+        except InvocationError:
+            raise
+        except Exception as exc:  # it raises what it likes on schemas that it does not know
+            said = f"{type(exc).__name__}: {exc}"[:500]
             raise InvocationError(
-                "execution_failed", f"the output schema makes no grammar: {exc}"
+                "execution_failed", f"the output schema makes no grammar: {said}"
             ) from exc
+        if len(text) > _GRAMMAR_BYTES:
+            raise _too_much(f"its grammar has {len(text)} bytes, {_GRAMMAR_BYTES} may be")
         made = native.llama_sampler_init_grammar(self._model.vocabulary, text.encode(), b"root")
         if not made:
             raise InvocationError(
                 "execution_failed", f"the output schema makes no grammar: {why()}"
             )
         return made
+
+
+def bounded(schema: Any) -> Any:
+    """Return a JSON Schema whose grammar has a bearable size.
+
+    An upper limit of more than `_REPEATS` repetitions is left out: the grammar is then wider, and
+    whoever checks the answer against the schema still sees it.
+
+    Raises:
+        InvocationError: It demands more repetitions than that.
+    """
+    if isinstance(schema, list):
+        return [bounded(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {}
+    for name, value in schema.items():
+        if name in ("maxLength", "maxItems") and _is_many(value):
+            continue
+        if name in ("minLength", "minItems") and _is_many(value):
+            raise _too_much(f"{name} is {value}, {_REPEATS} may be")
+        if name == "pattern" and isinstance(value, str):
+            for count in (count for found in _COUNTS.findall(value) for count in found if count):
+                if len(count) > len(str(_REPEATS)) or int(count) > _REPEATS:
+                    raise _too_much(f"pattern counts to {count[:20]}, {_REPEATS} may be")
+        made[name] = bounded(value)
+    return made
+
+
+def _is_many(value: Any) -> bool:
+    return isinstance(value, int | float) and value > _REPEATS
+
+
+def _too_much(why: str) -> InvocationError:
+    return InvocationError("execution_failed", f"the output schema makes no grammar: {why}")
 
 
 def _links(prompt: Prompt) -> list[Any]:

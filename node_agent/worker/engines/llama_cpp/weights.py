@@ -1,6 +1,8 @@
 """Weights, contexts and batches of llama.cpp, in Python's terms."""
 
 import ctypes
+import itertools
+import re
 import sys
 from collections import deque
 from pathlib import Path
@@ -24,6 +26,13 @@ _ERROR_LEVEL: Final = 4
 
 _PIECE_BYTES: Final = 1024
 """Room for the text of one token, bytes; vocabularies stay below 256."""
+
+_LONG_RUN: Final = re.compile(r"\S{4096}|\s{4096}")
+"""Of so many characters without a border; the regular expressions with which llama.cpp cuts texts
+for some vocabularies recurse over each, and overflow its stack at some 30 000."""
+
+_UNSPELT: Final[int] = native.LLAMA_TOKEN_ATTR_UNKNOWN | native.LLAMA_TOKEN_ATTR_CONTROL
+"""Attributes of what is a token only where special ones count."""
 
 _complaints: deque[str] = deque(maxlen=4)
 
@@ -77,6 +86,7 @@ class NativeModel:
         self.vocabulary = native.llama_model_get_vocab(self.handle)
         self.n_vocab = native.llama_vocab_n_tokens(self.vocabulary)
         self.bos = native.llama_vocab_bos(self.vocabulary)
+        self._cuts_texts = native.llama_vocab_type(self.vocabulary) == native.LLAMA_VOCAB_TYPE_BPE
         self._buffer = ctypes.create_string_buffer(_PIECE_BYTES)
 
     def metadata(self, key: str) -> str | None:
@@ -106,11 +116,37 @@ class NativeModel:
             special: Whether spelled-out special tokens count as such.
             marks: Put the tokens around it that the model wants at the ends of a text.
         """
+        ends = [found.end() for found in _LONG_RUN.finditer(text)] if self._cuts_texts else []
+        if not ends:
+            return self._tokenize(text, special, marks=marks)
+        parts = [text[start:end] for start, end in itertools.pairwise([0, *ends, len(text)])]
+        ids = [token for part in parts for token in self._tokenize(part, special, marks=False)]
+        if marks and native.llama_vocab_get_add_bos(self.vocabulary):
+            ids.insert(0, self.bos)
+        if marks and native.llama_vocab_get_add_eos(self.vocabulary):
+            ids.append(native.llama_vocab_eos(self.vocabulary))
+        return ids
+
+    def _tokenize(self, text: str, special: bool, *, marks: bool) -> list[int]:
         data = text.encode("utf-8", "replace")
         size = len(data) + 8
-        found = (native.llama_token * size)()
-        count = native.llama_tokenize(self.vocabulary, data, len(data), found, size, marks, special)
-        return list(found[: max(count, 0)])
+        while True:  # again with the size it asks for, where a vocabulary lengthens texts
+            found = (native.llama_token * size)()
+            count = native.llama_tokenize(
+                self.vocabulary, data, len(data), found, size, marks, special
+            )
+            if count >= 0:
+                return list(found[:count])
+            size = -count
+
+    def specials(self, text: str) -> set[str]:
+        """Return the special tokens that are spelled out in a text."""
+        attributes = native.llama_vocab_get_attr
+        return {
+            self.text_of(token)
+            for token in set(self.tokenize(text, True))
+            if attributes(self.vocabulary, token) & _UNSPELT
+        }
 
     def piece(self, token: int) -> bytes | None:
         """Return the bytes of a token; None for one that ends an answer."""
@@ -123,7 +159,8 @@ class NativeModel:
 
     def text_of(self, token: int) -> str:
         """Return how a special token is spelled, or nothing."""
-        return "" if token < 0 else native.llama_vocab_get_text(self.vocabulary, token).decode()
+        text: bytes = b"" if token < 0 else native.llama_vocab_get_text(self.vocabulary, token)
+        return text.decode("utf-8", "replace")
 
     def context(self, parameters: Any) -> Any:
         """Make a context.

@@ -20,6 +20,10 @@ class FakePool:
         self.offered = ()
         self.start = 0.0
         self.facts = {}
+        self.prepared = []
+
+    def prepare(self, spec):
+        self.prepared.append(spec)
 
     def offer(self, specs):
         self.offered = tuple(specs)
@@ -121,11 +125,20 @@ def test_a_run_longer_than_all_the_time_is_refused_at_once(desk):
 def test_the_start_of_an_instance_counts(desk):
     desk.run(100)
     desk.pool.start = 500.0
-    with pytest.raises(Overloaded, match="start 500"):
+    with pytest.raises(Overloaded, match="start 500") as no:
         desk.admit("a", within=550)
+    # Nothing else would start it: what one slow start has shown would be believed for ever.
+    assert desk.pool.prepared == [F]
+    assert no.value.retry_after_ms == 500
     ticket = desk.admit("a", within=700)
     assert ticket.wait_ms == 500
     assert desk.admit("b").wait_ms == pytest.approx(600)  # the place, and the instance with it
+
+
+def test_a_first_slow_run_refuses_nothing(desk):
+    desk.run(400, times=2)
+    desk.admit("a", within=300)
+    assert desk.begun[-1] == "a"
 
 
 def test_an_old_experience_refuses_nothing(desk):

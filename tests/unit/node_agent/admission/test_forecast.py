@@ -24,6 +24,14 @@ def test_the_calibration_of_an_instance_gives_a_first_idea_that_refuses_little()
     assert not found.sure
 
 
+def test_a_calibration_that_no_run_has_confirmed_refuses_nothing_for_long():
+    forecast = Forecast()
+    assert forecast.predict("f", work(400), info=INFO, now=0).least_ms > 0
+    later = forecast.predict("f", work(400, max_tokens=5), info=INFO, now=60_001)
+    assert later.run_ms == pytest.approx(250)
+    assert (later.least_ms, later.sure) == (0.0, False)
+
+
 def test_steady_runs_are_predicted_as_they_were():
     forecast = Forecast()
     for at in range(5):
@@ -87,6 +95,15 @@ def test_one_outlier_does_not_take_over():
     found = forecast.predict("f", work(), now=12)
     assert found.run_ms is not None
     assert found.run_ms < 200
+
+
+def test_two_runs_are_no_ground_to_refuse_a_third():
+    forecast = Forecast()
+    for at in range(3):
+        found = forecast.predict("f", work(), now=at)
+        assert (found.least_ms, found.sure) == (0.0, False)
+        forecast.learn("f", work(), run_ms=5000, now=at)
+    assert forecast.predict("f", work(), now=3).sure
 
 
 def test_an_old_forecast_refuses_nothing():

@@ -84,6 +84,17 @@ def test_a_function_keeps_to_its_own_limit_in_a_shared_group(queue):
     assert queue.capacity_of("g") == 3
 
 
+def test_what_waits_for_its_own_function_takes_no_room_from_another(queue):
+    queue.configure({"g": {"narrow": 1, "wide": 3}})
+    for key in ("n1", "n2", "n3", "n4"):
+        queue.offer(entry(key, function="narrow"), now=0)
+        take(queue)
+    assert queue.waiting == 3  # as many as may
+    assert queue.is_free("g", "wide")
+    queue.offer(entry("w1", function="wide"), now=0)
+    assert take(queue) == "w1"
+
+
 def test_a_measured_limit_lowers_the_places_and_goes_away_again(queue):
     queue.configure({"g": {"f": 3}})
     queue.limit_places("g", 1)

@@ -125,3 +125,60 @@ def test_nothing_runs_in_a_check():
         declared.runtime("f")
     with pytest.raises(Unavailable, match="only being checked"):
         declared.invoke("f", Request(id="r", input=None, text=None))
+
+
+def test_every_wrong_option_is_told_at_once(found):
+    (problem,) = found(
+        """
+        [[function]]
+        name = "a"
+        description = "Do a thing that is worth words."
+        examples = ["one", "two", "three"]
+        runtime = "command"
+        options = { command = [], colour = 1, output = "xml" }
+        """
+    )
+    message = problem[-1]
+    assert [part.partition(": ")[0] for part in message.split("; options")] == [
+        "options.command",
+        ".output",
+        ".colour",
+    ]
+
+
+def test_what_is_wrong_with_another_function_is_not_told_of_an_agent(found):
+    problems = found(
+        """
+        [defaults]
+        description = "Do a thing that is worth words."
+        examples = ["one", "two", "three"]
+
+        [[function]]
+        name = "odd"
+        runtime = "abacus"
+
+        [[function]]
+        name = "helper"
+        runtime = "agent"
+        options = { model = "nobody" }
+        """
+    )
+    (line, field, *_), agent = problems
+    assert (line, field) == (5, "runtime")
+    assert agent[-1] == ("options.model: this node has no function nobody; those that chat: none")
+
+
+def test_a_file_that_is_no_webassembly_module_is_found(found, tmp_path):
+    heads = {"junk": b"\x7fELF", "component": b"\0asm\x0d\0\x01\0", "module": b"\0asm\x01\0\0\0"}
+    tables = ""
+    for name, head in heads.items():
+        (tmp_path / f"{name}.wasm").write_bytes(head)
+        tables += f'[[function]]\nname = "{name}"\nentry = "{name}.wasm"\n'
+    problems = found(
+        '[defaults]\ndescription = "Do a thing that is worth words."\n'
+        'examples = ["one", "two", "three"]\nruntime = "wasm"\n' + tables
+    )
+    junk, component = (problem[-1] for problem in problems)
+    assert junk.endswith("junk.wasm is no WebAssembly file: it begins with b'\\x7fELF'")
+    assert "component.wasm is no module of version 1" in component
+    assert "wasm32-wasip1" in component

@@ -1,6 +1,7 @@
 """Control groups: whose they are, what is written, and a real one where this machine lets us."""
 
 import contextlib
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -155,6 +156,17 @@ def test_limits_become_files(tmp_path):
         "cpu.max": "150000 100000",
         "pids.max": "7",
     }
+
+
+def test_a_limit_that_is_refused_leaves_no_group_behind(tmp_path, monkeypatch):
+    def refuse(_path, _text):
+        raise OSError(errno.EINVAL, "no")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    tree = CgroupTree(tmp_path, frozenset({"memory"}))
+    with pytest.raises(OSError, match="no"):
+        tree.create("x", limits_frame(FunctionLimits(memory_bytes=5_000_000)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_controller_that_is_not_there_is_not_written_and_reported(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from capability_schemas.errors import ConfigurationError
+from node_agent.models.download import Remote
 from node_agent.models.reference import (
     FileReference,
     HubReference,
@@ -99,3 +100,10 @@ def test_digests() -> None:
     for bad in ("", "ab", "g" * 64, "ab" * 33):
         with pytest.raises(ConfigurationError):
             check_digest(bad)
+
+
+def test_secrets_are_in_no_repr() -> None:
+    reference = parse_reference("https://me:hidden@host.example/a.gguf?key=alsohidden")
+    assert "hidden" not in repr(reference)
+    remote = Remote(url="https://h/?key=hidden", shown="https://h/", authorization="Bearer hidden")
+    assert "hidden" not in repr(remote)

@@ -1,6 +1,7 @@
 """The store's names, leases and budget, without a network."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -182,6 +183,18 @@ def test_old_partials_and_nameless_files_are_swept(store: ModelStore, clock: Clo
 def test_a_damaged_record_hides_one_model_only(store: ModelStore) -> None:
     put(store, "one", b"1")
     (store.folder / "names" / "two.json").write_text("{half")
+    assert names(store) == ["one"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"digest": "../../outside"}, {"name": "../one"}, {"name": "another"}]
+)
+def test_a_record_that_points_elsewhere_is_damaged(
+    store: ModelStore, change: dict[str, str]
+) -> None:
+    put(store, "one", b"1")
+    record = put(store, "two", b"2").record.model_dump() | change
+    (store.folder / "names" / "two.json").write_text(json.dumps(record))
     assert names(store) == ["one"]
 
 

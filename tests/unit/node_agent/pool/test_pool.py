@@ -1,6 +1,8 @@
 """The pool: starts on demand, sharing, crashes and pauses, idle ends, memory."""
 
 import asyncio
+import os
+from pathlib import Path
 
 import pytest
 
@@ -40,10 +42,12 @@ class FakeRuntime:
     name = "fake"
 
     def __init__(self, clock):
+        self.epoch = ""
         self.slots = 1
         self.info = {}
         self.started = []
         self.failures = 0
+        self.failure = InstanceFailed("no model")
         self.start_s = 0.0
         self.gate = asyncio.Event()
         self.gate.set()
@@ -51,7 +55,7 @@ class FakeRuntime:
         self._clock = clock
 
     def group(self, spec):
-        return spec.entry or spec.name
+        return (spec.entry or spec.name) + self.epoch
 
     async def start(self, spec, *, died):
         self.under_way += 1
@@ -62,7 +66,7 @@ class FakeRuntime:
         self._clock[0] += self.start_s
         if self.failures:
             self.failures -= 1
-            raise InstanceFailed("no model")
+            raise self.failure
         self.started.append(FakeInstance(self.slots, died, dict(self.info)))
         return self.started[-1]
 
@@ -71,6 +75,11 @@ class FakeMemory:
     def __init__(self):
         self.available = 1000 * MB
         self.total = 2000 * MB
+        self.looks = 0
+
+    def look(self):
+        self.looks += 1
+        return self.available
 
 
 @pytest.fixture
@@ -89,6 +98,19 @@ def memory():
 
 
 @pytest.fixture
+def sized(tmp_path):
+    """Return a function with a model of so many bytes, none of which is on the disk."""
+
+    def make(name, size_bytes, **fields):
+        path = tmp_path / f"{name}.gguf"
+        path.touch()
+        os.truncate(path, size_bytes)
+        return spec(name, model=str(path), **fields)
+
+    return make
+
+
+@pytest.fixture
 async def pool(runtime, clock, memory):
     made = InstancePool(
         runtimes={"fake": runtime},
@@ -96,7 +118,8 @@ async def pool(runtime, clock, memory):
         backoff_limit_s=5.0,
         warmth=WarmthSettings(worth=100.0, least_s=10.0, costly_s=1.0, costly_least_s=30.0),
         memory_reserve_bytes=100 * MB,
-        available=lambda: memory.available,
+        model_file=lambda one: None if one.model is None else Path(one.model),
+        available=memory.look,
         total=lambda: memory.total,
         resident=lambda _pid: None,
         jitter=lambda: 1.0 - 1e-9,
@@ -128,7 +151,7 @@ def offered(pool):
 async def used(pool, one, **fields):
     """Have an instance started and used, and return it idle."""
     instance = await pool.acquire(one, **fields)
-    pool.release(one, instance, served=True)
+    pool.release(instance, served=True)
     return instance
 
 
@@ -155,13 +178,13 @@ class TestLeases:
     async def test_a_call_that_was_abandoned_still_occupies_its_instance(self, pool):
         first = await pool.acquire(F)
         first.busy = 1
-        pool.release(F, first, served=True)
+        pool.release(first, served=True)
         assert await pool.acquire(F) is not first
 
     async def test_a_session_returns_to_its_instance(self, pool):
         a, b = await pool.acquire(F, session="x"), await pool.acquire(F, session="y")
-        pool.release(F, a, served=True)
-        pool.release(F, b, served=True)
+        pool.release(a, served=True)
+        pool.release(b, served=True)
         for session, expected in (("x", a), ("y", b), ("x", a)):
             assert await used(pool, F, session=session) is expected
         taken = await pool.acquire(F, session="x")
@@ -186,7 +209,7 @@ class TestLeases:
         async with asyncio.TaskGroup() as tasks:
             waiting = tasks.create_task(pool.acquire(F))
             await eventually(lambda: runtime.under_way == 1)
-            pool.release(F, first, served=True)
+            pool.release(first, served=True)
         assert waiting.result() is first
         runtime.gate.set()
 
@@ -283,8 +306,8 @@ class TestIdle:
 
     async def test_more_than_are_used_end_the_others_stay(self, pool, clock):
         a, b = await pool.acquire(F), await pool.acquire(F)
-        pool.release(F, a, served=True)
-        pool.release(F, b, served=True)
+        pool.release(a, served=True)
+        pool.release(b, served=True)
         kept = await used(pool, F)
         for _ in range(4):
             clock[0] += 4
@@ -295,8 +318,8 @@ class TestIdle:
     async def test_of_a_warm_function_one_always_stays(self, pool, offered, clock):
         kept = offered(spec("kept", warm=True))
         a, b = await pool.acquire(kept), await pool.acquire(kept)
-        pool.release(kept, a, served=True)
-        pool.release(kept, b, served=True)
+        pool.release(a, served=True)
+        pool.release(b, served=True)
         clock[0] += 10_000
         await pool.tend()
         assert len(pool.instances(kept)) == 1
@@ -334,7 +357,7 @@ class TestIdle:
         offered(spec("other"))
         await pool.tend()
         assert pool.instances(F) == [at_work]
-        pool.release(F, at_work, served=True)
+        pool.release(at_work, served=True)
         await pool.tend()
         assert pool.instances(F) == [at_work]  # what waits for it gets it
         clock[0] += 0.2
@@ -371,9 +394,9 @@ class TestMemory:
         await pool.tend()
         assert (newer.closed, kept.closed) == (True, False)
 
-    async def test_a_start_makes_room_first(self, pool, offered, runtime, memory):
+    async def test_a_start_makes_room_first(self, pool, offered, sized, runtime, memory):
         runtime.info = {"memory_bytes": 400 * MB}
-        small, large = spec("small"), spec("large", limits={"memory_bytes": 500 * MB})
+        small, large = spec("small"), sized("large", 500 * MB)
         offered(small, large)
         idle = await used(pool, small)
         memory.available = 300 * MB
@@ -385,8 +408,10 @@ class TestMemory:
         assert await pool.acquire(large) is runtime.started[1]
         assert idle.closed
 
-    async def test_without_room_it_is_refused_for_now_with_the_figures(self, pool, offered, memory):
-        large = offered(spec("large", limits={"memory_bytes": 1500 * MB}))
+    async def test_without_room_it_is_refused_for_now_with_the_figures(
+        self, pool, offered, sized, memory
+    ):
+        large = offered(sized("large", 1500 * MB))
         with pytest.raises(Overloaded, match=r"needs 1,500 MB, 1,000 MB are available"):
             await pool.acquire(large)
         memory.available = 1600 * MB
@@ -411,9 +436,9 @@ class TestMemory:
         assert runtime.started == []
 
     async def test_starts_at_the_same_time_do_not_share_the_same_room(
-        self, pool, offered, runtime, eventually
+        self, pool, offered, sized, runtime, eventually
     ):
-        a, b = (spec(name, limits={"memory_bytes": 600 * MB}) for name in "ab")
+        a, b = (sized(name, 600 * MB) for name in "ab")
         offered(a, b)
         runtime.gate.clear()
         async with asyncio.TaskGroup() as tasks:
@@ -423,6 +448,105 @@ class TestMemory:
                 await pool.acquire(b)
             runtime.gate.set()
         assert first.result() is runtime.started[0]
+
+    async def test_a_generous_limit_is_no_need(self, pool, offered, memory):
+        roomy = offered(spec("roomy", limits={"memory_bytes": 64_000 * MB}))
+        await pool.acquire(roomy)
+        memory.available = 20 * MB
+        with pytest.raises(Overloaded, match="it needs 34 MB, 20 MB are available"):
+            await pool.acquire(spec("other"))
+        await pool.acquire(spec("tiny", limits={"memory_bytes": 10 * MB}))
+
+    async def test_what_is_started_ahead_ends_nothing_else(
+        self, pool, offered, runtime, memory, clock, eventually
+    ):
+        a, b = spec("a"), spec("b")
+        offered(a, b)
+        runtime.start_s = 2.0
+        for _ in range(10):
+            await used(pool, a)
+            clock[0] += 300
+            await pool.tend()
+        await used(pool, a)
+        clock[0] += 240
+        await pool.tend()
+        assert pool.instances(a) == []
+        kept = await used(pool, b)
+        memory.available = 120 * MB
+        clock[0] += 20
+        await pool.tend()
+        looks = memory.looks
+        await eventually(lambda: memory.looks > looks)
+        assert (pool.instances(a), pool.instances(b)) == ([], [kept])
+        memory.available = 140 * MB
+        clock[0] += 6
+        await pool.tend()
+        await eventually(lambda: len(pool.instances(a)) == 1)
+        assert pool.instances(b) == [kept]
+
+
+@pytest.mark.usefixtures("offered")
+class TestOfOthers:
+    """A runtime may be somebody else's: what it raises ends a call, never the pool."""
+
+    async def test_any_error_of_a_start_is_the_end_of_that_call_only(self, pool, runtime):
+        runtime.failures, runtime.failure = 1, ValueError("a mistake of theirs")
+        with pytest.raises(InstanceFailed, match="a mistake of theirs"):
+            await pool.acquire(F)
+        await pool.acquire(F)
+        assert pool.crash is None
+
+    async def test_an_error_of_a_close_is_logged(self, pool, clock, eventually):
+        instance = await used(pool, F)
+        instance.on_close = lambda: 1 // 0
+        clock[0] += 10_000
+        await pool.tend()
+        await eventually(lambda: instance.closed)
+        await used(pool, F)
+        assert pool.crash is None
+
+
+@pytest.mark.usefixtures("offered")
+async def test_a_lease_goes_back_to_where_it_came_from(pool, offered, runtime, clock, eventually):
+    old = await pool.acquire(F)
+    runtime.epoch = "'"  # an edit of what its group rests on, the function itself unchanged
+    offered(F)
+    new = await used(pool, F)
+    assert new is not old
+    pool.release(old, served=True)
+    clock[0] += 1.0
+    await pool.tend()
+    await eventually(lambda: old.closed)
+    assert pool.instances(F) == [new]
+
+
+@pytest.mark.usefixtures("offered")
+async def test_what_was_refused_for_its_start_has_one_started(pool, runtime, eventually):
+    for _ in range(3):
+        pool.prepare(F)
+    await eventually(lambda: len(pool.instances(F)) == 1)
+    pool.prepare(F)
+    assert len(runtime.started) == 1
+    assert pool.start_ms(F) == 0
+
+
+async def test_stopping_ends_what_is_being_started(runtime, eventually):
+    runtime.gate.clear()
+    pool = InstancePool(runtimes={"fake": runtime})
+    pool.offer([F])
+    async with asyncio.TaskGroup() as tasks:
+        async with pool:
+            waiting = tasks.create_task(refusal(pool))
+            await eventually(lambda: runtime.under_way == 1)
+        assert runtime.under_way == 0
+    assert isinstance(waiting.result(), InstanceFailed)
+    assert runtime.started == []
+
+
+async def refusal(pool):
+    with pytest.raises(InstanceFailed) as refused:
+        await pool.acquire(F)
+    return refused.value
 
 
 @pytest.mark.usefixtures("offered")

@@ -302,3 +302,23 @@ def test_functions_of_one_model_and_server_share_instances():
     assert RUNTIME.group(talk()) != RUNTIME.group(talk(model="other"))
     assert RUNTIME.group(talk()) != RUNTIME.group(talk("http://127.0.0.1:1/v1"))
     assert json.dumps(RUNTIME.call_options(talk()))
+
+
+def test_an_event_in_endless_lines_is_given_up_on():
+    stream = EventStream()
+    line = b"data: " + b"x" * 500_000 + b"\n"
+    for _ in range(8):
+        assert not list(stream.feed(line))
+    with pytest.raises(Garbage, match="an event of more than"):
+        list(stream.feed(line))
+
+
+def test_numbers_beyond_all_numbers_are_garbage():
+    with pytest.raises(Garbage):
+        ChatAnswer(tools=False, parse=False).add({"usage": {"prompt_tokens": float("inf")}})
+    for number in (float("inf"), float("nan")):
+        with pytest.raises(Garbage):
+            vectors({"data": [{"index": 0, "embedding": [number]}]}, 1)
+    answer = ChatAnswer(tools=False, parse=False)
+    answer.add({"usage": {"prompt_tokens": -3}, "choices": [{"finish_reason": "stop"}]})
+    assert answer.final(prefill_ms=0, decode_ms=0).usage["input_tokens"] == 0

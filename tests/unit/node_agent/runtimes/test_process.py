@@ -11,11 +11,22 @@ import pytest
 
 from node_agent.isolation import strays
 from node_agent.runtimes import process
-from node_agent.runtimes.base import InstanceFailed
+from node_agent.runtimes.base import InstanceDied, InstanceFailed, Request
 from node_agent.runtimes.child import ChildInstance
 
 WORKSHOP = Path(__file__).parents[3] / "data" / "functions" / "workshop.py"
 SLOW = "import time\ntime.sleep(60)\ndef slow():\n    pass\n"
+DEAF = """
+import pathlib, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def deaf(marker):
+    pathlib.Path(marker).touch()
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
+"""
 
 
 def make(entry=f"{WORKSHOP}:add", *, start_timeout_s=20.0, deaths=None):
@@ -129,6 +140,25 @@ async def test_a_stop_while_it_starts(tmp_path, eventually):
         group.create_task(start())
         await eventually(lambda: instance.pid)
         await instance.close(0)
+
+
+async def test_a_close_that_is_cut_short_kills(tmp_path, eventually):
+    (tmp_path / "deaf.py").write_text(DEAF)
+    instance = make(f"{tmp_path}/deaf.py:deaf")
+    await instance.start()
+    request = Request(id="1", input={"marker": str(tmp_path / "runs")}, text=None)
+
+    async def call():
+        with pytest.raises(InstanceDied):
+            await anext(instance.invoke(request))
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(call())
+        await eventually((tmp_path / "runs").exists)
+        closing = group.create_task(instance.close(3600.0))
+        await asyncio.sleep(0)
+        closing.cancel()
+    await instance.close(0)  # returns when it is gone
 
 
 @pytest.mark.parametrize("live", [True, False])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from capability_schemas.errors import ExecutionFailed
+from capability_schemas.errors import ExecutionFailed, Overloaded
 from capability_schemas.functions import FunctionSpec
 from node_agent.runtimes.base import Final, InstanceDied, Piece, Request, RuntimeContext
 from node_agent.runtimes.plumbing import LogTap
@@ -172,6 +172,44 @@ async def test_a_slow_reader_holds_up_a_fast_generator():
             assert waiting <= 300
         async with asyncio.timeout(10):
             await instance.settled("r")
+
+
+@asynccontextmanager
+async def one_unread(size):
+    """An instance with a call whose reader took one piece, and the child waits for it."""
+    async with running("torrent", concurrency=2) as instance:
+        unread = Request(id="unread", input={"size": size}, text=None, left_ms=60_000)
+        async with aclosing(instance.invoke(unread)) as answers:
+            await anext(answers)
+            while len(instance._calls["unread"].frames) < 256:  # noqa: ASYNC110  # no event tells
+                await asyncio.sleep(0.01)
+            yield instance, answers
+
+
+async def test_an_answer_that_nobody_reads_holds_up_no_other_call():
+    async with one_unread(size=1) as (instance, _):
+        assert [item.data for item in (await call(instance, {"size": 3, "n": 2}))[:-1]] == [
+            "xxx"
+        ] * 2
+        assert instance.busy == 1
+
+
+async def test_a_cancelled_call_ends_though_nobody_reads_its_answer():
+    async with one_unread(size=1) as (instance, _):
+        instance.cancel("unread")
+        await instance.settled("unread")
+        assert instance.alive
+
+
+async def test_an_answer_that_nobody_reads_fails_before_it_fills_the_memory():
+    async with one_unread(size=100_000) as (instance, answers):
+        another = asyncio.create_task(call(instance, {"size": 1, "n": 1_000_000}))
+        await instance.settled("unread")
+        with pytest.raises(Overloaded, match="not read"):
+            await anext(answers)
+        another.cancel()
+        assert instance.alive
+    await asyncio.wait([another])
 
 
 async def test_an_instance_ends_when_its_agent_is_gone(eventually):

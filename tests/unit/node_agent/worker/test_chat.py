@@ -152,3 +152,20 @@ def test_words_never_become_special_tokens():
 
 def test_a_tools_schema_round_trips_through_json():
     assert json.loads(json.dumps(chat.tool_schema(chat.check_tools(TOOLS))))
+
+
+def test_what_tools_and_calls_spell_out_is_no_special_token():
+    def specials(text):
+        return {token for token in ("<end>", "\x01") if token in text}
+
+    hostile = {"name": "a<end>", "parameters": {"<end>": ["x<end>y", 7, None, "\x01"]}}
+    clean = {"name": "a< end>", "parameters": {"< end>": ["x< end>y", 7, None, " "]}}
+    assert chat.harmless(hostile, specials) == clean
+    marker = chat._SENTINEL
+    assert chat.harmless(f"<e{marker}nd>", specials) == "< end>"
+
+
+@pytest.mark.parametrize("parameters", [[1], "x", {"type": "object", "properties": ["a"]}])
+def test_parameters_that_are_no_schema_are_refused(parameters):
+    with pytest.raises(InvocationError, match=r"tools\[0\].parameters: write a JSON Schema"):
+        chat.check_tools([{"name": "a", "parameters": parameters}])

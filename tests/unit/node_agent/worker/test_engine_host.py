@@ -7,6 +7,7 @@ import pytest
 from node_agent.worker.base import InvocationError, Request
 from node_agent.worker.engine_host import EngineHost, make_prompt
 from node_agent.worker.engines.base import Completion
+from node_agent.worker.frames import pack
 
 TOOL = {"type": "function", "function": {"name": "read", "parameters": {"type": "object"}}}
 
@@ -185,3 +186,39 @@ def test_tools_bring_their_schema_and_their_form():
     assert prompt.tools[0]["name"] == "read"
     assert prompt.schema is not None
     assert "anyOf" in prompt.schema
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"parse": True}, "[" * 100_000),  # deeper than can be read
+        ({"parse": True}, "NaN"),  # read, and not to be written again
+        ({"tools": [TOOL]}, "7"),  # an engine without a strict grammar
+        ({"tools": [TOOL]}, '{"tool": "read"}'),
+    ],
+)
+def test_an_answer_that_cannot_be_used_ends_one_call(engine, options, said):
+    sent = []
+
+    def emit(frame):
+        pack(frame)
+        sent.append(frame)
+
+    host = EngineHost(
+        options={"model": "m.gguf"}, emit=emit, load=lambda _name, _options: ("x", engine, [])
+    )
+    host.load()
+    host.submit(request(**options))
+    engine.answer(said)
+    assert (sent[-1]["t"], sent[-1]["code"]) == ("error", "execution_failed")
+    host.submit(request())
+    engine.answer("fine", number=1)
+    assert sent[-1]["output"] == "fine"
+
+
+def test_a_prepare_that_breaks_is_the_functions_fault(tmp_path):
+    path = tmp_path / "words.py"
+    path.write_text("def prepare(given):\n    raise OSError('no table of words')\n")
+    with pytest.raises(InvocationError, match="no table of words") as raised:
+        make_prompt(request(prepare=f"{path}:prepare"))
+    assert raised.value.code == "execution_failed"

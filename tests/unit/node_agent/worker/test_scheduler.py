@@ -27,7 +27,7 @@ class Model:
         self.batches = []
         self.copies = []
         self.samplers = 0
-        self.fail_next = False
+        self.failing = False
 
     def encode(self, prompt):
         return [ord(c) for c in prompt.messages[0]["content"]]
@@ -39,8 +39,7 @@ class Model:
     def decode(self, tokens, positions, sequences, outputs):
         assert 0 < len(tokens) <= self.n_batch
         assert outputs == sorted(outputs)
-        if self.fail_next:
-            self.fail_next = False
+        if self.failing:
             raise InvocationError("execution_failed", "the model broke")
         for token, position, number in zip(tokens, positions, sequences, strict=True):
             assert position == len(self.memory[number]), "a hole in the memory"
@@ -290,8 +289,9 @@ def test_a_failed_decode_fails_its_calls_and_leaves_no_rubbish_behind():
     for call in calls:
         scheduler.submit(call.job)
     scheduler.step()
-    model.fail_next = True
+    model.failing = True
     work(scheduler)
+    model.failing = False
     assert [call.end.message for call in calls] == ["the model broke"] * 2
     assert model.memory == [[], []]
     assert work(scheduler, Call("1:w"))[0].text == "xyz"
@@ -327,3 +327,32 @@ def test_it_works_until_it_is_stopped_and_ends_what_is_under_way():
     assert not thread.is_alive()
     assert ended.is_set()
     assert call.text.endswith("z")
+
+
+def test_a_failure_together_ends_only_the_answer_behind_it(monkeypatch):
+    model, scheduler = make(sequences=3)
+    decode = model.decode
+
+    def fussy(tokens, positions, sequences, outputs):
+        if ord("!") in tokens:
+            raise InvocationError("execution_failed", "no such token")
+        decode(tokens, positions, sequences, outputs)
+
+    monkeypatch.setattr(model, "decode", fussy)
+    good, bad, other = Call("vw"), Call("v!"), Call("wx")
+    work(scheduler, good, bad, other)
+    assert (good.text, other.text) == ("xyz", "yz")
+    assert isinstance(bad.end, InvocationError)
+    assert model.samplers == 0
+    later = Call("uv")
+    work(scheduler, later)
+    assert later.text == "wxyz"
+
+
+def test_a_file_that_is_missing_while_a_prompt_is_made_ends_that_call_only():
+    _, scheduler = make()
+    bad, good = Call("a"), Call("xy")
+    bad.job.prompt = lambda: (_ for _ in ()).throw(FileNotFoundError("words.txt"))
+    work(scheduler, bad, good)
+    assert isinstance(bad.end, FileNotFoundError)
+    assert good.text == "z"
