@@ -116,7 +116,8 @@ def load_settings(environ: Mapping[str, str] | None = None, **given: object) -> 
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "settings"
-        raise ConfigurationError(f"setting {where}: {first['msg']}", field=where) from exc
+        name = ENVIRONMENT_PREFIX + where.upper()
+        raise ConfigurationError(f"setting {where} ({name}): {first['msg']}", field=where) from exc
     folders = {"data": settings.data, "models": settings.models}
     return settings.model_copy(
         update={name: folder.expanduser().absolute() for name, folder in folders.items()}

@@ -353,9 +353,11 @@ class Execution:
         lost = isinstance(error, InstanceDied | InstanceFailed) or self.stopped_by == HANDED_BACK
         if lost or isinstance(error, Overloaded | ConfigurationError):
             self._stream.drop()
+            unable = isinstance(error, ConfigurationError)  # larger than the memory of this node
+            code = ErrorCode.NO_CAPABLE_NODE if unable else error.code
             return Outcome(
                 status="failed",
-                code=(ErrorCode.NODE_LOST if lost else error.code).value,
+                code=(ErrorCode.NODE_LOST if lost else code).value,
                 reason=error.message,
                 seq=self._stream.seq,
                 retry_after_ms=error.detail.get("retry_after_ms"),
