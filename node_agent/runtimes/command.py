@@ -1,19 +1,18 @@
 """The ``command`` runtime: any executable, a process for every call."""
 
-import itertools
 import os
 import shutil
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from capability_schemas.capability import ModelInfo
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.functions import FunctionSpec
 from node_agent.isolation.limits import limits_frame
 from node_agent.runtimes import base
 from node_agent.runtimes.child import ChildInstance
+from node_agent.runtimes.program import ProgramRuntime
 from node_agent.worker.command_host import placeholder
 
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -41,7 +40,7 @@ class CommandOptions(BaseModel):
     output: Literal["text", "json", "jsonl"] = "text"
 
 
-class CommandRuntime:
+class CommandRuntime(ProgramRuntime):
     """Runs programs.
 
     Args:
@@ -49,11 +48,6 @@ class CommandRuntime:
     """
 
     name = "command"
-    chats = False
-
-    def __init__(self, context: base.RuntimeContext) -> None:
-        self._context = context
-        self._numbers = itertools.count(1)
 
     def check(self, spec: FunctionSpec) -> None:
         """Check the options, that the program is there, and that the schema has what it wants."""
@@ -72,18 +66,6 @@ class CommandRuntime:
                     f" input schema, which has {', '.join(known) or 'none'}"
                 )
 
-    def group(self, spec: FunctionSpec) -> str:
-        """Every function has instances of its own; an edit makes new ones."""
-        return base.own_group(spec)
-
-    def call_options(self, spec: FunctionSpec) -> dict[str, Any]:
-        """Calls need none."""
-        return {}
-
-    def model(self, spec: FunctionSpec, info: dict[str, Any]) -> ModelInfo | None:
-        """There is no model behind it."""
-        return None
-
     async def start(self, spec: FunctionSpec, *, died: base.Died) -> ChildInstance:
         """Start the process that will run the program."""
         options = _options(spec)
@@ -92,28 +74,19 @@ class CommandRuntime:
         except ConfigurationError as exc:
             raise base.InstanceFailed(exc.message) from exc
         folder = str((options.folder or Path.cwd()).absolute())
-        instance = ChildInstance(
-            name=f"{spec.name}-{next(self._numbers)}",
-            load={
-                "runtime": "command",
-                "concurrency": spec.concurrency,
-                "options": {
-                    "command": [program, *options.command[1:]],
-                    "env": options.env,
-                    "folder": folder,
-                    "output": options.output,
-                    "output_bytes": spec.limits.output_bytes,
-                    # In time before the agent kills the whole instance.
-                    "grace_s": self._context.cancel_grace_s / 2,
-                },
-                "limits": limits_frame(spec.limits),
+        load = {
+            "options": {
+                "command": [program, *options.command[1:]],
+                "env": options.env,
+                "folder": folder,
+                "output": options.output,
+                "output_bytes": spec.limits.output_bytes,
+                # In time before the agent kills the whole instance.
+                "grace_s": self._context.cancel_grace_s / 2,
             },
-            start_timeout_s=self._context.start_timeout_s,
-            cancel_grace_s=self._context.cancel_grace_s,
-            died=died,
-        )
-        await instance.start()
-        return instance
+            "limits": limits_frame(spec.limits),
+        }
+        return await self._start(spec, load, died=died)
 
 
 def _options(spec: FunctionSpec) -> CommandOptions:

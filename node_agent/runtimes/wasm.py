@@ -1,18 +1,17 @@
 """The ``wasm`` runtime: WebAssembly programs (WASI preview 1 commands) in a child process."""
 
-import itertools
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from capability_schemas.capability import ModelInfo
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.functions import FunctionSpec
 from node_agent.isolation.limits import limits_frame
 from node_agent.runtimes import base
 from node_agent.runtimes.child import ChildInstance
 from node_agent.runtimes.command import VariableName
+from node_agent.runtimes.program import ProgramRuntime
 
 _NATIVE_LIMITS = ("memory_bytes", "file_bytes")
 """Limits that wasmtime keeps, and that the process around it would break under: it reserves far
@@ -42,7 +41,7 @@ class WasmOptions(BaseModel):
     output: Literal["text", "json", "jsonl"] = "text"
 
 
-class WasmRuntime:
+class WasmRuntime(ProgramRuntime):
     """Runs WebAssembly programs.
 
     Args:
@@ -50,11 +49,6 @@ class WasmRuntime:
     """
 
     name = "wasm"
-    chats = False
-
-    def __init__(self, context: base.RuntimeContext) -> None:
-        self._context = context
-        self._numbers = itertools.count(1)
 
     def check(self, spec: FunctionSpec) -> None:
         """Check the options, and that the file and the granted folders are there."""
@@ -75,42 +69,21 @@ class WasmRuntime:
             if not outside.is_dir():
                 raise ConfigurationError(f"{where}: {outside} is no folder")
 
-    def group(self, spec: FunctionSpec) -> str:
-        """Every function has instances of its own; an edit makes new ones."""
-        return base.own_group(spec)
-
-    def call_options(self, spec: FunctionSpec) -> dict[str, Any]:
-        """Calls need none."""
-        return {}
-
-    def model(self, spec: FunctionSpec, info: dict[str, Any]) -> ModelInfo | None:
-        """There is no model behind it."""
-        return None
-
     async def start(self, spec: FunctionSpec, *, died: base.Died) -> ChildInstance:
         """Start a process and compile the module."""
         options = _options(spec)
         folders = {inside: str(path.absolute()) for inside, path in options.folders.items()}
-        instance = ChildInstance(
-            name=f"{spec.name}-{next(self._numbers)}",
-            load={
-                "runtime": "wasm",
-                "entry": str(_file(spec)),
-                "concurrency": spec.concurrency,
-                "options": {
-                    **options.model_dump(mode="json"),
-                    "folders": folders,
-                    "output_bytes": spec.limits.output_bytes,
-                    "memory_bytes": spec.limits.memory_bytes,
-                },
-                "limits": {**limits_frame(spec.limits), **dict.fromkeys(_NATIVE_LIMITS)},
+        load = {
+            "entry": str(_file(spec)),
+            "options": {
+                **options.model_dump(mode="json"),
+                "folders": folders,
+                "output_bytes": spec.limits.output_bytes,
+                "memory_bytes": spec.limits.memory_bytes,
             },
-            start_timeout_s=self._context.start_timeout_s,
-            cancel_grace_s=self._context.cancel_grace_s,
-            died=died,
-        )
-        await instance.start()
-        return instance
+            "limits": {**limits_frame(spec.limits), **dict.fromkeys(_NATIVE_LIMITS)},
+        }
+        return await self._start(spec, load, died=died)
 
 
 def _file(spec: FunctionSpec) -> Path:
