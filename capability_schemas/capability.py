@@ -178,10 +178,14 @@ class CatalogRecord(_Capability):
         admitted_at: When, UTC milliseconds.
         claim_digest: ``sha256:`` and the hex digest of the claim's canonical bytes.
         embedding: Unit vector of description and examples, base64 of little-endian float32.
-        space: Space of ``embedding``.
+        parts: The single vectors behind ``embedding``: base64 of int8 rows, that of name and
+            description first, then one for each example; a row scaled to length 1 is the vector.
+            None where nothing but the description was embedded.
+        space: Space of ``embedding`` and ``parts``.
         policy: Attested, never self-claimed.
     """
 
+    parts: str | None = None
     registry: Identifier
     admitted_at: int
     claim_digest: str

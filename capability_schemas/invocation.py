@@ -5,8 +5,22 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from capability_schemas.ids import Identifier
-from capability_schemas.task import TaskPolicy
-from capability_schemas.wire import WireModel
+from capability_schemas.reply import CascadeStep, Usage
+from capability_schemas.task import Share, TaskPolicy
+from capability_schemas.wire import WireModel, WirePart
+
+
+class Cascade(WirePart):
+    """Terms on which an answer of one step of a cascade counts.
+
+    Attributes:
+        accept: Least confidence, 0 to 1. An answer below it goes to the router in a report
+            ``unsure`` and nothing to the client; one that carries no confidence counts as sure.
+        steps: Earlier steps, to be repeated on the result.
+    """
+
+    accept: Share
+    steps: tuple[CascadeStep, ...] = ()
 
 
 class Invocation(WireModel):
@@ -29,6 +43,8 @@ class Invocation(WireModel):
         session: Affinity key.
         policy: Demands of the task, when it has any: they hold for whatever the function asks of
             others too.
+        cascade: Set when the answer may turn out not to be good enough; the node then shows
+            nothing before it knows. With ``accept`` 0 every answer is good enough.
         trace: W3C ``traceparent``.
         sent_at: When the router sent it, UTC milliseconds.
         signature: Ed25519 over the canonical bytes.
@@ -49,6 +65,7 @@ class Invocation(WireModel):
     priority: Annotated[int, Field(ge=0, le=9)] = 5
     session: str | None = None
     policy: TaskPolicy | None = None
+    cascade: Cascade | None = None
     trace: str | None = None
     sent_at: int
     signature: str | None = None
@@ -82,23 +99,32 @@ class Report(WireModel):
         attempt: Which attempt.
         node: Who reports.
         status: ``admitted`` it will run; ``refused`` it will not, another node may; ``failed`` it
-            began but another node may do better; ``finished`` a terminal event was sent.
+            began but another node may do better; ``unsure`` it has an answer, here in ``output``,
+            that is less sure than the invocation demands; ``finished`` a terminal event was sent.
         code: Error code of a refusal, failure or finish; None when it went well.
         reason: Why, in words.
         retry_after_ms: When the node may have room again.
         peer: A node that may take it instead.
         seq: Next free number of the task, after what was sent.
         queue_ms: Predicted wait before the run starts.
+        output: The unsure answer; an absent one is null.
+        confidence: Its confidence, 0 to 1.
+        usage: What it consumed.
+        total_ms: How long it took, from the receipt of the invocation, milliseconds.
     """
 
     task: Identifier
     client: Identifier
     attempt: Annotated[int, Field(ge=1)]
     node: Identifier
-    status: Literal["admitted", "refused", "failed", "finished"]
+    status: Literal["admitted", "refused", "failed", "unsure", "finished"]
     code: str | None = None
     reason: str = ""
     retry_after_ms: int | None = None
     peer: Identifier | None = None
     seq: Annotated[int, Field(ge=0)] | None = None
     queue_ms: float | None = None
+    output: Any = None
+    confidence: Share | None = None
+    usage: Usage | None = None
+    total_ms: Annotated[float, Field(ge=0)] | None = None

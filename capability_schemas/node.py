@@ -58,6 +58,7 @@ class FunctionLoad(WirePart):
         concurrency: Tasks it can run at a time.
         first_ms: Smoothed time to the first output.
         total_ms: Smoothed time of a whole run.
+        wait_ms: Predicted wait of a call that came now, queue and start of an instance included.
         degraded: Whether its instances keep crashing.
     """
 
@@ -67,6 +68,7 @@ class FunctionLoad(WirePart):
     concurrency: Annotated[int, Field(ge=1)] = 1
     first_ms: float | None = None
     total_ms: float | None = None
+    wait_ms: float | None = None
     degraded: bool = False
 
 

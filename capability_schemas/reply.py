@@ -45,6 +45,26 @@ class Timing(WirePart):
     total_ms: Milliseconds = 0.0
 
 
+class CascadeStep(WirePart):
+    """One answer of a cascade (small nodes first), kept or not.
+
+    Attributes:
+        node: Who answered.
+        function: What answered.
+        version: Version of the function.
+        confidence: How sure the answer was, 0 to 1; None where it carries none.
+        cost: Price of the call, in the unit the site uses.
+        total_ms: How long it took on the node, milliseconds.
+    """
+
+    node: Identifier
+    function: Identifier
+    version: str
+    confidence: Annotated[float, Field(ge=0, le=1)] | None = None
+    cost: Annotated[float, Field(ge=0)] = 0.0
+    total_ms: Milliseconds | None = None
+
+
 class _Event(WireModel):
     """Fields all reply events share.
 
@@ -81,6 +101,10 @@ class Routed(_Event):
         score: Rank value of the choice; 1 when the function was named.
         attempt: 1 for the first choice.
         reason: Why this node, in words.
+        probability: Chance that this is the function meant, 0 to 1, as calibrated on this fleet;
+            None when the function was named.
+        margin: By how much its similarity exceeds that of the next other function.
+        ambiguous: Whether that is so little that another function may well be meant.
     """
 
     event: Literal["routed"] = "routed"
@@ -90,6 +114,9 @@ class Routed(_Event):
     score: float
     attempt: Annotated[int, Field(ge=1)] = 1
     reason: str = ""
+    probability: Annotated[float, Field(ge=0, le=1)] | None = None
+    margin: float | None = None
+    ambiguous: bool = False
 
 
 class Plan(_Event):
@@ -158,6 +185,8 @@ class Result(_Event):
         timing: Where the time went.
         confidence: Probability of the least certain token of a language model's answer, 0 to 1.
         digest: ``sha256:`` and the hex digest of the canonical JSON (RFC 8785) of ``output``.
+        cascade: Every step of a cascade in order, the one that gave this answer among them; None
+            where one node was to answer.
     """
 
     null_fields: ClassVar[frozenset[str]] = frozenset({"output"})
@@ -173,6 +202,7 @@ class Result(_Event):
     timing: Timing | None = None
     confidence: Annotated[float, Field(ge=0, le=1)] | None = None
     digest: str | None = None
+    cascade: tuple[CascadeStep, ...] | None = None
 
 
 class ErrorEvent(_Event):

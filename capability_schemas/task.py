@@ -18,6 +18,7 @@ MAX_TIMEOUT_MS: Final = 24 * 3_600_000
 
 DataClass = Literal["public", "internal", "private"]
 Collaboration = Literal["never", "auto", "plan", "panel"]
+Preference = Literal["balanced", "best", "cheapest", "fastest"]
 _SKIMMED_BYTES: Final = 4096
 _PLAIN: Final = rb'\s*"[a-z_]{1,32}"\s*:\s*(?:"[^"\\]{0,256}"|[-+.0-9eE]{1,32}|true|false|null)\s*'
 _ID: Final = rb'\s*"id"\s*:\s*"([A-Za-z0-9_-]{1,64})"\s*'
@@ -25,6 +26,7 @@ _ID_AHEAD: Final = re.compile(rb"\s*\{(?:" + _PLAIN + rb",)*?" + _ID + rb"[,}]")
 _ID_BEHIND: Final = re.compile(rb"," + _ID + rb"(?:," + _PLAIN + rb")*\}\s*\Z")
 
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 
 
 class TaskPolicy(WirePart):
@@ -67,6 +69,30 @@ class TaskPolicy(WirePart):
         )
 
 
+class RouteWeights(WirePart):
+    """How much each term counts for one task, in place of the router's own weights.
+
+    Each is 0 to 1, and None leaves the router's; the terms themselves are 0 to 1 too.
+
+    Attributes:
+        cost: Price of the call, relative to the dearest candidate.
+        energy: Energy of the call, relative to the hungriest candidate.
+        time: Predicted finish, relative to the slowest candidate.
+        load: Share of the node's places that are taken.
+        reputation: What the node has done with such work so far.
+        affinity: Bonus of the node that served the session last.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    cost: Share | None = None
+    energy: Share | None = None
+    time: Share | None = None
+    load: Share | None = None
+    reputation: Share | None = None
+    affinity: Share | None = None
+
+
 class Task(WireModel):
     """One request of a client.
 
@@ -84,6 +110,11 @@ class Task(WireModel):
         reply_to: Another reply topic of the same client, without the last (source) level.
         trace: W3C ``traceparent``.
         collaborate: Whether several nodes may share the task.
+        prefer: What decides between candidates of like meaning: ``balanced`` the router's weights,
+            ``best`` the meaning alone, ``cheapest`` the price, ``fastest`` the predicted finish.
+        weights: Single weights in place of the router's.
+        min_confidence: Least confidence an answer may have, 0 to 1; a node whose answer is below
+            it hands it back and a stronger node is asked. None leaves it to the router's rules.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -101,6 +132,9 @@ class Task(WireModel):
     reply_to: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
     trace: Annotated[str, StringConstraints(max_length=256)] | None = None
     collaborate: Collaboration = "auto"
+    prefer: Preference = "balanced"
+    weights: RouteWeights = RouteWeights()
+    min_confidence: Share | None = None
 
     @model_validator(mode="after")
     def _says_what_is_wanted(self) -> Self:

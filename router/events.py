@@ -17,6 +17,14 @@ class Choice:
         version: Version of the function.
         score: Rank value.
         reason: Why, in words.
+        sim: Similarity to the request, 0 to 1.
+        cost: Price of the call, in the unit the site uses.
+        finish_ms: Predicted time until it is done, wait included; None where nothing is known.
+        external: Whether it hands the task to a service outside the site.
+        strength: How much it takes to run it (bytes of memory); stands for how able it is.
+        probability: Chance that this function is the one meant, 0 to 1; None when it was named.
+        margin: By how much its similarity exceeds that of the next other function.
+        ambiguous: Whether that is so little that another function may well be meant.
     """
 
     node: str
@@ -24,6 +32,14 @@ class Choice:
     version: str
     score: float
     reason: str = ""
+    sim: float = 1.0
+    cost: float = 0.0
+    finish_ms: float | None = None
+    external: bool = False
+    strength: float = 0.0
+    probability: float | None = None
+    margin: float | None = None
+    ambiguous: bool = False
 
 
 # ---- events
@@ -43,10 +59,17 @@ class Unjournaled:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The selection is made: candidates in order, or why there are none."""
+    """The selection is made: candidates in order, or why there are none.
+
+    Attributes:
+        choices: Best first.
+        problem: Why there are none.
+        min_confidence: Least confidence of an answer, 0 to 1; None: whatever comes is the answer.
+    """
 
     choices: tuple[Choice, ...]
     problem: FoamError | None = None
+    min_confidence: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -283,7 +283,7 @@ class TaskMachine:
                 # Reports and replies travel on different topics and may cross.
                 self._final_seq = max(0, (report.seq or 0) - 1)
                 return []
-            case "refused" | "failed":
+            case "refused" | "failed" | "unsure":
                 self._prefer(report.peer)
                 return self._mend(_problem_of(report), now)
 
