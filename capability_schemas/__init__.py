@@ -13,9 +13,11 @@ none. Each module is one subject:
 ``capability``  claims of nodes and admitted records of the registry
 ``node``        presence and load
 ``invocation``  router to node and back
-``admin``       administration, enrolment, CloudEvents
+``admin``       administration, CloudEvents
+``enrollment``  join tokens, signing requests, grants
 ``functions``   declarations of functions; input against schema
 ``signing``     canonical bytes and Ed25519
+``passport``    whose key a key is, vouched for by the registry
 ``export``      JSON Schemas and the AsyncAPI document, written from the above
 ==============  ==============================================================================
 

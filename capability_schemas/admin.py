@@ -1,4 +1,4 @@
-"""Administration and enrolment messages, and the events components publish about themselves."""
+"""Administration, and the events components publish about themselves."""
 
 from typing import Annotated, Any, Final, Literal
 
@@ -39,44 +39,6 @@ def decode_admin_request(payload: bytes) -> AdminRequest:
         return decode(AdminRequest, payload, limit_bytes=ADMIN_LIMIT_BYTES)
     except MalformedPayload as error:
         raise InvalidTask(error.message, **error.detail) from error
-
-
-class EnrollRequest(WireModel):
-    """A newcomer asks to join.
-
-    Attributes:
-        token: One-time join token.
-        id: Identity it wants.
-        role: Role it wants.
-        public_key: Its Ed25519 key, base64.
-        csr: Certificate signing request, PEM; None where the newcomer cannot do TLS.
-    """
-
-    token: str
-    id: Identifier
-    role: str
-    public_key: str
-    csr: str | None = None
-
-
-class EnrollReply(WireModel):
-    """The answer to a newcomer.
-
-    Attributes:
-        status: ``granted``, ``pending`` (an operator decides) or ``refused``.
-        id: Identity granted.
-        certificate: Certificate chain, PEM.
-        ca: Certificate of the site's authority, PEM.
-        password: Password where the newcomer cannot do TLS.
-        reason: Why it was refused.
-    """
-
-    status: Literal["granted", "pending", "refused"]
-    id: Identifier | None = None
-    certificate: str | None = None
-    ca: str | None = None
-    password: str | None = None
-    reason: str = ""
 
 
 class CloudEvent(BaseModel):

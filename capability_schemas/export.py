@@ -13,8 +13,9 @@ from typing import Any, Final
 
 from pydantic import BaseModel, TypeAdapter
 
-from capability_schemas.admin import AdminRequest, CloudEvent, EnrollReply, EnrollRequest
+from capability_schemas.admin import AdminRequest, CloudEvent
 from capability_schemas.capability import CapabilityClaim, CatalogRecord
+from capability_schemas.enrollment import EnrollReply, EnrollRequest
 from capability_schemas.errors import ConfigurationError, ErrorCode
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.invocation import Control, Invocation, Report
