@@ -165,6 +165,10 @@ class Authority:
         """Certificates to trust, PEM: the newest root first."""
         return "".join(_pem(root) for _, root in reversed(self._roots))
 
+    def server_root(self) -> bytes:
+        """The certificate of the root that brokers are certified by, DER: for join tokens."""
+        return self._roots[0][1].public_bytes(serialization.Encoding.DER)
+
     @property
     def rotating(self) -> bool:
         """Whether two roots are trusted."""

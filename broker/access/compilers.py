@@ -22,7 +22,7 @@ def mosquitto_passwords(identities: Mapping[str, Credential]) -> str:
     return "".join(
         f"{identity}:{credential.mosquitto}\n"
         for identity, credential in sorted(identities.items())
-        if not credential.disabled
+        if not credential.disabled and credential.mosquitto
     )
 
 

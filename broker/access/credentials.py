@@ -42,24 +42,34 @@ class Credential(BaseModel):
 
     Attributes:
         role: What it is in the mesh.
-        argon2: Verifier of its password for the embedded broker, PHC string.
+        argon2: Verifier of its password for the embedded broker, PHC string; empty for a member
+            that has no password, only a certificate.
         mosquitto: The same password as Mosquitto's password file wants it.
+        serials: Serial numbers (hexadecimal) of the certificates it may come with: the newest
+            first, and the one before it until that has been used up.
         public_key: Base64 Ed25519 key its claims are signed with, when it signs.
         attested: Zones, grants and classes of data that the operator vouches for; None leaves a
             node what every enrolled node has (all data, no zone, no grant).
         disabled: Refused everywhere although known.
         created_at: UTC milliseconds.
+        expires_at: When it counts for nothing any more, UTC milliseconds; for join tokens.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     role: Role
-    argon2: str
-    mosquitto: str
+    argon2: str = ""
+    mosquitto: str = ""
+    serials: tuple[str, ...] = ()
     public_key: str | None = None
     attested: CapabilityPolicy | None = None
     disabled: bool = False
     created_at: int
+    expires_at: int | None = None
+
+    def counts(self, now: int) -> bool:
+        """Tell whether it opens anything at a time, UTC milliseconds."""
+        return not self.disabled and (self.expires_at is None or now < self.expires_at)
 
 
 class _File(BaseModel):
@@ -129,6 +139,9 @@ class CredentialStore:
         *,
         public_key: str | None = None,
         attested: CapabilityPolicy | None = None,
+        serial: str | None = None,
+        password: str | None = None,
+        expires_at: int | None = None,
     ) -> str:
         """Make an identity.
 
@@ -137,9 +150,12 @@ class CredentialStore:
             role: What it is.
             public_key: Base64 Ed25519 key, for those that sign.
             attested: What the operator vouches for, for nodes.
+            serial: Serial number of its certificate; it then gets no password unless one is given.
+            password: Its password, at least 128 random bits; made here when omitted.
+            expires_at: When it ends by itself, UTC milliseconds.
 
         Returns:
-            Its password, URL-safe; nobody can ask for it again.
+            Its password, URL-safe; nobody can ask for it again. Empty when it has none.
 
         Raises:
             ProtocolError: ``identity`` is no identifier.
@@ -147,14 +163,17 @@ class CredentialStore:
             ConfigurationError: The file cannot be read or written.
         """
         check_identifier(identity, "identity")
-        password = secrets.token_urlsafe(_PASSWORD_BYTES)
+        if password is None:
+            password = "" if serial is not None else secrets.token_urlsafe(_PASSWORD_BYTES)
         made = Credential(
             role=role,
-            argon2=_HASHER.hash(password),
-            mosquitto=_mosquitto_verifier(password),
+            argon2=_HASHER.hash(password) if password else "",
+            mosquitto=_mosquitto_verifier(password) if password else "",
+            serials=(serial,) if serial is not None else (),
             public_key=public_key,
             attested=attested,
             created_at=self._clock(),
+            expires_at=expires_at,
         )
         with self._change() as identities:
             if identity in identities:
@@ -180,6 +199,7 @@ class CredentialStore:
         disabled: bool | None = None,
         public_key: str | None = None,
         attested: CapabilityPolicy | None = None,
+        serials: tuple[str, ...] | None = None,
     ) -> None:
         """Change what may change of an identity; what is omitted stays.
 
@@ -187,7 +207,12 @@ class CredentialStore:
             NotFound: It is unknown.
             ConfigurationError: The file cannot be read or written.
         """
-        given = {"disabled": disabled, "public_key": public_key, "attested": attested}
+        given = {
+            "disabled": disabled,
+            "public_key": public_key,
+            "attested": attested,
+            "serials": serials,
+        }
         fields = {name: value for name, value in given.items() if value is not None}
         with self._change() as identities:
             if identity not in identities:
@@ -201,13 +226,13 @@ class CredentialStore:
             The credential when the identity is known, enabled, and the password is its own.
         """
         found = self._identities.get(identity)
-        if found is None and not self._unknown:
+        if (found is None or not found.argon2) and not self._unknown:
             self._unknown = _HASHER.hash(secrets.token_urlsafe(_PASSWORD_BYTES))
         try:
-            _HASHER.verify(found.argon2 if found else self._unknown, password)
+            _HASHER.verify((found and found.argon2) or self._unknown, password)
         except (VerificationError, InvalidHashError):
             return None
-        return found if found is not None and not found.disabled else None
+        return found if found is not None and found.argon2 and found.counts(self._clock()) else None
 
     def _read(self) -> Mapping[str, Credential]:
         try:

@@ -128,3 +128,23 @@ def test_the_cache_knows_a_password_until_the_verifier_changes(store):
     assert not cache.knows("pump-7", credential.model_copy(update={"argon2": "x"}), password)
     cache.remember("pump-8", credential, password)
     assert not cache.knows("pump-7", credential, password)
+
+
+def test_a_member_with_a_certificate_has_no_password_to_guess(store):
+    assert store.add("edge-1", Role.NODE, serial="a1") == ""
+    assert store.identities()["edge-1"].serials == ("a1",)
+    for guess in ("", "a1", "edge-1"):
+        assert store.verify("edge-1", guess) is None
+    store.update("edge-1", serials=("b2", "a1"))
+    assert store.identities()["edge-1"].serials == ("b2", "a1")
+
+
+def test_a_given_password_ends_with_its_time(tmp_path):
+    now = [1_000]
+    store = CredentialStore(tmp_path / "credentials.json", clock=lambda: now[0])
+    assert store.add("join-1", Role.ENROLLEE, password="given-to-it", expires_at=2_000) == (
+        "given-to-it"
+    )
+    assert store.verify("join-1", "given-to-it") is not None
+    now[0] = 2_000
+    assert store.verify("join-1", "given-to-it") is None

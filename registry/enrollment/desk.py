@@ -1,0 +1,447 @@
+"""Who may join, and with which papers. Blocking, without MQTT: bytes in, an answer out.
+
+A newcomer shows that it knows a join token (a proof over its whole request) and that it has the
+keys it brings (signatures over them). It gets exactly what the token says: role, zones, grants and
+data classes are attested here and never taken from the newcomer. A member renews by signing with
+the key that is known of it. Every request is answered once: the same one again gets the same
+answer, and an old one none.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from broker.access.authority import Authority, Certificate
+from broker.access.credentials import Credential, CredentialStore
+from broker.access.policy import Role
+from capability_schemas.capability import CapabilityPolicy
+from capability_schemas.enrollment import (
+    ENROLL_LIMIT_BYTES,
+    EnrollReply,
+    EnrollRequest,
+    JoinToken,
+    check_proof,
+    prove,
+    seal,
+)
+from capability_schemas.errors import (
+    AccessDenied,
+    ConfigurationError,
+    Conflict,
+    FoamError,
+    NotFound,
+    Overloaded,
+    ProtocolError,
+)
+from capability_schemas.ids import check_identifier, now_ms
+from capability_schemas.passport import CLOCK_SKEW_MS
+from capability_schemas.signing import SigningKey, sign, verify
+from capability_schemas.wire import decode
+from registry.enrollment.book import EnrollmentBook, Token, Waiting
+from registry.enrollment.papers import PaperOffice
+
+MAX_TOKEN_MS: Final = 30 * 86_400_000
+
+_REMEMBERED: Final = 4_096
+_TOKENS: Final = 10_000
+_WAITING: Final = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What to say, and what to write down.
+
+    Attributes:
+        level: Level of the reply topic: the token, or the member that renews.
+        reply: What to publish there; None: nothing (the sender proved nothing).
+        happened: For the audit trail: ``granted``, ``renewed``, ``pending``, ``refused``,
+            ``ignored``.
+        identity: Who asked, as far as that could be read.
+        reason: Why.
+    """
+
+    level: str
+    reply: EnrollReply | None
+    happened: str
+    identity: str = ""
+    reason: str = ""
+
+
+class EnrollmentDesk:
+    """Gives out join tokens, and papers for them. One thread at a time.
+
+    Args:
+        path: File of tokens, of those who wait, and of what was revoked; mode 0600.
+        site: The site.
+        registry_id: Who vouches.
+        key: Signs passports and replies.
+        credentials: Who may log on at the broker; members are written there.
+        authority: Signs certificates; None where the site has no TLS: everybody gets a password.
+        brokers: Where members connect to.
+        clock: UTC milliseconds.
+
+    Raises:
+        ConfigurationError: The file is damaged.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: Path,
+        site: str,
+        registry_id: str,
+        key: SigningKey,
+        credentials: CredentialStore,
+        authority: Authority | None,
+        brokers: Sequence[str],
+        clock: Callable[[], int] = now_ms,
+    ) -> None:
+        self._site = site
+        self._key = key
+        self._credentials = credentials
+        self._authority = authority
+        self._clock = clock
+        self._office = PaperOffice(
+            site=site,
+            registry_id=registry_id,
+            key=key,
+            authority=authority,
+            brokers=brokers,
+            clock=clock,
+        )
+        self._book = EnrollmentBook(path)
+        self._answered: OrderedDict[tuple[str, str], tuple[bytes, Answer]] = OrderedDict()
+
+    # ---- tokens
+
+    def create_token(
+        self,
+        *,
+        role: Role,
+        ttl_ms: int,
+        uses: int = 1,
+        by: str,
+        names: Sequence[str] = (),
+        attested: CapabilityPolicy | None = None,
+        approve: bool = False,
+        replace: bool = False,
+    ) -> JoinToken:
+        """Make a join token, which can log on at once.
+
+        Args:
+            role: Role it gives.
+            ttl_ms: How long it may be used, 1 to 2,592,000,000 ms (30 days).
+            uses: How many newcomers, 1 to 10,000.
+            by: Who makes it.
+            names: Identities it is good for; any when empty.
+            attested: What it vouches for, for nodes.
+            approve: Whether an operator decides on each newcomer.
+            replace: Whether members of these names may be enrolled again.
+
+        Raises:
+            ConfigurationError: A value out of range, or the files cannot be written.
+            Overloaded: There are 10,000 tokens.
+        """
+        if role in {Role.ENROLLEE, Role.REGISTRY}:
+            raise ConfigurationError(f"nobody joins as {role.value} by token")
+        if not 1 <= ttl_ms <= MAX_TOKEN_MS:
+            raise ConfigurationError("a token lasts between 1 ms and 30 days")
+        if not 1 <= uses <= _TOKENS:
+            raise ConfigurationError(f"a token has 1 to {_TOKENS} uses")
+        if replace and not names:
+            raise ConfigurationError("a token that replaces members has to name them")
+        for name in names:
+            check_identifier(name, "identity")
+        self._drop_old()
+        if len(self._book.tokens) >= _TOKENS:
+            raise Overloaded("there are 10,000 tokens: revoke some", retry_after_ms=60_000)
+        token = JoinToken.make(
+            authority=self._authority.server_root() if self._authority is not None else b""
+        )
+        now = self._clock()
+        self._credentials.add(
+            token.id,
+            Role.ENROLLEE,
+            password=token.password.get_secret_value(),
+            expires_at=now + ttl_ms,
+        )
+        made = Token(
+            role=role,
+            proof_key=token.proof_key.hex(),
+            expires_at=now + ttl_ms,
+            uses=uses,
+            names=tuple(names),
+            attested=attested,
+            approve=approve,
+            replace=replace,
+            created_at=now,
+            created_by=by,
+        )
+        self._book.write(tokens={**self._book.tokens, token.id: made})
+        return token
+
+    def tokens(self) -> Mapping[str, Token]:
+        """Tokens that may still be used."""
+        now = self._clock()
+        return {
+            name: token
+            for name, token in self._book.tokens.items()
+            if token.uses and now < token.expires_at
+        }
+
+    def revoke_token(self, token: str) -> None:
+        """Make a token worthless; whoever waits on it waits no more.
+
+        Raises:
+            NotFound: It is not known.
+        """
+        if token not in self._book.tokens:
+            raise NotFound(f"token {token!r} is not known", token=token)
+        self._drop_tokens({token})
+
+    # ---- requests
+
+    def consider(self, level: str, payload: bytes) -> Answer:
+        """Decide on a request.
+
+        Args:
+            level: Level of its topic: the token's name, or a member's own.
+            payload: As received.
+
+        Raises:
+            ConfigurationError: The files cannot be written; nothing was granted.
+        """
+        try:
+            request: EnrollRequest = decode(EnrollRequest, payload, limit_bytes=ENROLL_LIMIT_BYTES)
+        except ProtocolError as error:
+            return Answer(level, None, "ignored", reason=error.message)
+        known = self._answered.get((level, request.nonce))
+        if known is not None:
+            before, answer = known
+            if before == payload:
+                return answer
+            return Answer(level, None, "ignored", request.id, "the nonce was used before")
+        token = self._book.tokens.get(level)
+        try:
+            if token is None:
+                proof_key = None
+                self._check_member(level, request, payload)
+            else:
+                proof_key = bytes.fromhex(token.proof_key)
+                check_proof(payload, proof_key)
+        except FoamError as error:
+            # Whoever proves nothing learns nothing, not even that the token exists.
+            return Answer(level, None, "ignored", request.id, error.message)
+        try:
+            self._check_request(request, payload)
+            if token is None:
+                answer = self._renew(level, request)
+            else:
+                answer = self._join(level, token, request, payload)
+        except ConfigurationError:
+            raise
+        except FoamError as error:
+            answer = self._refusal(level, request, error)
+        finished = self._finished(answer, proof_key)
+        self._answered[(level, request.nonce)] = (payload, finished)
+        if len(self._answered) > _REMEMBERED:
+            self._answered.popitem(last=False)
+        return finished
+
+    @property
+    def waiting(self) -> Mapping[str, Waiting]:
+        """Newcomers that an operator has to decide on, by the identity they want."""
+        return self._book.waiting
+
+    def decide(self, identity: str, *, granted: bool, reason: str = "") -> Answer:
+        """Decide on one who waits.
+
+        Args:
+            identity: Who.
+            granted: Whether it may join.
+            reason: Why not.
+
+        Raises:
+            NotFound: Nobody of that name waits.
+            ConfigurationError: The files cannot be written.
+        """
+        waiting = self._book.waiting.get(identity)
+        token = self._book.tokens.get(waiting.token) if waiting is not None else None
+        if waiting is None or token is None:
+            raise NotFound(f"no {identity!r} waits to be enrolled", identity=identity)
+        request: EnrollRequest = decode(EnrollRequest, waiting.request.encode())
+        left = {name: one for name, one in self._book.waiting.items() if name != identity}
+        if granted:
+            try:
+                answer = self._grant(waiting.token, token, request)
+            except ConfigurationError:
+                raise
+            except FoamError as error:
+                answer = self._refusal(waiting.token, request, error)
+        else:
+            denial = AccessDenied(reason or "the operator refused it")
+            answer = self._refusal(waiting.token, request, denial)
+        self._book.write(waiting=left)
+        return self._finished(answer, bytes.fromhex(token.proof_key))
+
+    def revoke(self, identity: str) -> None:
+        """Throw a member out: no password, no certificate, no passport of it counts any more.
+
+        Raises:
+            NotFound: It is not known.
+            ConfigurationError: The files cannot be written.
+        """
+        self._credentials.remove(identity)
+        asked = {name: at for name, at in self._book.asked.items() if name != identity}
+        self._book.write(revoked={**self._book.revoked, identity: self._clock()}, asked=asked)
+
+    @property
+    def revoked(self) -> Mapping[str, int]:
+        """Identities and when they were revoked, UTC milliseconds: older passports are void."""
+        return self._book.revoked
+
+    # ---- one request
+
+    def _check_request(self, request: EnrollRequest, payload: bytes) -> None:
+        """Check what holds for newcomers and members alike."""
+        if request.site != self._site:
+            raise AccessDenied(f"this is site {self._site}, not {request.site}")
+        apart_ms = request.at - self._clock()
+        if abs(apart_ms) > CLOCK_SKEW_MS:
+            raise AccessDenied(
+                f"the clocks are {abs(apart_ms) // 1000} s apart: set the clock of {request.id}"
+            )
+        if request.public_key is not None:
+            verify(payload, request.public_key)
+
+    def _check_member(self, level: str, request: EnrollRequest, payload: bytes) -> None:
+        known = self._credentials.identities().get(level)
+        if known is None or not known.counts(self._clock()) or known.public_key is None:
+            raise AccessDenied(f"{level} is neither a token nor a member with a key")
+        verify(payload, known.public_key)
+        if (request.id, request.role) != (level, known.role.value):
+            raise AccessDenied(f"{level} may renew its own papers only")
+
+    def _join(self, level: str, token: Token, request: EnrollRequest, payload: bytes) -> Answer:
+        if not token.uses:
+            raise AccessDenied("the token is used up: ask for a new one")
+        if self._clock() >= token.expires_at:
+            raise AccessDenied("the token has run out: ask for a new one")
+        if request.role != token.role.value:
+            raise AccessDenied(f"the token is for a {token.role.value}, not a {request.role}")
+        if token.names and request.id not in token.names:
+            raise AccessDenied(f"the token is not for {request.id}")
+        if not token.approve:
+            return self._grant(level, token, request)
+        self._check_name(token, request)
+        if request.id in self._book.waiting:
+            raise Conflict(f"somebody who wants to be {request.id} waits already")
+        if len(self._book.waiting) >= _WAITING:
+            raise Overloaded("too many wait for an operator", retry_after_ms=60_000)
+        self._certify(request, token.role)  # what cannot be granted need not wait
+        one = Waiting(token=level, request=payload.decode(), asked_at=self._clock())
+        self._book.write(waiting={**self._book.waiting, request.id: one})
+        reply = self._office.reply(request, "pending", reason="an operator has to approve it")
+        return Answer(level, reply, "pending", request.id)
+
+    def _check_name(self, token: Token, request: EnrollRequest) -> Credential | None:
+        known = self._credentials.identities().get(request.id)
+        if known is None:
+            return None
+        if known.role is Role.ENROLLEE or known.role is not token.role or not token.replace:
+            raise Conflict(
+                f"{request.id} exists already: choose another name, or make a token with "
+                f"--replace for {request.id}"
+            )
+        return known
+
+    def _certify(self, request: EnrollRequest, role: Role) -> Certificate | None:
+        """Certify a newcomer, or make sure that a password can reach it."""
+        certificate = self._office.certify(request, role)
+        if certificate is None:
+            if request.seal_key is None:
+                raise ProtocolError("without a csr a seal_key is needed, to seal the password to")
+            seal({}, request.seal_key, nonce=request.nonce)
+        return certificate
+
+    def _grant(self, level: str, token: Token, request: EnrollRequest) -> Answer:
+        known = self._check_name(token, request)
+        certificate = self._certify(request, token.role)
+        if known is not None:
+            self._credentials.remove(request.id)
+        password = self._credentials.add(
+            request.id,
+            token.role,
+            public_key=request.public_key,
+            attested=token.attested,
+            serial=certificate.serial if certificate is not None else None,
+        )
+        left = token.model_copy(update={"uses": token.uses - 1})
+        revoked = {name: at for name, at in self._book.revoked.items() if name != request.id}
+        if known is not None:
+            revoked[request.id] = self._clock()
+        self._book.write(tokens={**self._book.tokens, level: left}, revoked=revoked)
+        sealed = None
+        if password and request.seal_key is not None:
+            sealed = seal({"password": password}, request.seal_key, nonce=request.nonce)
+        reply = self._office.granted(request, token.role, token.attested, certificate, sealed)
+        return Answer(level, reply, "granted", request.id, f"token {level} of {token.created_by}")
+
+    def _renew(self, level: str, request: EnrollRequest) -> Answer:
+        known = self._credentials.identities()[level]
+        if request.public_key != known.public_key:
+            raise AccessDenied(f"{level} has another key on record: enroll anew to change it")
+        if request.at <= self._book.asked.get(level, 0):
+            raise AccessDenied("this was asked before: a later request was answered already")
+        certificate = self._office.certify(request, known.role)
+        self._book.write(asked={**self._book.asked, level: request.at})
+        if certificate is not None:
+            # The one before stays good until the next renewal: the new one may not arrive.
+            self._credentials.update(level, serials=(certificate.serial, *known.serials[:1]))
+        reply = self._office.granted(request, known.role, known.attested, certificate, None)
+        return Answer(level, reply, "renewed", level)
+
+    def _refusal(self, level: str, request: EnrollRequest, error: FoamError) -> Answer:
+        reply = self._office.reply(
+            request, "refused", reason=error.message, retryable=error.retryable
+        )
+        return Answer(level, reply, "refused", request.id, error.message)
+
+    def _finished(self, answer: Answer, proof_key: bytes | None) -> Answer:
+        if answer.reply is None:
+            return answer
+        proven = prove(answer.reply, proof_key) if proof_key is not None else answer.reply
+        return Answer(
+            answer.level,
+            sign(proven, self._key),
+            answer.happened,
+            answer.identity,
+            answer.reason,
+        )
+
+    # ---- the file
+
+    def _drop_old(self) -> None:
+        now = self._clock()
+        waited_on = {one.token for one in self._book.waiting.values()}
+        self._drop_tokens(
+            {
+                name
+                for name, token in self._book.tokens.items()
+                if now >= token.expires_at or (not token.uses and name not in waited_on)
+            }
+        )
+
+    def _drop_tokens(self, names: set[str]) -> None:
+        if not names:
+            return
+        for name in names & self._credentials.identities().keys():
+            self._credentials.remove(name)
+        self._book.write(
+            tokens={name: one for name, one in self._book.tokens.items() if name not in names},
+            waiting={
+                name: one for name, one in self._book.waiting.items() if one.token not in names
+            },
+        )
