@@ -123,6 +123,24 @@ class SigningKey:
         return base64.b64encode(self._private.sign(data)).decode()
 
 
+def verify_bytes(data: bytes, signature: str, public: str) -> None:
+    """Check a signature of raw bytes.
+
+    Args:
+        data: What was signed.
+        signature: Base64, as ``SigningKey.sign_bytes`` returned it.
+        public: Public key, base64 of 32 raw bytes.
+
+    Raises:
+        BadSignature: It is not one of this key over these bytes.
+    """
+    try:
+        key = Ed25519PublicKey.from_public_bytes(base64.b64decode(public, validate=True))
+        key.verify(base64.b64decode(signature, validate=True), data)
+    except (InvalidSignature, binascii.Error, ValueError) as exc:
+        raise BadSignature("signature does not fit the data and the sender's key") from exc
+
+
 def sign(message: Signed, key: SigningKey) -> Signed:
     """Return a copy of ``message`` with its ``signature`` set."""
     return message.model_copy(update={"signature": key.sign_bytes(canonical_bytes(message))})
@@ -148,7 +166,7 @@ def verify(message: bytes | BaseModel, public: str) -> None:
     if not isinstance(signature, str):
         raise BadSignature("message is not signed")
     try:
-        key = Ed25519PublicKey.from_public_bytes(base64.b64decode(public, validate=True))
-        key.verify(base64.b64decode(signature, validate=True), canonical_bytes(fields))
-    except (InvalidSignature, binascii.Error, ValueError, rfc8785.CanonicalizationError) as exc:
-        raise BadSignature("signature does not fit the message and the sender's key") from exc
+        covered = canonical_bytes(fields)
+    except (ValueError, rfc8785.CanonicalizationError) as exc:
+        raise BadSignature("message has no canonical form, so that nobody can sign it") from exc
+    verify_bytes(covered, signature, public)
