@@ -1,7 +1,7 @@
 """Verbs of the registry's admin topic: ``claims``, ``history``, ``stats``, ``forget``."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -38,6 +38,7 @@ class RegistryAdmin:
         counts: counters of the service.
         registry_id: source of the answers.
         clock: UTC milliseconds.
+        more: verbs of others, which are told who asks.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class RegistryAdmin:
         counts: Counter[str],
         registry_id: str,
         clock: Callable[[], int],
+        more: Mapping[str, Callable[[dict[str, Any], str], Awaitable[Any]]] | None = None,
     ) -> None:
         self._session = session
         self._topics = topics
@@ -64,6 +66,7 @@ class RegistryAdmin:
             "history": self._history,
             "stats": self._stats,
         }
+        self._more = dict(more or {})
 
     async def answer(self, message: Message) -> None:
         """Answer a request on ``reply/{client}/{id}/{registry}``; without an id, drop it."""
@@ -83,23 +86,28 @@ class RegistryAdmin:
             else:
                 self._say(client, ErrorEvent.from_error(exc, task=task, at=self._clock()))
             return
-        self._say(client, await self._ask(request))
+        self._say(client, await self._ask(request, client))
 
     def _refuse_silently(self, message: Message, error: ProtocolError) -> None:
         self._counts["bad_requests"] += 1
         _log.warning("registry.bad_request", topic=message.topic, error=error.message)
 
-    async def _ask(self, request: AdminRequest) -> Result | ErrorEvent:
+    async def _ask(self, request: AdminRequest, client: str) -> Result | ErrorEvent:
         now = self._clock()
         try:
-            verb = self._verbs.get(request.verb)
-            if verb is None:
-                known = ", ".join(sorted(self._verbs))
-                raise InvalidTask(f"unknown verb {request.verb!r}: this registry knows {known}")
-            output = await verb(request.args)
+            output = await self._answer(request, client)
         except FoamError as exc:
             return ErrorEvent.from_error(exc, task=request.id, at=now)
         return Result(task=request.id, at=now, seq=0, output=output, node=self._id)
+
+    async def _answer(self, request: AdminRequest, client: str) -> Any:
+        verb, other = self._verbs.get(request.verb), self._more.get(request.verb)
+        if verb is not None:
+            return await verb(request.args)
+        if other is not None:
+            return await other(request.args, client)
+        known = ", ".join(sorted({*self._verbs, *self._more}))
+        raise InvalidTask(f"unknown verb {request.verb!r}: this registry knows {known}")
 
     def _say(self, client: str, event: Result | ErrorEvent) -> None:
         topic = self._topics.build(TopicKind.REPLY, client=client, task=event.task, source=self._id)

@@ -1,9 +1,11 @@
 """Enrollment: join tokens, signing requests, approval, renewal, revocation.
 
-``desk`` decides, ``papers`` writes certificates and passports, ``book`` remembers.
+``service`` is on the wire, ``desk`` decides, ``papers`` writes certificates and passports, and
+``book`` remembers.
 """
 
 from registry.enrollment.book import Token, Waiting
 from registry.enrollment.desk import Answer, EnrollmentDesk
+from registry.enrollment.service import EnrollmentService
 
-__all__ = ["Answer", "EnrollmentDesk", "Token", "Waiting"]
+__all__ = ["Answer", "EnrollmentDesk", "EnrollmentService", "Token", "Waiting"]
