@@ -7,6 +7,7 @@
       credentials.json       0600  who may log on, hashed (broker.access.credentials)
       identities/<id>.json   0600  one identity: role, username, password, broker, site
       identities/<id>.key    0600  its Ed25519 signing key (nodes, routers and the registry)
+      identities/<id>.tls.*  0600  its TLS key and certificate, and whom it trusts (if enrolled)
       broker/                      the broker's own files
       registry.sqlite  router.sqlite
       logs/<process>.log
@@ -30,6 +31,7 @@ from broker.access.policy import Role
 from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.errors import ConfigurationError, Conflict, NotFound
 from capability_schemas.ids import Identifier, check_identifier
+from capability_schemas.passport import Passport
 from capability_schemas.signing import SigningKey
 from capability_schemas.wire import first_problem
 
@@ -68,6 +70,10 @@ class Identity(_Stored):
         broker: Broker URL it was made for; None means the mesh of the folder.
         site: Site it was made for; likewise.
         attested: Zones, grants and classes of data it was given when it was made.
+        tls: Whether TLS key, certificate and authorities stand beside the identity file.
+        passport: What the registry vouches for; shown to those who check its signatures.
+        registries: Public keys of the site's registries by id.
+        renew_at: When to ask for new papers, UTC milliseconds.
     """
 
     id: Identifier
@@ -78,6 +84,10 @@ class Identity(_Stored):
     broker: str | None = None
     site: Identifier | None = None
     attested: CapabilityPolicy | None = None
+    tls: bool = False
+    passport: Passport | None = None
+    registries: dict[Identifier, str] = {}
+    renew_at: int | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -1,0 +1,313 @@
+"""Joining a mesh from the newcomer's side: keys made here, papers asked for over MQTT.
+
+Nothing secret leaves this machine: the private keys are made and stay here, of the join token only
+a derived password (over TLS) and proofs. Nothing the other side says is believed before it has
+shown that it knows the token too.
+"""
+
+import asyncio
+import contextlib
+import platform
+import ssl
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import structlog
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from broker.access.authority import make_key_and_request
+from broker.access.credentials import write_private
+from broker.access.policy import Role
+from broker.session.base import Message
+from broker.session.mqtt import MqttSession
+from broker.session.settings import BrokerUrl, SessionSettings, TlsSettings
+from capability_schemas.enrollment import (
+    ENROLL_LIMIT_BYTES,
+    EnrollReply,
+    EnrollRequest,
+    JoinToken,
+    SealKey,
+    check_proof,
+    prove,
+)
+from capability_schemas.errors import (
+    AccessDenied,
+    BadSignature,
+    ConfigurationError,
+    ProtocolError,
+    Unavailable,
+)
+from capability_schemas.ids import check_identifier, new_uuid7, now_ms
+from capability_schemas.signing import SigningKey, sign, verify
+from capability_schemas.topics import TopicKind, Topics
+from capability_schemas.wire import decode, encode
+from foam.mesh import Identity
+
+__all__ = ["Papers", "enroll", "store_papers", "tls_files"]
+
+_ASK_AGAIN_S: Final = 5.0
+_CONNECT_S: Final = 10.0
+SIGNING_ROLES: Final = frozenset({Role.NODE, Role.ROUTER, Role.ADMIN})
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Papers:
+    """What a newcomer has in the end; ``repr`` shows no secret.
+
+    Attributes:
+        reply: The grant.
+        password: Its password, where it got one.
+        signing_key: Its Ed25519 key, where its role signs.
+        tls_key: Its TLS key, PEM, where it got a certificate.
+    """
+
+    reply: EnrollReply
+    password: str | None
+    signing_key: SigningKey | None
+    tls_key: str | None
+
+    def __repr__(self) -> str:
+        """Show whose papers these are."""
+        return f"Papers(id={self.reply.id!r}, role={self.reply.role!r})"
+
+
+async def enroll(
+    *,
+    url: str,
+    token: JoinToken,
+    identity: str,
+    role: Role,
+    site: str,
+    timeout_s: float,
+    certificate: bool = True,
+    waiting: Callable[[str], None] = lambda _: None,
+    clock: Callable[[], int] = now_ms,
+) -> Papers:
+    """Ask for papers and wait for the decision.
+
+    Args:
+        url: Broker, ``mqtts://host:port`` (``mqtt://`` on loopback only, unless the token says
+            that the site has no TLS).
+        token: Join token.
+        identity: Name wanted.
+        role: Role wanted.
+        site: Site to join.
+        timeout_s: How long to wait, an operator's decision included.
+        certificate: Whether a certificate is wanted rather than a password.
+        waiting: Told why it takes longer.
+        clock: UTC milliseconds.
+
+    Raises:
+        AccessDenied: The token is not (or no longer) good, or the request was refused; the message
+            is the registry's.
+        BrokerUnavailable: The broker cannot be reached, or is not the one of the token.
+        Unavailable: No decision in time.
+        ConfigurationError: The broker would see the join password in clear.
+    """
+    check_identifier(identity, "identity")
+    address = BrokerUrl.parse(url)
+    if token.authority and not address.tls:
+        raise ConfigurationError(
+            f"this token is for a broker with TLS: use mqtts:// instead of {address}"
+        )
+    key = SigningKey.generate() if role in SIGNING_ROLES else None
+    tls_key, csr = make_key_and_request(identity) if certificate else (None, None)
+    sealing = SealKey()
+    request = EnrollRequest(
+        nonce=new_uuid7(),
+        id=identity,
+        role=role.value,
+        site=site,
+        at=clock(),
+        public_key=key.public if key is not None else None,
+        csr=csr,
+        seal_key=sealing.public,
+        facts=_facts(),
+    )
+    request = prove(request, token.proof_key)
+    if key is not None:
+        request = sign(request, key)
+    with TemporaryDirectory(prefix="foam-enroll-") as folder:
+        tls = TlsSettings()
+        if token.authority:
+            trusted = Path(folder) / "authority.pem"
+            trusted.write_text(ssl.DER_cert_to_PEM_cert(token.authority))
+            tls = TlsSettings(ca_file=trusted)
+        session = MqttSession(
+            settings=SessionSettings(
+                urls=(str(address),),
+                client_id=f"{token.id}-{request.nonce}",
+                username=token.id,
+                password=token.password,
+                tls=tls,
+            )
+        )
+        reply = await _ask(session, Topics(site=site), token, request, timeout_s, waiting)
+    return _checked(reply, request, key, tls_key, sealing)
+
+
+async def _ask(
+    session: MqttSession,
+    topics: Topics,
+    token: JoinToken,
+    request: EnrollRequest,
+    timeout_s: float,
+    waiting: Callable[[str], None],
+) -> EnrollReply:
+    """Publish the request until there is a decision; the same request is answered once."""
+    decided: asyncio.Future[EnrollReply] = asyncio.get_running_loop().create_future()
+
+    async def on_reply(message: Message) -> None:
+        try:
+            reply: EnrollReply = decode(
+                EnrollReply, message.payload, limit_bytes=ENROLL_LIMIT_BYTES
+            )
+            if reply.nonce != request.nonce:
+                return  # to another newcomer with the same token
+            check_proof(message.payload, token.proof_key)
+        except ProtocolError as error:
+            _log.warning("enrollment.reply_ignored", error=error.message)
+            return
+        if reply.status == "pending":
+            waiting(reply.reason)
+        elif not decided.done():
+            decided.set_result(reply)
+
+    payload = encode(request)
+    topic = topics.build(TopicKind.ENROLL, request=token.id)
+    try:
+        async with asyncio.timeout(timeout_s), session:
+            await session.wait_connected(min(timeout_s, _CONNECT_S))
+            await session.subscribe(
+                topics.build(TopicKind.ENROLL_REPLY, request=token.id), on_reply
+            )
+            while True:
+                session.post(topic, payload)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_ASK_AGAIN_S):
+                        return await asyncio.shield(decided)
+    except AccessDenied as error:
+        raise AccessDenied(
+            "the broker does not know the join token: it has run out, was revoked, or is of "
+            "another site; ask for a new one"
+        ) from error
+    except TimeoutError as error:
+        raise Unavailable(
+            f"no decision within {timeout_s:.0f} s: is the registry running, and did an operator "
+            "approve it? (foam admin enrollments)"
+        ) from error
+
+
+def _checked(
+    reply: EnrollReply,
+    request: EnrollRequest,
+    key: SigningKey | None,
+    tls_key: str | None,
+    sealing: SealKey,
+) -> Papers:
+    """Make sure that the grant is what was asked for, and fits our keys."""
+    if reply.status == "refused":
+        raise AccessDenied(f"the registry refused: {reply.reason}", retryable=reply.retryable)
+    if (reply.id, reply.role, reply.site) != (request.id, request.role, request.site):
+        raise BadSignature("the grant is for somebody else")
+    password = None
+    if reply.sealed is not None:
+        password = str(sealing.open(reply.sealed, nonce=request.nonce).get("password", "")) or None
+    if (reply.certificate is None) == (password is None):
+        raise BadSignature("the grant holds neither a certificate nor a password, or both")
+    if reply.certificate is not None:
+        _check_certificate(reply.certificate, tls_key, request.id)
+    if key is not None:
+        passport = reply.passport
+        if passport is None or passport.public_key != key.public:
+            raise BadSignature("the grant holds no passport for our key")
+        verify(passport, reply.registries.get(passport.registry, ""))
+    return Papers(reply, password, key, tls_key if reply.certificate is not None else None)
+
+
+def _check_certificate(pem: str, tls_key: str | None, identity: str) -> None:
+    try:
+        certificate = x509.load_pem_x509_certificate(pem.encode())
+        own = serialization.load_pem_private_key((tls_key or "").encode(), password=None)
+    except ValueError as error:
+        raise BadSignature(f"the certificate cannot be read: {error}") from error
+    names = [str(part.value) for part in certificate.subject]
+    if certificate.public_key() != own.public_key() or names != [identity]:
+        raise BadSignature("the certificate is not for our key and name")
+
+
+def _facts() -> dict[str, str]:
+    """What an operator would like to know who decides."""
+    return {"host": platform.node()[:256], "system": f"{platform.system()} {platform.machine()}"}
+
+
+def tls_files(folder: Path, identity: str) -> TlsSettings:
+    """Return where the TLS files of an enrolled member are."""
+    return TlsSettings(
+        ca_file=folder / f"{identity}.tls.ca",
+        cert_file=folder / f"{identity}.tls.crt",
+        key_file=folder / f"{identity}.tls.key",
+    )
+
+
+def store_papers(papers: Papers, folder: Path) -> Path:
+    """Write an identity with its keys, each file readable by its owner only.
+
+    Args:
+        papers: What was granted.
+        folder: Where to; made when it is missing.
+
+    Returns:
+        The identity file, written last: what it names is there.
+
+    Raises:
+        ConfigurationError: A file cannot be written, or such an identity is there already.
+    """
+    reply = papers.reply
+    identity = str(reply.id)
+    path = folder / f"{identity}.json"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.exists():
+            raise ConfigurationError(
+                f"{path} exists: remove it to join anew, or name another folder"
+            )
+        if papers.signing_key is not None:
+            with contextlib.suppress(FileNotFoundError):
+                (folder / f"{identity}.key").unlink()  # of an enrollment that was cut off
+            papers.signing_key.save(folder / f"{identity}.key")
+        for name, text in _tls_texts(papers).items():
+            write_private(folder / f"{identity}.{name}", text)
+        made = Identity.model_validate(
+            {
+                "id": identity,
+                "role": reply.role,
+                "username": identity,
+                "password": papers.password,
+                "signing_key": f"{identity}.key" if papers.signing_key is not None else None,
+                "broker": reply.brokers[0] if reply.brokers else None,
+                "site": reply.site,
+                "attested": reply.passport.attested if reply.passport is not None else None,
+                "tls": bool(papers.tls_key or reply.authority),
+                "passport": reply.passport,
+                "registries": reply.registries,
+                "renew_at": reply.renew_at,
+            }
+        )
+        write_private(path, made.model_dump_json(indent=1, exclude_none=True) + "\n")
+    except OSError as error:
+        raise ConfigurationError(
+            f"{folder} cannot be written: {error.strerror or error}"
+        ) from error
+    return path
+
+
+def _tls_texts(papers: Papers) -> Mapping[str, Any]:
+    reply = papers.reply
+    found = {"tls.ca": reply.authority, "tls.crt": reply.certificate, "tls.key": papers.tls_key}
+    return {name: text for name, text in found.items() if text is not None}
