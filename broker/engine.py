@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from broker import guard
 from broker.access.credentials import CredentialStore
+from broker.tls import TlsListener
 from capability_schemas.errors import BrokerUnavailable, ConfigurationError
 from capability_schemas.topics import Topics
 
@@ -49,6 +50,7 @@ class EngineSettings(BaseModel):
         session_expiry_s: How long a client that is away keeps its session, seconds.
         connect_timeout_s: How long a connection may take to send its CONNECT, seconds; embedded
             broker only, others have limits of their own.
+        tls: A second listener, with TLS; the first one is for this machine alone then.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +63,7 @@ class EngineSettings(BaseModel):
     queue_limit: int = Field(default=20_000, ge=1)
     session_expiry_s: int = Field(default=24 * 3600, ge=1)
     connect_timeout_s: float = Field(default=5.0, gt=0)
+    tls: TlsListener | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,6 +298,7 @@ class ChildEngine:
         self.credentials = credentials
         self.topics = topics
         self._port = 0
+        self._tls_port = 0
         self._child = BrokerProcess(name=self.name, log_path=settings.data_dir / f"{self.name}.log")
 
     @property
@@ -313,6 +317,11 @@ class ChildEngine:
     def port(self) -> int:
         """TCP port of the running broker, 0 before."""
         return self._port
+
+    @property
+    def tls_port(self) -> int:
+        """TCP port of the listener with TLS, 0 where there is none."""
+        return self._tls_port
 
     @property
     def pid(self) -> int:

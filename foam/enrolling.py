@@ -24,7 +24,8 @@ from broker.access.credentials import write_private
 from broker.access.policy import Role
 from broker.session.base import Message
 from broker.session.mqtt import MqttSession
-from broker.session.settings import BrokerUrl, SessionSettings, TlsSettings
+from broker.session.settings import BrokerUrl, SessionSettings
+from broker.tls import TlsSettings
 from capability_schemas.enrollment import (
     ENROLL_LIMIT_BYTES,
     EnrollReply,

@@ -1,8 +1,8 @@
 """``python -m broker.embedded``: the broker as a child of ``EmbeddedBroker``.
 
 Reads one line of JSON (``ServerOrder``) from standard input, answers with one line on standard
-output, ``{"port": N}`` or ``{"error": "..."}``, and serves until SIGTERM, or until standard input
-ends because the parent is gone. SIGHUP reads the credentials again.
+output, ``{"port": N, "tls_port": M}`` or ``{"error": "..."}``, and serves until SIGTERM, or until
+standard input ends because the parent is gone. SIGHUP reads credentials and certificates again.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ def _answer(**fields: Any) -> None:
 
 async def _serve(order: ServerOrder) -> None:
     async with EmbeddedServer(order=order) as server:
-        _answer(port=server.port)
+        _answer(port=server.port, tls_port=server.tls_port)
         await run_until_signal(server, parent_fd=sys.stdin.fileno())
 
 

@@ -53,6 +53,7 @@ class EmbeddedBroker(ChildEngine):
         answer = json.loads(line) if line else {"error": self._child.last_words()}
         if "port" not in answer:
             raise ConfigurationError(f"the embedded broker did not start: {answer['error']}")
+        self._tls_port = int(answer["tls_port"])
         return int(answer["port"])
 
     def _write_access(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from typing import Final
@@ -10,10 +11,17 @@ import structlog
 
 from broker.access.credentials import Credential, CredentialStore, VerifiedCache
 from broker.access.policy import AccessPolicy, Action
+from broker.tls import PeerCertificate
+from capability_schemas.ids import now_ms
 
 _log = structlog.get_logger(__name__)
 
 _ANSWERS_LIMIT: Final = 32_768
+_FREE_TRIES: Final = 5
+_FIRST_PAUSE_MS: Final = 500
+_MOST_DOUBLINGS: Final = 7  # a minute
+_FORGIVEN_MS: Final = 10 * 60_000
+_ADDRESSES: Final = 10_000
 
 
 class Admission(IntEnum):
@@ -23,6 +31,38 @@ class Admission(IntEnum):
     IDENTIFIER_REJECTED = 2
     UNAVAILABLE = 3
     NOT_AUTHORIZED = 5
+
+
+class Patience:
+    """How much guessing an address is allowed: each wrong password in a row doubles its pause.
+
+    Args:
+        clock: UTC milliseconds.
+    """
+
+    def __init__(self, clock: Callable[[], int]) -> None:
+        self._clock = clock
+        self._wrong: OrderedDict[str, tuple[int, int]] = OrderedDict()
+
+    def is_out(self, address: str) -> bool:
+        """Whether an address has to wait before it may try again."""
+        _, until = self._wrong.get(address, (0, 0))
+        return self._clock() < until
+
+    def wrong(self, address: str) -> None:
+        """Count a wrong password; the first few cost nothing."""
+        now = self._clock()
+        count, until = self._wrong.pop(address, (0, 0))
+        if now - until > _FORGIVEN_MS:
+            count = 0
+        count += 1
+        excess = min(count - _FREE_TRIES, _MOST_DOUBLINGS)
+        pause_ms = _FIRST_PAUSE_MS * 2**excess if excess >= 0 else 0
+        self._wrong[address] = (count, now + pause_ms)
+        if len(self._wrong) > _ADDRESSES:
+            self._wrong.popitem(last=False)
+        if excess >= 0:
+            _log.warning("password.guessing", address=address, wrong=count, pause_ms=pause_ms)
 
 
 class Gate:
@@ -37,44 +77,85 @@ class Gate:
     Args:
         credentials: Who exists.
         policy: What each role may.
+        clock: UTC milliseconds.
     """
 
-    def __init__(self, *, credentials: CredentialStore, policy: AccessPolicy) -> None:
+    def __init__(
+        self,
+        *,
+        credentials: CredentialStore,
+        policy: AccessPolicy,
+        clock: Callable[[], int] = now_ms,
+    ) -> None:
         self._credentials = credentials
         self._policy = policy
+        self._clock = clock
+        self._patience = Patience(clock)
         self._known = credentials.identities()
         self._verified = VerifiedCache()
         self._answers: OrderedDict[tuple[str, Action, str], bool] = OrderedDict()
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="foam-password")
 
-    async def admit(self, identity: str | None, password: str | None, client_id: str) -> Admission:
+    async def admit(
+        self,
+        identity: str | None,
+        password: str | None,
+        client_id: str,
+        *,
+        certificate: PeerCertificate | None = None,
+        address: str = "",
+    ) -> Admission:
         """Decide on a CONNECT; cancellation is safe.
+
+        A certificate decides alone: beside one that does not count no password helps.
 
         Args:
             identity: Its username, if any.
             password: Its password, if any.
             client_id: Its client id.
+            certificate: What its certificate says, if it has shown one; its chain is checked.
+            address: Where it comes from; wrong passwords are counted by it.
 
         Returns:
-            ``NOT_AUTHORIZED`` without a right password, ``IDENTIFIER_REJECTED`` for a client id
-            that belongs to another identity.
+            ``NOT_AUTHORIZED`` without a right password or certificate, or while its address has
+            been wrong too often; ``IDENTIFIER_REJECTED`` for a client id that belongs to another
+            identity.
         """
-        if identity is None or password is None:
+        if certificate is not None:
+            found = self._certified(identity, certificate)
+        elif identity is not None and password is not None:
+            found = await self._authenticated(identity, password, address)
+        else:
             return Admission.NOT_AUTHORIZED
-        found = self._known.get(identity)
-        if found is None or not self._verified.knows(identity, found, password):
-            found = await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._credentials.verify, identity, password
-            )
-            if found is not None:
-                self._verified.remember(identity, found, password)
-        if found is None or found.disabled or self._known.get(identity) != found:
+        if identity is None or found is None or self._known.get(identity) != found:
             return Admission.NOT_AUTHORIZED
         if client_id != identity:
             owner = self._known.get(client_id)
             if found.role.binds_client_id or (owner is not None and owner.role.binds_client_id):
                 return Admission.IDENTIFIER_REJECTED
         return Admission.ACCEPTED
+
+    def _certified(self, identity: str | None, certificate: PeerCertificate) -> Credential | None:
+        found = self._known.get(certificate.identity)
+        if identity != certificate.identity or found is None:
+            return None
+        known = certificate.serial in found.serials and found.counts(self._clock())
+        return found if known else None
+
+    async def _authenticated(self, identity: str, password: str, address: str) -> Credential | None:
+        found = self._known.get(identity)
+        if found is not None and self._verified.knows(identity, found, password):
+            return found if found.counts(self._clock()) else None
+        if self._patience.is_out(address):
+            return None
+        found = await asyncio.get_running_loop().run_in_executor(
+            self._threads, self._credentials.verify, identity, password
+        )
+        if found is None:
+            self._patience.wrong(address)
+        else:
+            self._verified.remember(identity, found, password)
+        return found
 
     def may(self, identity: str, action: Action, topic: str) -> bool:
         """Tell whether an identity may do something now.
@@ -103,8 +184,8 @@ class Gate:
         """Read the credentials again; cancellation is safe.
 
         Returns:
-            Identities whose connections must end: removed, disabled, or of another role or
-            password.
+            Identities whose connections must end: removed, disabled, or of another role,
+            password or certificate.
 
         Raises:
             ConfigurationError: The file cannot be read; the old rules stay.
@@ -116,7 +197,7 @@ class Gate:
         gone = frozenset(
             identity
             for identity, credential in before.items()
-            if _access(credential) != _access(self._known.get(identity))
+            if _is_gone(credential, self._known.get(identity))
         )
         _log.info("access.reloaded", identities=len(self._known), revoked=len(gone))
         return gone
@@ -126,7 +207,13 @@ class Gate:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _access(credential: Credential | None) -> tuple[object, ...] | None:
-    if credential is None or credential.disabled:
-        return None
-    return (credential.role, credential.argon2)
+def _is_gone(before: Credential, after: Credential | None) -> bool:
+    """Whether connections that the credential let in have to end."""
+    if before.disabled:
+        return False
+    if after is None or after.disabled:
+        return True
+    if (before.role, before.argon2) != (after.role, after.argon2):
+        return True
+    # A renewal keeps the certificate before it; with none in common it is another enrollment.
+    return bool(before.serials) and not set(before.serials) & set(after.serials)

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any, Final
 
 import structlog
-from amqtt.broker import Broker
+from amqtt.broker import Broker, Server
 from amqtt.errors import AMQTTError, MQTTError, NoDataError
 from amqtt.mqtt.connack import ConnackPacket
 from amqtt.session import Session
@@ -23,6 +23,7 @@ from broker.embedded.outbox import Outbox, Publication
 from broker.embedded.routing import SubscriptionTree
 from broker.embedded.stream import ClientReader, ClientWriter
 from broker.engine import EngineSettings
+from broker.tls import PeerCertificate, TlsListener, peer_certificate, server_context
 from capability_schemas.errors import ConfigurationError, InvalidTopic
 from capability_schemas.topics import matches
 
@@ -37,6 +38,7 @@ _SESSIONS_PER_IDENTITY: Final = 64
 _OUTBOX_LIMIT_BYTES: Final = 64 * 1024 * 1024
 _REFUSED_FILTER: Final = 0x80
 _LISTENER: Final = "default"
+_TLS_LISTENER: Final = "tls"
 _DROPS_BETWEEN_REPORTS: Final = 1000
 
 
@@ -76,6 +78,42 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
     def port(self) -> int:
         """TCP port it listens on."""
         return int(self._servers[_LISTENER].instance.sockets[0].getsockname()[1])
+
+    @property
+    def tls_port(self) -> int:
+        """TCP port it listens on with TLS, 0 without."""
+        server = self._servers.get(_TLS_LISTENER)
+        return int(server.instance.sockets[0].getsockname()[1]) if server is not None else 0
+
+    async def _start_listeners(self) -> None:
+        """Listen, with TLS too where that is wanted; stock leaves handshakes a minute."""
+        await super()._start_listeners()
+        if self.settings.tls is not None:
+            await self._listen_tls(self.settings.tls, self.settings.tls.port)
+
+    async def _listen_tls(self, listener: TlsListener, port: int) -> None:
+        instance = await asyncio.start_server(
+            partial(self.stream_connected, listener_name=_TLS_LISTENER),
+            listener.host,
+            port,
+            ssl=server_context(listener),
+            ssl_handshake_timeout=self.settings.connect_timeout_s,
+        )
+        self._servers[_TLS_LISTENER] = Server(_TLS_LISTENER, instance)
+
+    async def renew_tls(self) -> None:
+        """Use the certificate files as they are now for whoever connects from now on.
+
+        Raises:
+            ConfigurationError: They do not fit; the old ones stay in use.
+        """
+        listener, server = self.settings.tls, self._servers.get(_TLS_LISTENER)
+        if listener is None or server is None:
+            return
+        server_context(listener)
+        port = self.tls_port
+        server.instance.close()  # the listening socket alone; connections live on
+        await self._listen_tls(listener, port)
 
     async def shutdown(self) -> None:
         """Cut every connection without sending wills, and stop listening."""
@@ -200,7 +238,10 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, listener_name: str
     ) -> None:
         """Wrap the socket in our own adapters; asyncio has set TCP_NODELAY on it."""
-        await self._client_connected(listener_name, ClientReader(reader), ClientWriter(writer))
+        certificate = peer_certificate(writer.get_extra_info("ssl_object"))
+        await self._client_connected(
+            listener_name, ClientReader(reader), ClientWriter(writer, certificate=certificate)
+        )
 
     async def _initialize_client_session(
         self,
@@ -219,7 +260,7 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
                 connection, session = await Connection.open(reader, writer, self.plugins_manager)
             async with asyncio.timeout(_ADMISSION_TIMEOUT_S):  # a storm waits for the hashing
                 connection.attach(session, reader, writer)
-                await self._admit(session, connection)
+                await self._admit(session, connection, writer.certificate, remote_address)
         except TimeoutError as exc:
             writer.abort()
             raise MQTTError("no CONNECT, or no decision on it, in time") from exc
@@ -229,13 +270,27 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
             raise
         return connection, session
 
-    async def _admit(self, session: Session, connection: Connection) -> None:
-        """Check the password, then everything else, then register; refusals are answered.
+    async def _admit(
+        self,
+        session: Session,
+        connection: Connection,
+        certificate: PeerCertificate | None,
+        address: str,
+    ) -> None:
+        """Check who it is, then everything else, then register; refusals are answered.
 
         Raises:
             MQTTError: It was refused.
         """
-        admission = await self._gate.admit(session.username, session.password, session.client_id)
+        if session.username is None and certificate is not None:
+            session.username = certificate.identity
+        admission = await self._gate.admit(
+            session.username,
+            session.password,
+            session.client_id,
+            certificate=certificate,
+            address=address,
+        )
         session.password = None
         if admission is Admission.ACCEPTED:
             admission = self._judge(session)

@@ -43,6 +43,11 @@ class EmbeddedServer(Service):
         """TCP port it listens on, 0 when it does not run."""
         return self._broker.port if self._broker is not None else 0
 
+    @property
+    def tls_port(self) -> int:
+        """TCP port it listens on with TLS, 0 without, or when it does not run."""
+        return self._broker.tls_port if self._broker is not None else 0
+
     async def _on_start(self) -> None:
         """Listen.
 
@@ -71,5 +76,6 @@ class EmbeddedServer(Service):
             self._reload_asked.clear()
             try:
                 await broker.revoke(await self._gate.reload())
+                await broker.renew_tls()
             except ConfigurationError as exc:  # the old rules stay until the file is mended
                 _log.error("access.reload_failed", reason=exc.message)

@@ -6,6 +6,7 @@ from typing import Final
 
 from amqtt.adapters import StreamReaderAdapter, StreamWriterAdapter
 
+from broker.tls import PeerCertificate
 from capability_schemas.errors import ProtocolError, TooLarge
 
 _CHUNK_BYTES: Final = 64 * 1024
@@ -72,10 +73,18 @@ class ClientReader(StreamReaderAdapter):  # type: ignore[misc]  # amqtt ships no
 
 
 class ClientWriter(StreamWriterAdapter):  # type: ignore[misc]  # amqtt ships no types
-    """Gathers the packets of one loop turn into one system call, and knows when to pause."""
+    """Gathers the packets of one loop turn into one system call, and knows when to pause.
 
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
+    Args:
+        writer: The socket's.
+        certificate: What the client's certificate says, if it has shown one.
+    """
+
+    def __init__(
+        self, writer: asyncio.StreamWriter, *, certificate: PeerCertificate | None = None
+    ) -> None:
         super().__init__(writer)
+        self.certificate = certificate
         self.is_closed = False
         self._sink = writer
         self._gathered: list[bytes] = []

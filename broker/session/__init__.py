@@ -15,7 +15,8 @@ the double from ``broker.session.memory``, so that a process loads only what it 
 """
 
 from broker.session.base import Message, Session, SessionStats, Subscription, Will
-from broker.session.settings import BrokerUrl, SessionSettings, TlsSettings
+from broker.session.settings import BrokerUrl, SessionSettings
+from broker.tls import TlsSettings
 
 __all__ = [
     "BrokerUrl",

@@ -40,7 +40,8 @@ from broker.session.base import Message, Will, WillFactory
 from broker.session.core import SessionCore
 from broker.session.link import LinkEvents
 from broker.session.outbox import Outgoing
-from broker.session.settings import BrokerUrl, SessionSettings, TlsSettings, Version
+from broker.session.settings import BrokerUrl, SessionSettings, Version
+from broker.tls import client_context, explain
 from capability_schemas.errors import (
     AccessDenied,
     BrokerUnavailable,
@@ -156,7 +157,7 @@ class MqttLink:
             raise self._refusal(error) from error
         except aiomqtt.MqttError as error:
             self._abandon()
-            raise BrokerUnavailable(f"{self._url}: {error}") from error
+            raise BrokerUnavailable(f"{self._url}: {explain(error) or error}") from error
         except BaseException:
             self._abandon()
             raise
@@ -470,21 +471,10 @@ class MqttSession(SessionCore):
         return {"clean_start": settings.clean, "properties": properties}
 
     async def _tls(self) -> ssl.SSLContext:
-        try:
-            return await asyncio.to_thread(_tls_context, self._settings.tls)
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigurationError(f"certificate files cannot be used: {error}") from error
+        return await asyncio.to_thread(client_context, self._settings.tls)
 
     def _broker_names(self) -> str:
         return ", ".join(str(url) for url in self._urls)
-
-
-def _tls_context(tls: TlsSettings) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=tls.ca_file)
-    context.check_hostname = tls.check_hostname
-    if tls.cert_file is not None:
-        context.load_cert_chain(tls.cert_file, tls.key_file)
-    return context
 
 
 def _value(code: object) -> int:

@@ -1,12 +1,12 @@
 """Settings of an MQTT session."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Final, Literal
 from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from broker.tls import TlsSettings
 from capability_schemas.errors import ConfigurationError
 
 DEFAULT_PORTS: Final = {"mqtt": 1883, "mqtts": 8883}
@@ -63,30 +63,6 @@ class BrokerUrl:
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
-
-
-class TlsSettings(BaseModel):
-    """How an ``mqtts://`` connection proves and checks identities.
-
-    Attributes:
-        ca_file: PEM file of the authorities to trust; the system's when omitted.
-        cert_file: Own certificate, PEM.
-        key_file: Its private key, PEM.
-        check_hostname: Whether the broker's certificate must name its host.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    ca_file: Path | None = None
-    cert_file: Path | None = None
-    key_file: Path | None = None
-    check_hostname: bool = True
-
-    @model_validator(mode="after")
-    def _pair(self) -> "TlsSettings":
-        if (self.cert_file is None) != (self.key_file is None):
-            raise ValueError("cert_file and key_file go together: give both or neither")
-        return self
 
 
 class SessionSettings(BaseModel):

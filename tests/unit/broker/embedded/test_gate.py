@@ -1,11 +1,14 @@
 """Admission and rights in the embedded broker."""
 
+import functools
+
 import pytest
 
 from broker.access import AccessPolicy, Action, CredentialStore, Role
 from broker.embedded import hardened
 from broker.embedded.gate import Admission, Gate
 from broker.engine import EngineSettings
+from broker.tls import PeerCertificate
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.topics import Topics
 
@@ -91,3 +94,86 @@ async def test_another_release_of_amqtt_is_refused(make_gate, monkeypatch, tmp_p
     monkeypatch.setattr(hardened, "version", lambda _: "0.13.0")
     with pytest.raises(ConfigurationError, match=r"0\.13\.0"):
         hardened.HardenedBroker(settings=EngineSettings(data_dir=tmp_path), gate=make_gate())
+
+
+EDGE = PeerCertificate("edge-1", "a1")
+
+
+async def test_a_certificate_lets_its_member_in(store, make_gate):
+    store.add("edge-1", Role.NODE, serial="a1")
+    gate = make_gate()
+    admit = functools.partial(gate.admit, certificate=EDGE)
+    assert await admit("edge-1", None, "edge-1") is Admission.ACCEPTED
+    assert await admit("edge-1", "whatever", "edge-1") is Admission.ACCEPTED
+    assert await admit("edge-1", None, "edge-2") is Admission.IDENTIFIER_REJECTED
+    assert await admit("edge-2", None, "edge-1") is Admission.NOT_AUTHORIZED
+    assert await admit(None, None, "edge-1") is Admission.NOT_AUTHORIZED
+
+
+async def test_a_certificate_that_does_not_count_spoils_a_right_password(store, make_gate):
+    password = store.add("pump-7", Role.DEVICE)
+    gate = make_gate()
+    stolen = PeerCertificate("pump-7", "b2")
+    assert await gate.admit("pump-7", password, "x") is Admission.ACCEPTED
+    assert await gate.admit("pump-7", password, "x", certificate=stolen) is Admission.NOT_AUTHORIZED
+
+
+async def test_renewal_keeps_connections_and_another_enrollment_ends_them(store, make_gate):
+    store.add("edge-1", Role.NODE, serial="a1")
+    gate = make_gate()
+    store.update("edge-1", serials=("b2", "a1"))
+    assert await gate.reload() == frozenset()
+    assert await gate.admit("edge-1", None, "edge-1", certificate=EDGE) is Admission.ACCEPTED
+    store.update("edge-1", serials=("c3", "b2"))
+    assert await gate.reload() == frozenset()
+    assert await gate.admit("edge-1", None, "edge-1", certificate=EDGE) is Admission.NOT_AUTHORIZED
+    store.update("edge-1", serials=("d4",))
+    assert await gate.reload() == {"edge-1"}
+
+
+async def test_guessing_costs_the_guesser_alone(store, monkeypatch):
+    now = [1_000_000]
+    password = store.add("pump-7", Role.DEVICE)
+    other = store.add("pump-8", Role.DEVICE)
+    hashed = []
+    verify = store.verify
+
+    def counting(identity, given):
+        hashed.append(identity)
+        return verify(identity, given)
+
+    monkeypatch.setattr(store, "verify", counting)
+    gate = Gate(credentials=store, policy=AccessPolicy(Topics()), clock=lambda: now[0])
+    try:
+        assert await gate.admit("pump-8", other, "y", address="10.0.0.9") is Admission.ACCEPTED
+        for number in range(1000):
+            guess = f"guess-{number}"
+            answer = await gate.admit("pump-7", guess, "x", address="10.0.0.9")
+            assert answer is Admission.NOT_AUTHORIZED
+        assert len(hashed) < 10  # the rest cost nothing
+        # Somebody else is let in, a known password too, and the guesser after its pause.
+        assert await gate.admit("pump-7", password, "x", address="10.0.0.8") is Admission.ACCEPTED
+        assert await gate.admit("pump-8", other, "y", address="10.0.0.9") is Admission.ACCEPTED
+        now[0] += 61_000
+        assert await gate.admit("pump-7", "wrong", "x", address="10.0.0.9") is not None
+        assert hashed[-1] == "pump-7"
+        before = len(hashed)
+        assert (
+            await gate.admit("pump-7", "wrong", "x", address="10.0.0.9") is Admission.NOT_AUTHORIZED
+        )
+        assert len(hashed) == before  # and the next pause is longer
+    finally:
+        gate.close()
+
+
+async def test_an_expired_login_is_refused(tmp_path):
+    now = [1_000]
+    store = CredentialStore(tmp_path / "credentials.json", clock=lambda: now[0])
+    store.add("join-1", Role.ENROLLEE, password="p" * 32, expires_at=2_000)
+    gate = Gate(credentials=store, policy=AccessPolicy(Topics()), clock=lambda: now[0])
+    try:
+        assert await gate.admit("join-1", "p" * 32, "x") is Admission.ACCEPTED
+        now[0] = 2_000
+        assert await gate.admit("join-1", "p" * 32, "x") is Admission.NOT_AUTHORIZED
+    finally:
+        gate.close()
