@@ -92,6 +92,17 @@ def server_context(listener: TlsListener) -> ssl.SSLContext:
     return context
 
 
+class _TidySocket(ssl.SSLSocket):
+    """Closes itself when the handshake fails: paho forgets such a socket open."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except OSError:
+            self.close()
+            raise
+
+
 def client_context(tls: TlsSettings) -> ssl.SSLContext:
     """Make the context of a connection to a broker.
 
@@ -100,6 +111,7 @@ def client_context(tls: TlsSettings) -> ssl.SSLContext:
     """
     try:
         context = ssl.create_default_context(cafile=tls.ca_file)
+        context.sslsocket_class = _TidySocket
         _harden(context)
         context.check_hostname = tls.check_hostname
         if tls.cert_file is not None:

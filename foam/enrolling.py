@@ -183,7 +183,7 @@ async def _ask(
     topic = topics.build(TopicKind.ENROLL, request=token.id)
     try:
         async with asyncio.timeout(timeout_s), session:
-            await session.wait_connected(min(timeout_s, _CONNECT_S))
+            await session.wait_connected(min(0.8 * timeout_s, _CONNECT_S))
             await session.subscribe(
                 topics.build(TopicKind.ENROLL_REPLY, request=token.id), on_reply
             )

@@ -76,6 +76,7 @@ class SessionCore(Service, ABC):
         self._link: Link | None = None
         self._ready = False
         self._closing = False
+        self._trouble = ""
         self._fatal: FoamError | None = None
         self._change = asyncio.Event()
         self._drained = asyncio.Event()
@@ -210,7 +211,7 @@ class SessionCore(Service, ABC):
         except TimeoutError:
             raise BrokerUnavailable(
                 f"{self.client_id} is not connected to {self._broker_names()} "
-                f"after {timeout_s:g} s: is the broker running?"
+                f"after {timeout_s:g} s: is the broker running?{self._trouble}"
             ) from None
 
     def on_connection(self, listener: ConnectionListener) -> Callable[[], None]:
@@ -288,6 +289,7 @@ class SessionCore(Service, ABC):
                     self._backoff.reset()
                 self._log.warning("session.lost", reason=reason, **link.description)
             except BrokerUnavailable as error:
+                self._trouble = f" The last try: {error.message}"
                 self._log.warning(
                     "session.waiting", broker=self._broker_names(), reason=error.message
                 )
