@@ -10,6 +10,9 @@
       identities/<id>.tls.*  0600  its TLS key and certificate, and whom it trusts (if enrolled)
       broker/                      the broker's own files
       registry.sqlite  router.sqlite
+      enrollment.json        0600  join tokens (not their secrets), who waits, who was revoked
+      audit.sqlite           0600  the audit trail
+      authority/             0700  keys of the site's certificate authority
       logs/<process>.log
       lock                         held by the ``foam up`` that runs on this folder
 
@@ -154,6 +157,9 @@ class MeshFolder:
         self.broker_data = path / "broker"
         self.registry_database = path / "registry.sqlite"
         self.router_database = path / "router.sqlite"
+        self.enrollment_file = path / "enrollment.json"
+        self.audit_trail = path / "audit.sqlite"
+        self.authority = path / "authority"
         self.credentials_file = path / "credentials.json"
         self._identities = path / "identities"
         self._record = path / "mesh.json"

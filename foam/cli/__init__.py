@@ -2,11 +2,22 @@
 
 Modules: `app` (the application and its error boundary), `codes` (exit codes), `ask`, `processes`
 (up, broker, registry, router), `node` (run, check), `look` (nodes, functions, explain), `admin`,
-`device`, `model`, `doctor`, `demo`. Commands import what they need when they run, so that ``foam
-node`` stays as light as a node should be.
+`device`, `enrollment` (token, enroll, audit), `model`, `doctor`, `demo`. Commands import what they
+need when they run, so that ``foam node`` stays as light as a node should be.
 """
 
-from foam.cli import admin, ask, demo, device, doctor, look, model, node, processes
+from foam.cli import (
+    admin,
+    ask,
+    demo,
+    device,
+    doctor,
+    enrollment,
+    look,
+    model,
+    node,
+    processes,
+)
 from foam.cli.app import app, main
 
 __all__ = [
@@ -16,6 +27,7 @@ __all__ = [
     "demo",
     "device",
     "doctor",
+    "enrollment",
     "look",
     "main",
     "model",

@@ -1,0 +1,342 @@
+"""``foam token``, ``foam enroll``, ``foam audit``, and what an operator decides about newcomers."""
+
+import asyncio
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from capability_schemas.errors import ConfigurationError
+from foam.cli.admin import admin
+from foam.cli.app import app, run_async
+from foam.cli.codes import CODES_EPILOG
+from foam.cli.connection import DataOption, client_settings, connected
+from foam.cli.look import JsonOption, new_table, print_rich, show
+from foam.mesh import REGISTRY_ID, MeshFolder
+from foam.settings import Settings
+
+__all__ = ["audit", "enroll", "token"]
+
+_WAIT_S: Final = 600.0
+
+token = typer.Typer(
+    help="Make, list and revoke join tokens.", no_args_is_help=True, epilog=CODES_EPILOG
+)
+app.add_typer(token, name="token")
+audit = typer.Typer(
+    help="Look at the audit trail of the registry.", no_args_is_help=True, epilog=CODES_EPILOG
+)
+app.add_typer(audit, name="audit")
+
+
+def _time(at: int) -> str:
+    return datetime.fromtimestamp(at / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+# ---- tokens
+
+
+@token.command(epilog=CODES_EPILOG)
+@connected()
+def create(
+    settings: Settings,
+    *,
+    role: Annotated[
+        str, typer.Option("--role", help="Role it gives: node, device, router, admin, observer …")
+    ] = "node",
+    ttl: Annotated[
+        str, typer.Option("--ttl", help="How long it may be used: 90s, 10m, 2h, 7d.")
+    ] = "10m",
+    uses: Annotated[int, typer.Option("--uses", help="How many newcomers.", min=1)] = 1,
+    name: Annotated[
+        list[str] | None,
+        typer.Option("--name", help="Identity it is good for; may be repeated. Default: any."),
+    ] = None,
+    zone: Annotated[
+        list[str] | None, typer.Option("--zone", help="Zone a node stands in; may be repeated.")
+    ] = None,
+    grant: Annotated[
+        list[str] | None, typer.Option("--grant", help="Right a node holds; may be repeated.")
+    ] = None,
+    data_class: Annotated[
+        list[str] | None,
+        typer.Option("--data-class", help="Class of data a node may see; may be repeated."),
+    ] = None,
+    approve: Annotated[
+        bool, typer.Option("--approve", help="An operator decides on each newcomer.")
+    ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Members named by --name may be enrolled again.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a join token; it is shown once, alone on standard output."""
+    given = {
+        "names": name,
+        "zones": zone,
+        "grants": grant,
+        "data": data_class,
+        "approve": approve,
+        "replace": replace,
+    }
+    args = {field: value for field, value in given.items() if value}
+
+    def draw(answer: dict[str, Any]) -> None:
+        sys.stderr.write(f"token {answer['id']}, good until {_time(answer['expires_at'])}\n")
+        sys.stdout.write(answer["token"] + "\n")
+
+    show(
+        settings,
+        "token_create",
+        draw,
+        target=REGISTRY_ID,
+        as_json=as_json,
+        role=role,
+        ttl_ms=_milliseconds(ttl),
+        uses=uses,
+        **args,
+    )
+
+
+def _milliseconds(text: str) -> int:
+    units = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+    number, unit = text[:-1], text[-1:]
+    if unit not in units or not number.isdigit():
+        raise ConfigurationError(f"--ttl {text!r}: write a number and s, m, h or d, such as 10m")
+    return int(number) * units[unit]
+
+
+@token.command("list", epilog=CODES_EPILOG)
+@connected()
+def list_tokens(settings: Settings, *, as_json: JsonOption = False) -> None:
+    """List the tokens that may still be used; their secrets are not known any more."""
+
+    def draw(rows: Any) -> None:
+        table = new_table("token", "role", "uses left", "good until", "for", "made by")
+        for row in rows:
+            table.add_row(
+                row["id"],
+                row["role"],
+                str(row["uses"]),
+                _time(row["expires_at"]),
+                ", ".join(row["names"]) or "any name",
+                row["created_by"],
+            )
+        print_rich(table)
+
+    show(settings, "tokens", draw, target=REGISTRY_ID, as_json=as_json)
+
+
+@token.command("revoke", epilog=CODES_EPILOG)
+@connected()
+def revoke_token(
+    settings: Settings, token_id: Annotated[str, typer.Argument(help="Id of the token.")]
+) -> None:
+    """Make a token worthless."""
+    show(
+        settings,
+        "token_revoke",
+        _say_revoked,
+        target=REGISTRY_ID,
+        token=token_id,
+    )
+
+
+# ---- newcomers
+
+
+@app.command(epilog=CODES_EPILOG)
+def enroll(
+    *,
+    broker: Annotated[str, typer.Option("--broker", help="Broker, mqtts://host:port.")],
+    token_file: Annotated[
+        str,
+        typer.Option(
+            "--token",
+            help="The join token, the file it stands in, or - for standard input (which keeps it "
+            "out of the process list).",
+        ),
+    ],
+    identity: Annotated[str, typer.Option("--id", help="Identity wanted.")],
+    role: Annotated[str, typer.Option("--role", help="Role wanted.")] = "node",
+    site: Annotated[str, typer.Option("--site", help="Site to join.")] = "local",
+    password: Annotated[
+        bool, typer.Option("--password", help="Ask for a password instead of a certificate.")
+    ] = False,
+    timeout_s: Annotated[
+        float,
+        typer.Option("--timeout", help="Seconds to wait, an operator's decision included.", min=1),
+    ] = _WAIT_S,
+    data: DataOption = None,
+) -> None:
+    """Join a mesh: make keys here, ask for papers, keep them.
+
+    Prints the path of the identity file; `foam node FILE --identity PATH` runs a node with it.
+    A machine that has joined already is left as it is.
+    """
+    from broker.access.policy import Role
+    from capability_schemas.enrollment import JoinToken
+    from foam.enrolling import enroll as ask
+    from foam.enrolling import store_papers
+
+    settings = client_settings(data=data)
+    folder = MeshFolder(settings.data).prepare()
+    path = folder.identity_path(identity)
+    if path.exists():
+        sys.stderr.write(f"{identity} has joined already; remove {path} to join anew\n")
+        sys.stdout.write(f"{path}\n")
+        return
+    try:
+        wanted = Role(role)
+    except ValueError as exc:
+        raise ConfigurationError(f"role {role!r}: use one of {', '.join(Role)}") from exc
+    join_token = JoinToken.parse(_token_text(token_file))
+
+    async def main() -> None:
+        papers = await ask(
+            url=broker,
+            token=join_token,
+            identity=identity,
+            role=wanted,
+            site=site,
+            timeout_s=timeout_s,
+            certificate=not password and bool(join_token.authority),
+            waiting=_say_waiting,
+        )
+        stored = await asyncio.to_thread(store_papers, papers, path.parent)
+        sys.stderr.write(f"{identity} has joined site {site} as {role}\n")
+        sys.stdout.write(f"{stored}\n")
+
+    run_async(main())
+
+
+def _token_text(given: str) -> str:
+    if given == "-":
+        return sys.stdin.read()
+    if given.startswith("foam1."):
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigurationError(f"--token {given}: neither a token nor a file to read") from exc
+
+
+@admin.command(epilog=CODES_EPILOG)
+@connected()
+def enrollments(settings: Settings, *, as_json: JsonOption = False) -> None:
+    """List newcomers that wait for a decision."""
+
+    def draw(rows: Any) -> None:
+        table = new_table("id", "role", "asked", "host", "system", "key", "token")
+        for row in rows:
+            facts = row.get("facts") or {}
+            table.add_row(
+                row["id"],
+                row["role"],
+                _time(row["asked_at"]),
+                facts.get("host", ""),
+                facts.get("system", ""),
+                (row.get("public_key") or "")[:12],
+                row["token"],
+            )
+        print_rich(table)
+
+    show(settings, "enrollments", draw, target=REGISTRY_ID, as_json=as_json)
+
+
+IdentityArgument = Annotated[str, typer.Argument(help="The identity.")]
+
+
+@admin.command(epilog=CODES_EPILOG)
+@connected()
+def approve(settings: Settings, identity: IdentityArgument) -> None:
+    """Let a newcomer in."""
+    show(settings, "approve", _say_decision, target=REGISTRY_ID, id=identity)
+
+
+@admin.command(epilog=CODES_EPILOG)
+@connected()
+def deny(
+    settings: Settings,
+    identity: IdentityArgument,
+    *,
+    reason: Annotated[str, typer.Option("--reason", help="What it is told.")] = "",
+) -> None:
+    """Keep a newcomer out."""
+    args: dict[str, Any] = {"reason": reason} if reason else {}
+    show(settings, "deny", _say_decision, target=REGISTRY_ID, id=identity, **args)
+
+
+@admin.command(epilog=CODES_EPILOG)
+@connected()
+def revoke(settings: Settings, identity: IdentityArgument) -> None:
+    """Throw a member out: its connections are cut, its password and papers are void."""
+    show(
+        settings,
+        "revoke",
+        _say_revoked,
+        target=REGISTRY_ID,
+        id=identity,
+    )
+
+
+def _say_revoked(answer: dict[str, Any]) -> None:
+    sys.stderr.write(f"{answer['id']} is revoked\n")
+
+
+def _say_waiting(reason: str) -> None:
+    sys.stderr.write(f"waiting: {reason}\n")
+
+
+def _say_decision(answer: dict[str, Any]) -> None:
+    reason = f": {answer['reason']}" if answer.get("reason") else ""
+    sys.stderr.write(f"{answer['id']}: {answer['status']}{reason}\n")
+
+
+# ---- the trail
+
+
+@audit.command("show", epilog=CODES_EPILOG)
+@connected()
+def show_audit(
+    settings: Settings,
+    *,
+    limit: Annotated[int, typer.Option("--limit", help="How many entries.", min=1)] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the latest entries, newest last."""
+
+    def draw(rows: Any) -> None:
+        table = new_table("number", "when", "who", "what", "whom", "more")
+        for row in reversed(rows):
+            table.add_row(
+                str(row["number"]),
+                _time(row["at"]),
+                row["actor"],
+                row["action"],
+                row["subject"],
+                json.dumps(row["detail"], ensure_ascii=False) if row["detail"] else "",
+            )
+        print_rich(table)
+
+    show(settings, "audit", draw, target=REGISTRY_ID, as_json=as_json, limit=limit)
+
+
+@audit.command(epilog=CODES_EPILOG)
+def verify(*, data: DataOption = None) -> None:
+    """Check that nobody has touched the trail of the registry of this data folder."""
+    from registry.audit import verify_trail
+
+    settings = client_settings(data=data)
+    folder = MeshFolder(settings.data)
+    public = folder.signing_key(folder.identity(REGISTRY_ID)).public
+    found = verify_trail(folder.audit_trail, public)
+    if found.problem:
+        raise ConfigurationError(
+            f"the audit trail {folder.audit_trail} was touched: {found.problem}",
+            number=found.broken_at,
+        )
+    sys.stdout.write(f"{found.entries} entries, whole; the last one is {found.head}\n")
