@@ -16,10 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import structlog
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 
-from broker.access.authority import make_key_and_request
+from broker.access.authority import check_certificate, make_key_and_request
 from broker.access.credentials import write_private
 from broker.access.policy import Role
 from broker.session.base import Message
@@ -222,24 +220,13 @@ def _checked(
     if (reply.certificate is None) == (password is None):
         raise BadSignature("the grant holds neither a certificate nor a password, or both")
     if reply.certificate is not None:
-        _check_certificate(reply.certificate, tls_key, request.id)
+        check_certificate(reply.certificate, key=tls_key or "", identity=request.id)
     if key is not None:
         passport = reply.passport
         if passport is None or passport.public_key != key.public:
             raise BadSignature("the grant holds no passport for our key")
         verify(passport, reply.registries.get(passport.registry, ""))
     return Papers(reply, password, key, tls_key if reply.certificate is not None else None)
-
-
-def _check_certificate(pem: str, tls_key: str | None, identity: str) -> None:
-    try:
-        certificate = x509.load_pem_x509_certificate(pem.encode())
-        own = serialization.load_pem_private_key((tls_key or "").encode(), password=None)
-    except ValueError as error:
-        raise BadSignature(f"the certificate cannot be read: {error}") from error
-    names = [str(part.value) for part in certificate.subject]
-    if certificate.public_key() != own.public_key() or names != [identity]:
-        raise BadSignature("the certificate is not for our key and name")
 
 
 def _facts() -> dict[str, str]:

@@ -25,7 +25,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from broker.access.credentials import write_private
 from broker.access.policy import Role
-from capability_schemas.errors import ConfigurationError, Conflict, ProtocolError
+from capability_schemas.errors import BadSignature, ConfigurationError, Conflict, ProtocolError
 from capability_schemas.ids import check_identifier, now_ms
 
 CLIENT_DAYS: Final = 30
@@ -107,6 +107,28 @@ def read_request(pem: str, identity: str) -> _PublicKey:
         asked = ", ".join(found.oid.dotted_string for found in extensions)
         raise ProtocolError(f"signing request asks for extensions ({asked}): leave them out")
     return _strong(key)
+
+
+def check_certificate(pem: str, *, key: str, identity: str) -> None:
+    """Make sure that a certificate that was granted is for our own key and name.
+
+    Args:
+        pem: The certificate.
+        key: Our private key, PEM.
+        identity: Our name.
+
+    Raises:
+        BadSignature: It is for another key or name, or cannot be read.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(pem.encode())
+        own = serialization.load_pem_private_key(key.encode(), password=None)
+        names = [(part.oid, part.value) for part in certificate.subject]
+        fits = certificate.public_key() == own.public_key()
+    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
+        raise BadSignature(f"the certificate cannot be read: {exc}") from exc
+    if not fits or names != [(NameOID.COMMON_NAME, identity)]:
+        raise BadSignature("the certificate is not for our key and name")
 
 
 def _strong(key: object) -> _PublicKey:

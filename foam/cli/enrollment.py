@@ -328,7 +328,7 @@ def show_audit(
 @audit.command(epilog=CODES_EPILOG)
 def verify(*, data: DataOption = None) -> None:
     """Check that nobody has touched the trail of the registry of this data folder."""
-    from registry.audit import verify_trail
+    from registry.store.audit import verify_trail
 
     settings = client_settings(data=data)
     folder = MeshFolder(settings.data)

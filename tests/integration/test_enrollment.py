@@ -27,8 +27,8 @@ from capability_schemas.signing import SigningKey
 from capability_schemas.topics import TopicKind, Topics
 from foam.enrolling import enroll, store_papers, tls_files
 from foam.mesh import Identity
-from registry.audit import AuditLog, verify_trail
 from registry.enrollment import EnrollmentDesk, EnrollmentService
+from registry.store.audit import AuditLog, verify_trail
 
 pytestmark = pytest.mark.broker
 

@@ -7,7 +7,7 @@ import pytest
 
 from capability_schemas.errors import ConfigurationError, Unavailable
 from capability_schemas.signing import SigningKey
-from registry.audit import AuditLog, verify_trail
+from registry.store.audit import AuditLog, verify_trail
 
 KEY = SigningKey.generate()
 
@@ -112,7 +112,7 @@ def test_a_closed_trail_says_so(path):
 
 
 def test_what_cannot_be_written_changes_nothing(trail, monkeypatch):
-    monkeypatch.setattr("registry.audit._BUSY_S", 0.01)
+    monkeypatch.setattr("registry.store.audit._BUSY_S", 0.01)
     with AuditLog(trail, key=KEY) as log:
         blocker = sqlite3.connect(trail, isolation_level=None)
         blocker.execute("BEGIN IMMEDIATE")

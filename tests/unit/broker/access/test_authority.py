@@ -10,9 +10,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from broker.access.authority import Authority, make_key_and_request, read_request
+from broker.access.authority import (
+    Authority,
+    check_certificate,
+    make_key_and_request,
+    read_request,
+)
 from broker.access.policy import Role
-from capability_schemas.errors import ConfigurationError, Conflict, ProtocolError
+from capability_schemas.errors import BadSignature, ConfigurationError, Conflict, ProtocolError
 
 NOW = 1_790_000_000_000
 
@@ -242,3 +247,20 @@ def test_a_damaged_folder_is_named(tmp_path):
     (tmp_path / "root-1.pem").write_text("nonsense")
     with pytest.raises(ConfigurationError, match="root-1"):
         Authority(tmp_path, site="hall-3")
+
+
+def test_a_newcomer_takes_its_own_certificate_only(authority):
+    key, asked = make_key_and_request("pump-7")
+    other, _ = make_key_and_request("pump-7")
+    made = authority.issue_client(
+        read_request(asked, "pump-7"), identity="pump-7", role=Role.DEVICE
+    )
+    check_certificate(made.pem, key=key, identity="pump-7")
+    for pem, held, name in (
+        (made.pem, other, "pump-7"),
+        (made.pem, key, "pump-8"),
+        ("nonsense", key, "pump-7"),
+        (made.pem, "nonsense", "pump-7"),
+    ):
+        with pytest.raises(BadSignature):
+            check_certificate(pem, key=held, identity=name)
