@@ -8,7 +8,7 @@
       identities/<id>.json   0600  one identity: role, username, password, broker, site
       identities/<id>.key    0600  its Ed25519 signing key (nodes, routers and the registry)
       broker/                      the broker's own files
-      registry.sqlite  router.sqlite
+      registry.sqlite  router.sqlite  router-index/
       logs/<process>.log
       lock                         held by the ``foam up`` that runs on this folder
 
@@ -144,6 +144,7 @@ class MeshFolder:
         self.broker_data = path / "broker"
         self.registry_database = path / "registry.sqlite"
         self.router_database = path / "router.sqlite"
+        self.router_index = path / "router-index"
         self.credentials_file = path / "credentials.json"
         self._identities = path / "identities"
         self._record = path / "mesh.json"

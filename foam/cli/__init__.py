@@ -1,12 +1,26 @@
 """The ``foam`` command line.
 
 Modules: `app` (the application and its error boundary), `codes` (exit codes), `ask`, `processes`
-(up, broker, registry, router), `node` (run, check), `look` (nodes, functions, explain), `admin`,
-`device`, `model`, `doctor`, `demo`. Commands import what they need when they run, so that ``foam
-node`` stays as light as a node should be.
+(up, broker, registry, router), `node` (run, check), `look` (nodes, functions), `routing` (explain,
+whatif, weights, calibrate), `rules`, `admin`, `device`, `model`, `doctor`, `demo`, `evaluate`.
+Commands import what they need when they run, so that ``foam node`` stays as light as a node should
+be.
 """
 
-from foam.cli import admin, ask, demo, device, doctor, look, model, node, processes
+from foam.cli import (
+    admin,
+    ask,
+    demo,
+    device,
+    doctor,
+    evaluate,
+    look,
+    model,
+    node,
+    processes,
+    routing,
+    rules,
+)
 from foam.cli.app import app, main
 
 __all__ = [
@@ -16,9 +30,12 @@ __all__ = [
     "demo",
     "device",
     "doctor",
+    "evaluate",
     "look",
     "main",
     "model",
     "node",
     "processes",
+    "routing",
+    "rules",
 ]
