@@ -8,6 +8,7 @@ Purpose: one seam between the mesh and whatever broker carries it.
   the compilers to each broker's own files.
 - ``broker.engine`` runs a broker as a child process: ``broker.embedded`` (amqtt, hardened),
   ``broker.mosquitto`` and ``broker.nats`` implement one Protocol and pass one conformance suite.
+- ``broker.events`` publishes what components tell about themselves, as CloudEvents.
 - ``broker.lifecycle`` holds ``Service``, from which everything with background work descends.
 
 An engine in use::

@@ -58,6 +58,7 @@ class FunctionLoad(WirePart):
         concurrency: Tasks it can run at a time.
         first_ms: Smoothed time to the first output.
         total_ms: Smoothed time of a whole run.
+        least_ms: Time of the quickest of the latest runs; None where too few or none are recent.
         wait_ms: Predicted wait of a call that came now, queue and start of an instance included.
         degraded: Whether its instances keep crashing.
     """
@@ -68,6 +69,7 @@ class FunctionLoad(WirePart):
     concurrency: Annotated[int, Field(ge=1)] = 1
     first_ms: float | None = None
     total_ms: float | None = None
+    least_ms: float | None = None
     wait_ms: float | None = None
     degraded: bool = False
 

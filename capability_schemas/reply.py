@@ -183,7 +183,8 @@ class Result(_Event):
         version: Version of the function.
         usage: What it consumed.
         timing: Where the time went.
-        confidence: Probability of the least certain token of a language model's answer, 0 to 1.
+        confidence: How sure the answer is, 0 to 1: of a language model the probability of its least
+            certain token; None where the function does not tell.
         digest: ``sha256:`` and the hex digest of the canonical JSON (RFC 8785) of ``output``.
         cascade: Every step of a cascade in order, the one that gave this answer among them; None
             where one node was to answer.

@@ -9,10 +9,10 @@
       identities/<id>.key    0600  its Ed25519 signing key (nodes, routers and the registry)
       identities/<id>.tls.*  0600  its TLS key and certificate, and whom it trusts (if enrolled)
       broker/                      the broker's own files
-      registry.sqlite  router.sqlite
       enrollment.json        0600  join tokens (not their secrets), who waits, who was revoked
       audit.sqlite           0600  the audit trail
       authority/             0700  keys of the site's certificate authority
+      registry.sqlite  router.sqlite  router-index/
       logs/<process>.log
       lock                         held by the ``foam up`` that runs on this folder
 
@@ -160,6 +160,7 @@ class MeshFolder:
         self.enrollment_file = path / "enrollment.json"
         self.audit_trail = path / "audit.sqlite"
         self.authority = path / "authority"
+        self.router_index = path / "router-index"
         self.credentials_file = path / "credentials.json"
         self._identities = path / "identities"
         self._record = path / "mesh.json"

@@ -25,9 +25,9 @@ from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.ids import Identifier
+from capability_schemas.problem import Problem, field_problems
 from capability_schemas.task import DataClass, ShortText
 from node_agent.declaration import Declaration
-from node_agent.declaration.problem import Problem, field_problems
 from node_agent.settings import NodeSettings
 
 __all__ = ["NodeHead", "place_problems", "placed"]

@@ -5,8 +5,9 @@ default.
 Environment variables are named ``FOAM_`` plus the field name in capitals: ``FOAM_DATA``,
 ``FOAM_URL``, ``FOAM_USERNAME``, ``FOAM_PASSWORD``, ``FOAM_SITE``, ``FOAM_ENCODER``,
 ``FOAM_ENCODER_BACKEND``, ``FOAM_MODEL``, ``FOAM_WATCH``, ``FOAM_MODELS``, ``FOAM_MODELS_BUDGET``,
-``FOAM_HUB``, ``FOAM_HUB_TOKEN``, ``FOAM_OFFLINE``, ``FOAM_LOG_LEVEL``. A variable that looks like a
-misspelling of one of these is refused: ``FOAM_PASWORD`` must not silently mean "no password".
+``FOAM_HUB``, ``FOAM_HUB_TOKEN``, ``FOAM_OFFLINE``, ``FOAM_RULES``, ``FOAM_LOG_LEVEL``. A variable
+that looks like a misspelling of one of these is refused: ``FOAM_PASWORD`` must not silently mean
+"no password".
 """
 
 import difflib
@@ -63,6 +64,8 @@ class Settings(BaseModel):
         hub: Address of the model hub, or of a mirror of it.
         hub_token: File that holds the access token for ``hub``; nobody but its owner may read it.
         offline: Fetch no models; what is stored and files are used.
+        rules: File of the router's rules; None means ``rules.toml`` in the data folder, if it is
+            there.
         log_level: Least severe level that is written.
     """
 
@@ -82,7 +85,13 @@ class Settings(BaseModel):
     hub: str = "https://huggingface.co"
     hub_token: Path | None = None
     offline: bool = False
+    rules: Path | None = None
     log_level: LogLevel = "info"
+
+    @property
+    def rules_file(self) -> Path:
+        """Where the router's rules are looked for."""
+        return self.data / "rules.toml" if self.rules is None else self.rules
 
 
 def load_settings(environ: Mapping[str, str] | None = None, **given: object) -> Settings:
@@ -118,9 +127,9 @@ def load_settings(environ: Mapping[str, str] | None = None, **given: object) -> 
         where = ".".join(str(part) for part in first["loc"]) or "settings"
         name = ENVIRONMENT_PREFIX + where.upper()
         raise ConfigurationError(f"setting {where} ({name}): {first['msg']}", field=where) from exc
-    folders = {"data": settings.data, "models": settings.models}
+    paths = {"data": settings.data, "models": settings.models, "rules": settings.rules}
     return settings.model_copy(
-        update={name: folder.expanduser().absolute() for name, folder in folders.items()}
+        update={name: path and path.expanduser().absolute() for name, path in paths.items()}
     )
 
 

@@ -12,6 +12,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
     from broker.engine import BrokerEngine
     from broker.session.base import WillFactory
     from capability_schemas.functions import FunctionSpec
+    from capability_schemas.problem import Problem
     from node_agent.declaration import Declaration
-    from node_agent.declaration.problem import Problem
     from node_agent.declaration.watch import SourceWatch
     from registry.encoders.thread import EncoderThread
 
@@ -300,6 +301,20 @@ async def run_registry(
     return await run_process(Process(name=member.identity.id, assemble=assemble, status=status))
 
 
+class _IndexThread:
+    """The one thread that builds indexes, as long as a router lives."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="foam-index")
+
+    async def __aenter__(self) -> ThreadPoolExecutor:
+        return self._pool
+
+    async def __aexit__(self, *_: object) -> None:
+        # The router has told its indexes to end soon; a build under way must not hold the process.
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
 async def run_router(
     settings: Settings, *, identity_file: Path | None, status: ProcessStatus
 ) -> int:
@@ -313,8 +328,13 @@ async def run_router(
     Raises:
         FoamError: It cannot start or go on.
     """
+    import random
+
+    from registry.encoders import load_encoder
+    from registry.encoders.thread import EncoderThread
     from registry.search import CapabilitySearch
     from router.ledger import Ledger
+    from router.rules import RuleFile
     from router.service import RouterService, router_will
 
     member = await asyncio.to_thread(
@@ -327,10 +347,16 @@ async def run_router(
     folder = MeshFolder(settings.data).prepare()
     topics = Topics(site=member.site)
     epoch = now_ms()
+    rules = RuleFile(settings.rules_file, required=settings.rules is not None)
+    await asyncio.to_thread(rules.load)
+
+    def another_encoder(backend: str, model: Path | None) -> EncoderThread:
+        return EncoderThread(encoder=lambda: load_encoder(backend, model))
 
     async def assemble(process: Process) -> Mapping[str, Any]:
         encoder = await _encoder(process, settings)
         ledger = await process.hold(Ledger(path=folder.router_database))
+        background = await process.hold(_IndexThread())
         session = _session(
             member,
             will=lambda: router_will(topics, member.identity.id, epoch=epoch, at=now_ms()),
@@ -339,10 +365,15 @@ async def run_router(
         router = RouterService(
             session=session,
             topics=topics,
-            search=CapabilitySearch(space=encoder.space),
+            search=CapabilitySearch(space=encoder.space, background=background),
             encoder=encoder,
             ledger=ledger,
             router_id=member.identity.id,
+            rules=rules,
+            encoders=another_encoder,
+            background=background,
+            index_folder=folder.router_index,
+            chance=random.SystemRandom(),
             epoch=epoch,
         )
         # First the subscriptions: a kept session hands over what waited for it as it connects.

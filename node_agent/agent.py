@@ -147,6 +147,7 @@ class NodeAgent(Service):
             functions=self._functions,
             queue=self._queue,
             queue_limit=settings.queue_limit,
+            admission=admission,
             pool=self._pool,
             clock=clock,
         )
@@ -385,7 +386,7 @@ class NodeAgent(Service):
     def _on_ended(self, execution: Execution, outcome: Outcome) -> None:
         spec = execution.spec
         edited = self._functions.get(spec.name) != spec
-        if outcome.status == "finished" and outcome.code is None and not edited:
+        if outcome.answered and not edited:
             self._gauge.add_run(
                 spec.name, first_ms=execution.warm_first_ms, total_ms=execution.run_ms
             )

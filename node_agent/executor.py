@@ -43,6 +43,7 @@ class ExecutionCounters:
         duplicates: Invocations that were known already.
         refused: Invocations turned away.
         finished: Invocations that ended with a terminal event of this node.
+        unsure: Invocations whose answer was not sure enough and went to the router.
         failed: Invocations handed back to the router.
         dropped: Invocations ended without a word: superseded, or cut off from the broker.
     """
@@ -50,6 +51,7 @@ class ExecutionCounters:
     duplicates: int = 0
     refused: int = 0
     finished: int = 0
+    unsure: int = 0
     failed: int = 0
     dropped: int = 0
 
@@ -225,6 +227,7 @@ class Executor(Service):
             value=value,
             node=self._settings.node,
             stream=self._stream(invocation, spec, reply),
+            report_topic=self._reporter.topic(invocation),
             instances=self._pool,
             options=runtime.call_options(spec),
             clock=self._clock,
@@ -277,6 +280,7 @@ class Executor(Service):
             attempt=invocation.attempt,
             seq=invocation.seq,
             chunks=invocation.stream,
+            held=invocation.cascade is not None and invocation.cascade.accept > 0,
             post=self._session.post,
             clock=self._clock,
             coalesce_s=self._settings.coalesce_s,
@@ -339,6 +343,8 @@ class Executor(Service):
             del self._current[invocation.client, invocation.task]
         if outcome.status == "dropped":
             self.counters.dropped += 1
+        elif outcome.status == "unsure":
+            self.counters.unsure += 1
         elif outcome.status == "failed":
             self.counters.failed += 1
         else:
@@ -359,8 +365,10 @@ class Executor(Service):
 
     def _learn(self, execution: Execution, outcome: Outcome) -> None:
         """Take in what a run has shown."""
-        if execution.ticket is not None and outcome.status == "finished" and outcome.code is None:
+        if execution.ticket is not None and outcome.answered:
             self._admission.ended(execution.ticket, execution.final, run_ms=execution.run_ms)
+        elif execution.ticket is not None and execution.cut_ms is not None:
+            self._admission.cut(execution.ticket, ran_ms=execution.cut_ms)
         self._on_ended(execution, outcome)
 
     def _forget(self, execution: Execution) -> None:

@@ -18,14 +18,51 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar, overload
+from typing import Any, Final, Generic, TypeVar, overload
 
-__all__ = ["DECLARATION_ATTRIBUTE", "FunctionDeclaration", "InvocationContext", "function"]
+__all__ = [
+    "DECLARATION_ATTRIBUTE",
+    "Answer",
+    "FunctionDeclaration",
+    "InvocationContext",
+    "function",
+]
 
 DECLARATION_ATTRIBUTE: Final = "__foam_function__"
 """Where the decorator leaves the declaration on the function it returns unchanged."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Output = TypeVar("Output")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[Output]):
+    """An output with a word on how sure the function is of it.
+
+    A function returns it in place of the bare output; a generator may also yield it, last. A task
+    with ``min_confidence`` goes on to a stronger node when the confidence is below that; a bare
+    output counts as sure. Example::
+
+        @function
+        def severity(text: str) -> Answer[str]:
+            known = [word for word in ("trip", "leak", "fire") if word in text]
+            return Answer("critical" if known else "ok", confidence=0.9 if known else 0.3)
+
+    Attributes:
+        output: The output, any JSON; None for a generator whose output is what it has yielded.
+        confidence: 0 (a guess) to 1 (certain).
+
+    Raises:
+        ValueError: ``confidence`` is no number from 0 to 1.
+    """
+
+    output: Output
+    confidence: float
+
+    def __post_init__(self) -> None:
+        """Refuse what is no confidence."""
+        if not 0 <= self.confidence <= 1:  # NaN neither
+            raise ValueError(f"confidence is {self.confidence}: use 0 to 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +154,8 @@ def function(
 
     The function itself is returned unchanged and stays callable and testable as it is. It is called
     with keyword arguments taken from the task's input; a parameter ``text`` gets the task's words,
-    a parameter ``context`` an `InvocationContext`. What a generator yields is streamed.
+    a parameter ``context`` an `InvocationContext`. What a generator yields is streamed. An `Answer`
+    tells how sure the output is.
 
     Args:
         target: The function, when the decorator is used without parentheses.

@@ -1,16 +1,33 @@
 """The live figures of a node: how busy, how fast, how much memory is left."""
 
+from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.node import FunctionLoad, NodeLoad
+from node_agent.admission.control import Admission
+from node_agent.admission.forecast import LEAST_RUNS, STALE_MS
 from node_agent.admission.queue import AdmissionQueue
 from node_agent.pool.memory import available_memory_bytes
 from node_agent.pool.pool import InstancePool
 
 _SMOOTHING: Final = 0.2
 """Weight of the newest run in a smoothed time."""
+
+_REMEMBERED: Final = 32
+"""Runs the quickest is taken from."""
+
+
+@dataclass(slots=True)
+class _Times:
+    """Times of the runs of a function that went well, milliseconds."""
+
+    first_ms: float | None = None
+    total_ms: float | None = None
+    latest: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    ended_at: int = 0
 
 
 class LoadGauge:
@@ -22,6 +39,7 @@ class LoadGauge:
         functions: What it offers.
         queue: Its admission queue.
         queue_limit: Most entries that may wait.
+        admission: Predicts waits.
         pool: Its instances.
         clock: UTC milliseconds.
     """
@@ -34,6 +52,7 @@ class LoadGauge:
         functions: Mapping[str, FunctionSpec],
         queue: AdmissionQueue,
         queue_limit: int,
+        admission: Admission,
         pool: InstancePool,
         clock: Callable[[], int],
     ) -> None:
@@ -42,10 +61,10 @@ class LoadGauge:
         self._functions = dict(functions)
         self._queue = queue
         self._queue_limit = queue_limit
+        self._admission = admission
         self._pool = pool
         self._clock = clock
-        self._first_ms: dict[str, float] = {}
-        self._total_ms: dict[str, float] = {}
+        self._times: dict[str, _Times] = {}
         self._saturation = 0
 
     def replace(self, functions: Mapping[str, FunctionSpec]) -> None:
@@ -56,13 +75,13 @@ class LoadGauge:
         """
         for name, spec in self._functions.items():
             if functions.get(name) != spec:
-                self._first_ms.pop(name, None)
-                self._total_ms.pop(name, None)
+                self._times.pop(name, None)
         self._functions = dict(functions)
 
     def first_ms(self, function: str) -> float | None:
         """Return the smoothed time to the first output of a warm run, milliseconds."""
-        return self._first_ms.get(function)
+        times = self._times.get(function)
+        return None if times is None else times.first_ms
 
     def add_run(self, function: str, *, first_ms: float | None, total_ms: float) -> None:
         """Count a run that went well into the smoothed times; one of a withdrawn function does not.
@@ -74,9 +93,12 @@ class LoadGauge:
         """
         if function not in self._functions:
             return
+        times = self._times.setdefault(function, _Times())
         if first_ms is not None:
-            self._first_ms[function] = _smooth(self._first_ms.get(function), first_ms)
-        self._total_ms[function] = _smooth(self._total_ms.get(function), total_ms)
+            times.first_ms = _smooth(times.first_ms, first_ms)
+        times.total_ms = _smooth(times.total_ms, total_ms)
+        times.latest.append(round(total_ms, 3))
+        times.ended_at = self._clock()
 
     def saturation_changed(self) -> bool:
         """Tell whether the node has become idle, busy, saturated or full since the last call."""
@@ -108,15 +130,28 @@ class LoadGauge:
     def _function_load(self, name: str) -> FunctionLoad:
         spec = self._functions[name]
         running, queued = self._queue.counts(name)
+        times = self._times.get(name) or _Times()
+        wait_ms = self._admission.wait_ms(spec)
         return FunctionLoad(
             running=running,
             queued=queued,
             instances=len(self._pool.instances(spec)),
             concurrency=self._queue.concurrency_of(name) or spec.concurrency,
-            first_ms=self._first_ms.get(name),
-            total_ms=self._total_ms.get(name),
+            first_ms=times.first_ms,
+            total_ms=times.total_ms,
+            least_ms=self._least_ms(times),
+            wait_ms=None if wait_ms is None else round(wait_ms, 3),
             degraded=self._pool.is_degraded(spec),
         )
+
+    def _least_ms(self, times: _Times) -> float | None:
+        """Return the quickest of the late runs, once they tell what a run takes at the least.
+
+        As in the forecast, old runs and the very first refuse nothing.
+        """
+        if len(times.latest) < LEAST_RUNS or self._clock() - times.ended_at > STALE_MS:
+            return None
+        return min(times.latest)
 
 
 def _smooth(old: float | None, new: float) -> float:

@@ -20,8 +20,8 @@ from capability_schemas.errors import (
     TooLarge,
 )
 from capability_schemas.functions import FunctionSpec
-from capability_schemas.invocation import Invocation
-from capability_schemas.reply import ErrorEvent, Result, Timing, Usage
+from capability_schemas.invocation import Invocation, Report
+from capability_schemas.reply import CascadeStep, ErrorEvent, Result, Timing, Usage
 from capability_schemas.signing import digest
 from node_agent.runtimes.base import (
     Final as FinalPiece,
@@ -63,16 +63,22 @@ class Outcome:
         seq: Next free number of the task.
         retry_after_ms: When another try is sensible.
         peer: A node that may take it instead.
-        terminal: Payload of the terminal event this node sent, if it did.
+        payload: What the node said with the answer in it, if it did: the terminal event, or the
+            report ``unsure``.
     """
 
-    status: Literal["finished", "failed", "refused", "dropped"]
+    status: Literal["finished", "unsure", "failed", "refused", "dropped"]
     code: str | None = None
     reason: str = ""
     seq: int | None = None
     retry_after_ms: int | None = None
     peer: str | None = None
-    terminal: bytes | None = None
+    payload: bytes | None = None
+
+    @property
+    def answered(self) -> bool:
+        """Whether the function ran to its end and gave an answer."""
+        return self.status in ("finished", "unsure") and self.code is None
 
 
 def key_of(invocation: Invocation) -> str:
@@ -85,15 +91,15 @@ class OutcomeMemory:
 
     Args:
         limit: Most outcomes; the oldest is forgotten first.
-        terminal_limit_bytes: Most bytes of terminal events kept for sending again; older outcomes
-            keep their report only.
+        payload_limit_bytes: Most bytes of payloads kept for sending again; older outcomes keep
+            their report only.
     """
 
-    def __init__(self, *, limit: int, terminal_limit_bytes: int = 4 * 1024 * 1024) -> None:
+    def __init__(self, *, limit: int, payload_limit_bytes: int = 4 * 1024 * 1024) -> None:
         self._limit = limit
-        self._terminal_limit_bytes = terminal_limit_bytes
+        self._payload_limit_bytes = payload_limit_bytes
         self._outcomes: OrderedDict[tuple[str, str, int], Outcome] = OrderedDict()
-        self._terminals: dict[tuple[str, str, int], None] = {}  # of those that still have theirs
+        self._payloads: dict[tuple[str, str, int], None] = {}  # of those that still have theirs
         self._attempts: dict[tuple[str, str], int] = {}
         self._bytes = 0
 
@@ -107,13 +113,13 @@ class OutcomeMemory:
         self._forget(key)
         self._outcomes[key] = outcome
         self._attempts[task] = max(invocation.attempt, self._attempts.get(task, 0))
-        self._bytes += len(outcome.terminal or b"")
-        if outcome.terminal is not None:
-            self._terminals[key] = None
+        self._bytes += len(outcome.payload or b"")
+        if outcome.payload is not None:
+            self._payloads[key] = None
         while len(self._outcomes) > self._limit:
             self._forget(next(iter(self._outcomes)))
-        while self._bytes > self._terminal_limit_bytes:
-            self._drop_terminal(next(iter(self._terminals)))
+        while self._bytes > self._payload_limit_bytes:
+            self._drop_payload(next(iter(self._payloads)))
 
     def find(self, invocation: Invocation) -> Outcome | None:
         """Return how this very attempt ended, if it did."""
@@ -126,17 +132,17 @@ class OutcomeMemory:
     def _forget(self, key: tuple[str, str, int]) -> None:
         if key not in self._outcomes:
             return
-        self._drop_terminal(key)
+        self._drop_payload(key)
         del self._outcomes[key]
         if self._attempts.get(key[:2]) == key[2]:
             del self._attempts[key[:2]]
 
-    def _drop_terminal(self, key: tuple[str, str, int]) -> None:
-        """Forget the terminal event of an outcome: it must not run again for that."""
-        self._terminals.pop(key, None)
+    def _drop_payload(self, key: tuple[str, str, int]) -> None:
+        """Forget the payload of an outcome: it must not run again for that."""
+        self._payloads.pop(key, None)
         outcome = self._outcomes[key]
-        self._bytes -= len(outcome.terminal or b"")
-        self._outcomes[key] = dataclasses.replace(outcome, terminal=None)
+        self._bytes -= len(outcome.payload or b"")
+        self._outcomes[key] = dataclasses.replace(outcome, payload=None)
 
 
 class Instances(Protocol):
@@ -160,6 +166,7 @@ class Execution:
         value: Effective input, checked.
         node: This node.
         stream: Where the events go.
+        report_topic: Where an answer goes that is less sure than the invocation demands.
         instances: Where the instance comes from.
         options: Options of the runtime for this call.
         clock: UTC milliseconds.
@@ -168,6 +175,8 @@ class Execution:
         request: The call of the instance.
         ticket: Its admission, once it is admitted.
         final: The end of its answer, once there is one.
+        cut_ms: How long it had run in its instance when it was stopped or its time was over,
+            milliseconds; None when it was not.
     """
 
     def __init__(
@@ -178,6 +187,7 @@ class Execution:
         value: Any,
         node: str,
         stream: ReplyStream,
+        report_topic: str,
         instances: Instances,
         options: dict[str, Any],
         clock: Callable[[], int],
@@ -187,10 +197,12 @@ class Execution:
         self.stopped_by: str | None = None
         self.first_ms: float | None = None
         self.run_ms = 0.0
+        self.cut_ms: float | None = None
         self.ticket: Ticket | None = None
         self.final: FinalPiece | None = None
         self._node = node
         self._stream = stream
+        self._report_topic = report_topic
         self._instances = instances
         self._clock = clock
         self._received_at = clock()
@@ -242,10 +254,11 @@ class Execution:
         self._started_at = self._clock()
         self._stream.open()
         error: FoamError | None = None
+        cut = False
         try:
             self.final = await self._limited()
         except TimeoutError:
-            error = self.stop_error()
+            cut, error = True, self.stop_error()
         except FoamError as exc:
             error = exc if self.stopped_by is None else self.stop_error()
         except BaseException:
@@ -253,6 +266,8 @@ class Execution:
             raise
         # From the call on: the start of an instance is no property of the function.
         self.run_ms = float(self._clock() - (self._called_at or self._started_at))
+        if self._called_at is not None and self.final is None and (cut or self.stopped_by):
+            self.cut_ms = self.run_ms
         if self.final is not None and self.stopped_by not in SILENT_REASONS:
             return await self._succeed(self.final)
         return await self.end_with(error or self.stop_error())
@@ -306,58 +321,100 @@ class Execution:
         return final
 
     async def _succeed(self, final: FinalPiece) -> Outcome:
-        cost = self.spec.cost.money
-        usage = Usage(
-            input_tokens=final.usage.get("input_tokens"),
-            output_tokens=final.usage.get("output_tokens"),
-            cost=cost or None,
-        )
+        invocation, terms = self.invocation, self.invocation.cascade
+        sureness = final.confidence
+        if terms is not None and sureness is not None and sureness < terms.accept:
+            return await self._hand_over(final)
         began = self._started_at or self._received_at
         output_digest = digest(final.output)
 
         def make(seq: int, at: int) -> Result:
+            total_ms = float(at - self._received_at)
             return Result(
-                task=self.invocation.task,
+                task=invocation.task,
                 at=at,
                 seq=seq,
-                attempt=self.invocation.attempt,
+                attempt=invocation.attempt,
                 output=final.output,
                 node=self._node,
                 function=self.spec.name,
                 version=self.spec.version,
-                usage=usage,
+                usage=self._usage(final),
                 timing=Timing(
                     queue_ms=float(began - self._received_at),
                     first_ms=self.first_ms,
-                    total_ms=float(at - self._received_at),
+                    total_ms=total_ms,
                 ),
-                confidence=final.confidence,
+                confidence=sureness,
                 digest=output_digest,
+                cascade=(*terms.steps, self._step(final, total_ms)) if terms is not None else None,
             )
 
         terminal = await self._stream.end(make, limit_s=_END_LIMIT_S)
         if terminal is None and self.stopped_by in SILENT_REASONS:  # while it waited for room
             return Outcome(status="dropped", reason=self.stopped_by or "")
-        return Outcome(status="finished", seq=self._stream.seq, terminal=terminal)
+        return Outcome(status="finished", seq=self._stream.seq, payload=terminal)
+
+    async def _hand_over(self, final: FinalPiece) -> Outcome:
+        """Give an answer that is not sure enough to the router; the client has seen nothing."""
+
+        def make(seq: int, at: int) -> Report:
+            return Report(
+                task=self.invocation.task,
+                client=self.invocation.client,
+                attempt=self.invocation.attempt,
+                node=self._node,
+                status="unsure",
+                seq=seq,
+                output=final.output,
+                confidence=final.confidence,
+                usage=self._usage(final),
+                total_ms=float(at - self._received_at),
+            )
+
+        report = await self._stream.end(make, limit_s=_END_LIMIT_S, instead=self._report_topic)
+        if report is None:
+            if self.stopped_by in SILENT_REASONS:
+                return Outcome(status="dropped", reason=self.stopped_by or "")
+            return await self.end_with(Overloaded("the session had no room for the answer"))
+        reason = "the answer was not sure enough, and is no longer kept"
+        return Outcome(status="unsure", reason=reason, seq=self._stream.seq, payload=report)
+
+    def _usage(self, final: FinalPiece) -> Usage:
+        return Usage(
+            input_tokens=final.usage.get("input_tokens"),
+            output_tokens=final.usage.get("output_tokens"),
+            cost=self.spec.cost.money or None,
+        )
+
+    def _step(self, final: FinalPiece, total_ms: float) -> CascadeStep:
+        return CascadeStep(
+            node=self._node,
+            function=self.spec.name,
+            version=self.spec.version,
+            confidence=final.confidence,
+            cost=self.spec.cost.money,
+            total_ms=total_ms,
+        )
 
     async def end_with(self, error: FoamError) -> Outcome:
         """End it by an error, or hand it back to the router; also before it has begun.
 
         Args:
-            error: What happened. The loss of an instance, overload, a node that is not made for it
-                and a leaving node are mended by another node; anything else is the task's terminal
-                event.
+            error: What happened. The loss of an instance, one that does not start, overload, a node
+                that is not made for it and a leaving node are mended by another node; anything else
+                is the task's terminal event. In a cascade the router decides in every case as long
+                as nothing was shown: it may hold an earlier answer, or know a stronger node.
         """
         if self.stopped_by in SILENT_REASONS:
             return Outcome(status="dropped", reason=self.stopped_by or "")
-        lost = isinstance(error, InstanceDied | InstanceFailed) or self.stopped_by == HANDED_BACK
-        if lost or isinstance(error, Overloaded | ConfigurationError):
+        mendable = self.invocation.cascade is not None and self._stream.blank
+        code = self._code_of(error)
+        if code is not error.code or mendable or isinstance(error, Overloaded):
             self._stream.drop()
-            unable = isinstance(error, ConfigurationError)  # larger than the memory of this node
-            code = ErrorCode.NO_CAPABLE_NODE if unable else error.code
             return Outcome(
                 status="failed",
-                code=(ErrorCode.NODE_LOST if lost else code).value,
+                code=code.value,
                 reason=error.message,
                 seq=self._stream.seq,
                 retry_after_ms=error.detail.get("retry_after_ms"),
@@ -376,8 +433,18 @@ class Execution:
             code=error.code.value,
             reason=error.message,
             seq=self._stream.seq,
-            terminal=terminal,
+            payload=terminal,
         )
+
+    def _code_of(self, error: FoamError) -> ErrorCode:
+        """Return what an error of this node's making means to the router; the error's own else."""
+        if isinstance(error, InstanceDied) or self.stopped_by == HANDED_BACK:
+            return ErrorCode.NODE_LOST
+        if isinstance(error, InstanceFailed):
+            return ErrorCode.EXECUTION_FAILED
+        if isinstance(error, ConfigurationError):  # larger than the memory of this node
+            return ErrorCode.NO_CAPABLE_NODE
+        return error.code
 
     def stop_error(self) -> FoamError:
         """Return the error for a run that was stopped or ran out of time."""

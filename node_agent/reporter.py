@@ -49,8 +49,8 @@ class Reporter:
 
     def ended(self, invocation: Invocation, outcome: Outcome) -> None:
         """Tell the router how it ended; nothing for an outcome that nobody is told."""
-        if outcome.status == "dropped":
-            return
+        if outcome.status == "dropped" or (outcome.status == "unsure" and outcome.payload):
+            return  # the unsure answer itself was the report
         self._send(
             invocation,
             Report(
@@ -58,7 +58,8 @@ class Reporter:
                 client=invocation.client,
                 attempt=invocation.attempt,
                 node=self._node,
-                status=outcome.status,
+                # An unsure answer that is no longer kept cannot be told again.
+                status="failed" if outcome.status == "unsure" else outcome.status,
                 code=outcome.code,
                 reason=outcome.reason[:_REASON_CHARACTERS],
                 retry_after_ms=outcome.retry_after_ms,
@@ -68,14 +69,18 @@ class Reporter:
         )
 
     def repeat(self, invocation: Invocation, outcome: Outcome, *, topic: str) -> None:
-        """Say again how an attempt ended: the terminal event, under its number, and the report."""
-        if outcome.terminal is not None:
-            self._post(topic, outcome.terminal)
+        """Say again how an attempt ended: what held its answer, and the report."""
+        if outcome.payload is not None:
+            unsure = outcome.status == "unsure"
+            self._post(self.topic(invocation) if unsure else topic, outcome.payload)
         self.ended(invocation, outcome)
 
     def _send(self, invocation: Invocation, report: Report) -> None:
-        topic = self._topics.build(TopicKind.REPORT, router=invocation.router, node=self._node)
-        self._post(topic, encode(report))
+        self._post(self.topic(invocation), encode(report))
+
+    def topic(self, invocation: Invocation) -> str:
+        """Return the topic of the reports on an invocation."""
+        return self._topics.build(TopicKind.REPORT, router=invocation.router, node=self._node)
 
     def _post(self, topic: str, payload: bytes) -> None:
         try:

@@ -7,6 +7,7 @@ from typing import Any, Final
 import structlog
 
 from capability_schemas.errors import Overloaded, TooLarge
+from capability_schemas.invocation import Report
 from capability_schemas.reply import Chunk, ErrorEvent, Result, Step, Working
 from capability_schemas.wire import encode
 from node_agent.runtimes.base import Progress
@@ -34,6 +35,7 @@ class ReplyStream:
         attempt: Its attempt.
         seq: First number to use.
         chunks: Whether the client wants chunks.
+        held: Whether no piece may be shown before it is known what the whole answer is worth.
         post: Where events go.
         clock: UTC milliseconds.
         coalesce_s: Gathering time, seconds.
@@ -50,6 +52,7 @@ class ReplyStream:
         attempt: int,
         seq: int,
         chunks: bool,
+        held: bool = False,
         post: Post,
         clock: Callable[[], int],
         coalesce_s: float = 0.03,
@@ -62,6 +65,7 @@ class ReplyStream:
         self._task = task
         self._attempt = attempt
         self._chunks = chunks
+        self._held = held
         self._post = post
         self._clock = clock
         self._coalesce_s = coalesce_s
@@ -74,8 +78,13 @@ class ReplyStream:
         self._working: asyncio.TimerHandle | None = None
         self._closed = False
         self._silent = False
-        self.seq = seq
+        self.seq = self._first = seq
         self.sent = 0
+
+    @property
+    def blank(self) -> bool:
+        """Whether the client has been shown nothing of the answer."""
+        return self.seq == self._first
 
     def open(self) -> None:
         """Begin the keep-alive."""
@@ -93,7 +102,7 @@ class ReplyStream:
             raise TooLarge(
                 "output", size_bytes=self._size_bytes, limit_bytes=self._output_limit_bytes
             )
-        if not self._chunks or (is_text and not data):
+        if not self._chunks or self._held or (is_text and not data):
             return
         if is_text and self._pending and isinstance(self._pending[-1], list):
             self._pending[-1].append(data)
@@ -145,16 +154,21 @@ class ReplyStream:
         return True
 
     async def end(
-        self, make: Callable[[int, int], Result | ErrorEvent], *, limit_s: float
+        self,
+        make: Callable[[int, int], Result | ErrorEvent | Report],
+        *,
+        limit_s: float,
+        instead: str | None = None,
     ) -> bytes | None:
-        """Send the rest and the terminal event.
+        """Send the rest and the last word: the terminal event, or a report in its place.
 
         Args:
-            make: Makes the event from its number and the time.
+            make: Makes it from the next free number and the time.
             limit_s: Longest wait for room in the session, seconds.
+            instead: Topic of a report, which takes no number; None for a terminal event.
 
         Returns:
-            The event's payload; None when there was no room in all that time, or it was silenced.
+            Its payload; None when there was no room in all that time, or it was silenced.
             Cancellation leaves the stream without its end.
         """
         try:
@@ -163,11 +177,11 @@ class ReplyStream:
                     if self.flush():
                         payload = encode(make(self.seq, self._clock()))
                         try:
-                            self._emit(payload)
+                            self._post(instead or self._topic, payload)
                         except Overloaded:
                             pass
                         else:
-                            self.seq += 1
+                            self.seq += int(instead is None)
                             return payload
                     await asyncio.sleep(_RETRY_S)
                 return None

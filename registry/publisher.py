@@ -1,20 +1,18 @@
 """Writes ``catalog/…`` and the registry's events; nothing else in the mesh writes there."""
 
 from collections.abc import Callable, Container
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import structlog
 
+from broker.events import EventSource
 from broker.session.base import Message, Session, Subscription
-from capability_schemas.admin import CloudEvent
 from capability_schemas.errors import (
     AccessDenied,
     BrokerUnavailable,
     InvalidTopic,
     Overloaded,
 )
-from capability_schemas.ids import new_uuid7
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode
 from registry.admission import Key
@@ -49,7 +47,9 @@ class CatalogPublisher:
         self._topics = topics
         self._catalog = catalog
         self._id = registry_id
-        self._clock = clock
+        self._events = EventSource(
+            session=session, topics=topics, source=registry_id, component="registry", clock=clock
+        )
         self._to_clear: set[Key] = set()
         self._seen: set[Key] = set()
         self._watching: Subscription | None = None
@@ -89,20 +89,11 @@ class CatalogPublisher:
             key: what it is about.
             data: JSON fields.
         """
-        now = self._clock()
-        event = CloudEvent(
-            id=new_uuid7(now),
-            source=f"/foam/{self._topics.site}/{self._id}",
-            type=f"io.foam.registry.{kind}.v1",
-            time=datetime.fromtimestamp(now / 1000, UTC).isoformat(),
+        self._events.emit(
+            kind,
+            {"node": key[0], "function": key[1], **data},
             subject=f"capability/{key[0]}/{key[1]}",
-            data={"node": key[0], "function": key[1], **data},
         )
-        topic = self._topics.build(TopicKind.EVENT, source=self._id, kind=kind)
-        try:
-            self._session.post(topic, encode(event))
-        except (Overloaded, BrokerUnavailable) as exc:
-            _log.warning("registry.event_lost", kind=kind, error=exc.message)
 
     async def watch(self) -> None:
         """Look at the catalogue as the broker kept it, for ``clear_ghosts``."""

@@ -1,47 +1,40 @@
 """Which capabilities fit a request, by meaning and by words.
 
 Pure and synchronous: records go in as the catalogue tells of them, a request and its vector go in,
-ranked matches come out. Gates, load and cost are the router's. One owner (the router's loop) uses
-an instance; nothing here blocks for longer than a few milliseconds on catalogues of thousands.
-
-Score of a capability: 0.7 of the cosine to the centroid that the registry embedded (``name:
-description`` and examples), 0.3 of the squashed lexical coverage. On the developers' set this mix
-found the right one of 199 first in 76 % of the requests; reciprocal rank fusion and the nearest
-single example were worse.
+ranked matches come out (``registry.ranking`` has the score). Gates, load and cost are the router's.
+One owner (the router's loop) uses an instance; nothing here blocks for longer than a few
+milliseconds, whatever the size of the catalogue.
 """
 
 import asyncio
-import hashlib
 import heapq
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import TYPE_CHECKING, Final, NamedTuple
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
 
 from capability_schemas.capability import CatalogRecord, EncoderSpace
-from registry.calibration import (
-    DEFAULT_HALF,
-    Calibration,
-    fit_half,
-    fit_threshold,
-    prior_threshold,
+from registry.background import BACKGROUND
+from registry.calibration import ENOUGH_EXAMPLES, Calibration, HeldOut, fit, fit_half, prior
+from registry.encoders.base import Vectors, checked
+from registry.index import CapabilityIndex, Demands
+from registry.ranking import Ranking, bounded
+from registry.representation import (
+    Capability,
+    Embedded,
+    Key,
+    attributes_of,
+    published,
+    text_id,
+    union,
+    words_of,
 )
-from registry.encoders.base import Vectors, unit
-from registry.index.base import VectorIndex
-from registry.index.exact import ExactIndex
-from registry.lexical import LexicalIndex, squash
-from registry.vectors import unpack_vector
+from registry.vectors import capability_texts, capability_vector, pack_parts
 
-if TYPE_CHECKING:
-    from registry.index.hnsw import HnswIndex
-
-Key = tuple[str, str]
-"""``(node, function)``."""
-
-LEXICAL_SHARE: Final = 0.3
 EXACT_LIMIT: Final = 10_000
 _CANDIDATES: Final = 64
-_MOVED_PER_CHANGE: Final = 32
 _HELD_OUT_PER_CAPABILITY: Final = 4
 _HELD_OUT_LIMIT: Final = 256
 _STEPS_PER_TURN: Final = 4
@@ -53,24 +46,16 @@ class Match(NamedTuple):
     Attributes:
         key: ``(node, function)``.
         score: mixed score, 0 to 1; what ``threshold`` is compared with.
-        dense: cosine of the request to the capability's centroid, -1 to 1.
-        lexical: squashed lexical coverage, 0 to 1; None for a bare name, whose score is ``dense``.
+        dense: cosine of the request to the capability's vector, -1 to 1.
+        lexical: squashed lexical coverage, 0 to 1; None for a bare name.
+        capability: identity of the text; the same for offers of the very same.
     """
 
     key: Key
     score: float
     dense: float
     lexical: float | None
-
-
-@dataclass(slots=True)
-class _Capability:
-    """One distinct capability text and everybody who offers it."""
-
-    name: str
-    examples: tuple[str, ...]
-    vector: Vectors
-    keys: set[Key] = field(default_factory=set)
+    capability: str
 
 
 class CapabilitySearch:
@@ -80,23 +65,36 @@ class CapabilitySearch:
     crowd others out of the candidates nor bend word frequencies and calibration.
 
     Args:
-        space: vector space of the requests. Records of another space stay addressable by name,
-            but are never compared.
-        exact_limit: distinct capabilities above which the graph index takes over.
+        space: vector space of the requests. Records of another space stay addressable by name, but
+            are never compared until ``upsert`` is given vectors of their texts in this one.
+        exact_limit: distinct capabilities above which graphs take over.
+        background: builds graphs and writes snapshots; see ``CapabilityIndex``.
     """
 
-    def __init__(self, *, space: EncoderSpace, exact_limit: int = EXACT_LIMIT) -> None:
+    def __init__(
+        self,
+        *,
+        space: EncoderSpace,
+        exact_limit: int = EXACT_LIMIT,
+        background: Executor | None = None,
+    ) -> None:
         self._space = space
         self._exact_limit = exact_limit
+        self._background = background
         self._records: dict[Key, CatalogRecord] = {}
         self._text_of: dict[Key, str] = {}
-        self._capabilities: dict[str, _Capability] = {}
-        self._lexical = LexicalIndex()
-        self._exact: VectorIndex = ExactIndex(dimension=space.dimension)
-        self._graph: VectorIndex | None = None
-        self._to_move: list[str] = []
+        self._unembedded: dict[Key, None] = {}
+        self._ranking = Ranking(
+            index=CapabilityIndex(
+                dimension=space.dimension,
+                space=_name_of(space),
+                exact_limit=exact_limit,
+                background=background,
+            ),
+            dimension=space.dimension,
+        )
         self._calibration: Calibration | None = None
-        self._half = DEFAULT_HALF
+        self._exampled = 0.0
         self._changed = False
 
     def __len__(self) -> int:
@@ -108,6 +106,11 @@ class CapabilitySearch:
         return self._space
 
     @property
+    def index(self) -> CapabilityIndex:
+        """The vectors; for ``maintain`` and ``close``, and to see how it is getting on."""
+        return self._ranking.index
+
+    @property
     def threshold(self) -> float:
         """Lowest score that counts as an answer; below it the answer is ``no_capable_node``."""
         return self.calibration.threshold
@@ -117,7 +120,7 @@ class CapabilitySearch:
         """What holds now: the last fit, or the prior of this catalogue."""
         if self._calibration is not None:
             return self._calibration
-        return Calibration(threshold=self._prior(), half=self._half, held_out=0)
+        return prior(self._share_exampled, half=self._ranking.half)
 
     @property
     def needs_calibration(self) -> bool:
@@ -132,32 +135,39 @@ class CapabilitySearch:
         """Every record, searchable or not."""
         return self._records.values()
 
-    def upsert(self, record: CatalogRecord) -> bool:
+    def unembedded(self) -> list[Key]:
+        """Keys whose records have no vectors in this space yet."""
+        return list(self._unembedded)
+
+    def upsert(self, record: CatalogRecord, *, parts: Vectors | None = None) -> bool:
         """Store a record in place of an earlier one of its key.
 
         Args:
             record: an admitted record; order and signature are checked by the caller.
+            parts: vectors of ``capability_texts`` of the record in this space, made here because
+                the record has none; shape ``(n, dimension)``, rows of length 1. They serve every
+                later record of the same texts too.
 
         Returns:
             Whether it can be found by meaning: its vector is there, sound, and of this space.
+
+        Raises:
+            ValueError: ``parts`` has another shape, or a row that is not of length 1.
         """
         key = record.key
-        vector = self._vector(record)
-        text_id = _text_id(record) if vector is not None else None
-        if self._text_of.get(key) != text_id:
+        found = published(record, self._space)
+        if found is None:
+            found = self._made_here(record, parts)
+        known = text_id(record) if found is None else found.text_id
+        reachable = found is not None or known in self._capabilities
+        if self._text_of.get(key) != known or not reachable:
             self._detach(key)
         self._records[key] = record
-        if vector is None or text_id is None:
+        if not reachable:
+            self._unembedded[key] = None
             return False
-        capability = self._capabilities.get(text_id)
-        if capability is None:
-            capability = _Capability(record.function, record.examples, vector)
-            self._capabilities[text_id] = capability
-            self._lexical.upsert(text_id, _lexical_parts(record))
-            self._add_vector(text_id, vector)
-            self._changed = True
-        capability.keys.add(key)
-        self._text_of[key] = text_id
+        self._unembedded.pop(key, None)
+        self._attach(key, record, known, found)
         return True
 
     def remove(self, key: Key) -> bool:
@@ -166,45 +176,90 @@ class CapabilitySearch:
         Returns:
             Whether it was there.
         """
+        record = self._records.pop(key, None)
+        self._unembedded.pop(key, None)
         self._detach(key)
-        return self._records.pop(key, None) is not None
+        return record is not None
 
-    def search(self, text: str, vector: Vectors, k: int) -> list[Match]:
+    def search(self, text: str, vector: Vectors, k: int, *, demands: Demands = ()) -> list[Match]:
         """Rank what is on offer.
 
         Args:
             text: the request.
             vector: the request embedded in ``space``, shape ``(dimension,)``, length 1.
             k: how many distinct capabilities; each is returned with every key that offers it.
+            demands: only capabilities of which every set shares a member with the attributes
+                (``attributes_of``) of their offers taken together; the gates judge each offer.
 
         Returns:
-            By falling score, then by key; not cut at ``threshold``, so that near misses can be
-            told.
+            By falling score, then by capability and key; not cut at ``threshold``, so that near
+            misses can be told.
 
         Raises:
             ValueError: the vector has another shape or length.
         """
         if k < 1 or not self._capabilities:
             return []
-        scored = self._scored(text, vector, max(_CANDIDATES, 4 * k))
-        scored.sort(key=lambda entry: (-entry[1], entry[0]))
+        ranked = self._ranking.rank(text, vector, max(_CANDIDATES, 2 * k), demands=demands)
+        shift = self._ranking.shift(vector, ranked.nearest)
         return [
-            Match(key, score, cosine, lexical)
-            for text_id, score, cosine, lexical in scored[:k]
-            for key in sorted(self._capabilities[text_id].keys)
+            Match(key, score, one.dense, one.lexical, one.text_id)
+            for one in ranked.found[:k]
+            for score in (bounded(one.score + shift),)
+            for key in self._capabilities[one.text_id].offers()
         ]
 
+    # ---- snapshots
+
+    def snapshot(self, path: Path) -> "Future[None]":
+        """Write the index into a folder; see ``CapabilityIndex.save``."""
+        return self.index.save(path)
+
+    def restore(self, path: Path) -> None:
+        """Read an index that ``snapshot`` wrote, before the first record comes.
+
+        The records of the catalogue then find their vectors in place; ``forget_unclaimed`` drops
+        those that no record came for.
+
+        Args:
+            path: folder.
+
+        Raises:
+            ConfigurationError: no snapshot, or one that is torn or of another space.
+        """
+        index = CapabilityIndex.load(
+            path,
+            dimension=self._space.dimension,
+            space=_name_of(self._space),
+            exact_limit=self._exact_limit,
+            background=self._background,
+        )
+        self._ranking = Ranking(index=index, dimension=self._space.dimension)
+
+    def forget_unclaimed(self) -> int:
+        """Drop restored vectors that no record stands for; return how many."""
+        return self.index.retain(self._capabilities)
+
+    # ---- calibration
+
     def calibration_texts(self) -> list[str]:
-        """Examples to embed for ``calibrate``: a few of each capability, 256 at most."""
-        return [example for _, example in self._held_out()]
+        """Texts to embed for ``calibrate``.
+
+        The background once, and held-out examples (256 at most) of records that came without
+        single vectors.
+        """
+        talk = [] if len(self._ranking.background) else list(BACKGROUND)
+        return talk + [
+            example for at, example in self._held_out() if self._capabilities[at].parts is None
+        ]
 
     def calibrate(self, vectors: Mapping[str, Vectors]) -> Calibration:
-        """Fit threshold and lexical squash to the present catalogue by leave-one-out.
+        """Fit threshold, probability and lexical squash to the catalogue by leave-one-out.
 
         Takes about a millisecond for each text; ``recalibrate`` does the same in small steps.
 
         Args:
-            vectors: vectors of ``calibration_texts()``; examples without one are left out.
+            vectors: vectors of ``calibration_texts()``; texts without one are left out.
 
         Returns:
             What holds from now on.
@@ -214,135 +269,101 @@ class CapabilitySearch:
         return self.calibration
 
     def calibrating(self, vectors: Mapping[str, Vectors]) -> Iterator[None]:
-        """``calibrate`` in steps: pauses after every example, and changes may happen in between.
+        """``calibrate`` in steps: pauses after every text, and changes may happen in between.
 
         Args:
             vectors: as for ``calibrate``.
         """
-        asked = [(at, example) for at, example in self._held_out() if example in vectors]
+        asked = self._held_out()
+        ranking = self._ranking
         self._changed = False
-        self._half = fit_half(
-            [self._lexical.coverage_without(at, example) for at, example in asked]
-        )
-        tops = []
-        for text_id, example in asked:
-            if text_id in self._capabilities:
-                tops.append(self._score_held_out(text_id, example, vectors[example]))
+        if not len(ranking.background) and all(text in vectors for text in BACKGROUND):
+            ranking.background = np.stack([vectors[text] for text in BACKGROUND])
+        ranking.half = fit_half([ranking.covered_without(at, example) for at, example in asked])
+        inside: list[HeldOut] = []
+        for at, example in asked:
+            if at in self._capabilities:
+                one = ranking.hold_out(at, example, vectors, _CANDIDATES)
+                inside += [] if one is None else [one]
             yield
-        self._calibration = Calibration(
-            threshold=fit_threshold(tops, self._prior()), half=self._half, held_out=len(tops)
-        )
-
-    @property
-    def _index(self) -> VectorIndex:
-        return self._graph if self._graph is not None and not self._to_move else self._exact
-
-    def _scored(
-        self, text: str, vector: Vectors, wanted: int
-    ) -> list[tuple[str, float, float, float | None]]:
-        """Score the nearest by meaning and the best covering by words, in no order."""
-        dense = dict(self._index.search(vector, wanted))
-        covered = self._lexical.coverage(text, dense)
-        for text_id in heapq.nlargest(wanted, covered, key=lambda at: (covered[at], at)):
-            if text_id not in dense:
-                dense[text_id] = float(self._capabilities[text_id].vector @ vector)
-        return [self._mix(at, cosine, covered.get(at, 0.0)) for at, cosine in dense.items()]
-
-    def _mix(
-        self, text_id: str, cosine: float, covered: float
-    ) -> tuple[str, float, float, float | None]:
-        if text_id not in self._lexical:
-            return text_id, _bounded(cosine), cosine, None
-        lexical = squash(covered, self._half)
-        mixed = (1.0 - LEXICAL_SHARE) * cosine + LEXICAL_SHARE * lexical
-        return text_id, _bounded(mixed), cosine, lexical
-
-    def _score_held_out(self, text_id: str, example: str, vector: Vectors) -> float:
-        """Best score over the catalogue for an example nobody advertised."""
-        others = (
-            score for at, score, _, _ in self._scored(example, vector, _CANDIDATES) if at != text_id
-        )
-        best_other = max(others, default=0.0)
-        centroid = self._centroid_without(self._capabilities[text_id], vector)
-        covered = self._lexical.coverage_without(text_id, example)
-        return max(self._mix(text_id, float(centroid @ vector), covered)[1], best_other)
-
-    def _centroid_without(self, capability: _Capability, left_out: Vectors) -> Vectors:
-        """Take one of the n averaged unit vectors out of a centroid.
-
-        The mean's length, lost when the registry scaled it to 1, is the mean cosine of the parts to
-        the centroid; the left-out part stands in for all of them. Exact when the parts are equally
-        far from their centroid.
-        """
-        parts = len(capability.examples) + 1
-        length = max(0.2, float(capability.vector @ left_out))
-        rest = parts * length * capability.vector - left_out
-        try:
-            return unit(rest)
-        except ValueError:
-            return capability.vector
+        outside: list[float] = []
+        for text, vector in zip(BACKGROUND, ranking.background, strict=False):
+            outside += [match.score for match in self.search(text, vector, 1)[:1]]
+            yield
+        self._calibration = fit(inside, outside, self._share_exampled, half=ranking.half)
 
     def _held_out(self) -> list[tuple[str, str]]:
         """Spread the sample over the capabilities, the same one for the same catalogue."""
         budget = max(1, _HELD_OUT_LIMIT // max(1, len(self._capabilities)))
         each = min(_HELD_OUT_PER_CAPABILITY, budget)
+        first = heapq.nsmallest(_HELD_OUT_LIMIT, self._capabilities)
         sample = [
-            (text_id, example)
-            for text_id in sorted(self._capabilities)
-            for example in self._capabilities[text_id].examples[:each]
+            (at, example) for at in first for example in self._capabilities[at].examples[:each]
         ]
         return sample[:_HELD_OUT_LIMIT]
 
-    def _prior(self) -> float:
-        return prior_threshold([len(entry.examples) for entry in self._capabilities.values()])
+    # ---- what comes and goes
 
-    def _vector(self, record: CatalogRecord) -> Vectors | None:
-        if record.embedding is None or record.space != self._space:
+    @property
+    def _capabilities(self) -> dict[str, Capability]:
+        return self._ranking.capabilities
+
+    @property
+    def _share_exampled(self) -> float:
+        return self._exampled / len(self._capabilities) if self._capabilities else 1.0
+
+    def _made_here(self, record: CatalogRecord, parts: Vectors | None) -> Embedded | None:
+        if parts is None:
             return None
-        try:
-            return unpack_vector(record.embedding, self._space.dimension)
-        except ValueError:
-            return None
+        texts = capability_texts(
+            record.function, record.description, record.examples, record.input_schema
+        )
+        if parts.shape != (len(texts), self._space.dimension):
+            raise ValueError(
+                f"parts of {record.function} have the shape {parts.shape}, not"
+                f" {(len(texts), self._space.dimension)}"
+            )
+        rows = np.stack([checked(row, self._space.dimension) for row in parts])
+        vector = capability_vector(rows, len(record.examples))
+        return Embedded(text_id(record), vector, pack_parts(rows))
+
+    def _attach(self, key: Key, record: CatalogRecord, at: str, found: Embedded | None) -> None:
+        capability = self._capabilities.get(at)
+        attributes = attributes_of(record)
+        if capability is None and found is not None:
+            capability = Capability(record.function, record.examples, found.parts)
+            capability.attributes = attributes
+            self._ranking.add(at, capability, found.vector, words_of(record))
+            self._exampled += _exampled(capability)
+            self._changed = True
+        if capability is None:
+            return
+        capability.join(key)
+        self._text_of[key] = at
+        if len(capability.keys) == 1:
+            self._ranking.describe(at, attributes)
+        elif not attributes <= capability.attributes:
+            self._ranking.describe(at, capability.attributes | attributes)
 
     def _detach(self, key: Key) -> None:
-        text_id = self._text_of.pop(key, None)
-        if text_id is None:
+        at = self._text_of.pop(key, None)
+        if at is None:
             return
-        capability = self._capabilities[text_id]
-        capability.keys.discard(key)
+        capability = self._capabilities[at]
+        few = capability.leave(key)
         if capability.keys:
+            if few:  # of many, what one of them had may stay: demands need be no sharper
+                self._ranking.describe(at, union(self._records[one] for one in capability.keys))
             return
-        del self._capabilities[text_id]
-        self._lexical.remove(text_id)
-        self._exact.remove(text_id)
-        if self._graph is not None:
-            self._graph.remove(text_id)
+        self._ranking.drop(at)
+        self._exampled -= _exampled(capability)
         self._changed = True
-
-    def _add_vector(self, text_id: str, vector: Vectors) -> None:
-        """Index a vector; past the limit, move the catalogue to the graph a few vectors at a time.
-
-        A graph of ten thousand takes a second to build, which no event loop can spare at once.
-        """
-        self._exact.upsert(text_id, vector)
-        if self._graph is None:
-            if len(self._exact) <= self._exact_limit:
-                return
-            self._graph = _make_graph(self._space.dimension)
-            if self._graph is None:
-                return
-            self._to_move = list(self._capabilities)
-        self._graph.upsert(text_id, vector)
-        for _ in range(min(_MOVED_PER_CHANGE, len(self._to_move))):
-            moved = self._to_move.pop()
-            if moved in self._capabilities and moved not in self._graph:
-                self._graph.upsert(moved, self._capabilities[moved].vector)
 
 
 async def recalibrate(
     search: CapabilitySearch, encode: Callable[[Sequence[str]], Awaitable[Vectors]]
 ) -> Calibration:
-    """Embed the sample of examples and fit the threshold; for a background task.
+    """Embed what is missing and fit the calibration; for a background task.
 
     Args:
         search: what to calibrate; it may change meanwhile, the fit then uses what is still there.
@@ -352,41 +373,16 @@ async def recalibrate(
         What holds from now on.
     """
     texts = list(dict.fromkeys(search.calibration_texts()))
-    rows = await encode(texts)
+    rows = await encode(texts) if texts else np.empty((0, search.space.dimension), np.float32)
     for step, _ in enumerate(search.calibrating(dict(zip(texts, rows, strict=True)))):
         if step % _STEPS_PER_TURN == 0:
             await asyncio.sleep(0)
     return search.calibration
 
 
-@lru_cache(maxsize=1)
-def _graph_class() -> "type[HnswIndex] | None":
-    """The graph index, or None where hnswlib was not built: exact search is slower, never wrong."""
-    try:
-        from registry.index.hnsw import HnswIndex  # noqa: PLC0415 - compiled, and optional
-    except ImportError:
-        return None
-    return HnswIndex
+def _exampled(capability: Capability) -> float:
+    return min(1.0, len(capability.examples) / ENOUGH_EXAMPLES)
 
 
-def _make_graph(dimension: int) -> VectorIndex | None:
-    made = _graph_class()
-    return None if made is None else made(dimension=dimension)
-
-
-def _bounded(score: float) -> float:
-    return min(1.0, max(0.0, score))
-
-
-def _lexical_parts(record: CatalogRecord) -> list[str]:
-    return [record.function, record.description, *record.examples, *record.skills]
-
-
-def _text_id(record: CatalogRecord) -> str:
-    """Identity of what is searched: the words and the vector, not who offers it."""
-    digest = hashlib.sha256()
-    for part in (*_lexical_parts(record), record.embedding or ""):
-        data = part.encode()
-        digest.update(len(data).to_bytes(4, "big"))
-        digest.update(data)
-    return digest.hexdigest()[:32]
+def _name_of(space: EncoderSpace) -> str:
+    return f"{space.model} {space.revision} {space.dimension}"

@@ -19,7 +19,7 @@ import structlog
 
 from broker.lifecycle import Service
 from broker.session.base import Message, Session, Subscription
-from capability_schemas.capability import CatalogRecord
+from capability_schemas.capability import CapabilityClaim, CatalogRecord
 from capability_schemas.errors import (
     BadSignature,
     InvalidTopic,
@@ -44,13 +44,12 @@ from registry.admission import (
     judge,
 )
 from registry.catalog import Catalog
-from registry.encoders.base import Vectors
 from registry.encoders.thread import EncoderThread
 from registry.pending import PendingWork, Withdrawal
 from registry.publisher import CatalogPublisher
 from registry.settings import RegistrySettings
 from registry.store import Change, HistoryEntry, SqliteStore
-from registry.vectors import capability_texts, centroid, pack_vector, unpack_vector
+from registry.vectors import RecordVectors, capability_texts, record_vectors, unpack_vector
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -58,7 +57,7 @@ _CLAIM_QUEUE: Final = 20_000
 _SMALL_MESSAGE_BYTES: Final = 64 * 1024
 _TOLD_LIMIT: Final = 4_096
 _RENEWED_FIELDS: Final = frozenset(
-    {"revision", "expires_at", "signature", "admitted_at", "claim_digest", "embedding"}
+    {"revision", "expires_at", "signature", "admitted_at", "claim_digest", "embedding", "parts"}
 )
 
 
@@ -339,11 +338,12 @@ class RegistryService(Service):
 
     async def _admit(self, key: Key, admitted: Admitted) -> None:
         previous = self._catalog.record(key)
-        vector = await self._embed(previous, admitted)
+        vectors = await self._embed(previous, admitted)
         now = self._clock()
         claim = admitted.claim
+        own = unpack_vector(vectors.embedding, self._encoder.space.dimension)
         refused = check_given(
-            claim, vector, self._encoder.space, similarity=self._settings.given_similarity
+            claim, own, self._encoder.space, similarity=self._settings.given_similarity
         )
         if refused is not None:
             self._refuse(key, refused, encode(claim))
@@ -355,7 +355,8 @@ class RegistryService(Service):
             CatalogRecord(
                 **fields,
                 policy=admitted.policy,
-                embedding=pack_vector(vector),
+                embedding=vectors.embedding,
+                parts=vectors.parts,
                 space=self._encoder.space,
                 registry=self._id,
                 admitted_at=now,
@@ -387,19 +388,19 @@ class RegistryService(Service):
             )
             self._publisher.emit("capability_admitted", key, {"version": claim.version})
 
-    async def _embed(self, previous: CatalogRecord | None, admitted: Admitted) -> Vectors:
-        """Our own vector of a claim, taken from the record before where the texts are equal."""
+    async def _embed(self, previous: CatalogRecord | None, admitted: Admitted) -> RecordVectors:
+        """Our own vectors of a claim, taken from the record before where the texts are equal."""
         claim = admitted.claim
         if (
             previous is not None
             and previous.embedding is not None
+            and previous.parts is not None
             and previous.space == self._encoder.space
-            and previous.description == claim.description
-            and previous.examples == claim.examples
+            and _texts(previous) == _texts(claim)
         ):
-            return unpack_vector(previous.embedding, self._encoder.space.dimension)
-        texts = capability_texts(claim.function, claim.description, claim.examples)
-        return centroid(await self._encoder.encode(texts))
+            return RecordVectors(previous.embedding, previous.parts)
+        rows = await self._encoder.encode(_texts(claim))
+        return record_vectors(rows, len(claim.examples))
 
     # ------------------------------------------------------------------ the sweep
 
@@ -419,6 +420,10 @@ class RegistryService(Service):
                 if self._claims_subscription is not None:
                     await self._session.unsubscribe(self._claims_subscription)
                 await self._subscribe_claims()
+
+
+def _texts(claim: CapabilityClaim | CatalogRecord) -> list[str]:
+    return capability_texts(claim.function, claim.description, claim.examples, claim.input_schema)
 
 
 def _is_renewal(previous: CatalogRecord, record: CatalogRecord) -> bool:

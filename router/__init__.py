@@ -5,15 +5,20 @@ A task comes in on ``task/{client}``. The way through the modules:
 =================  ============================================================================
 ``intake``         topic, size, decoding, fields: a task or a refusal
 ``ledger``         SQLite; a task is journaled before ``accepted``, its outcome is kept
-``routing``        embedding and search, or the function by name
+``rules``          what the operator wants of certain tasks, from a file
+``meaning``        the encoder and the search in its space, and the change to another
 ``catalogue``      the fleet: admitted records, presence, heartbeats, load
-``selection``      gates and score; every candidate is explained
-``machine``        one task as a pure state machine: exactly one final event
+``routing``        one decision: rules, search, offers, selection, and what is learnt of it
+``selection``      gates, score and rank (``gates``, ``score``, ``ranking``, ``nobody``), explained
+``reputation``     what nodes have done so far; ``breaker``: who is left alone for silence
+``machine``        one task as a pure state machine (``verdicts``): exactly one final event
+``cascade``        small nodes first, stronger ones while the answer is not sure
 ``patience``       how long a node may stay silent, learnt from round trips
-``dispatch``       drives the machines of all live tasks
+``dispatch``       drives the machines of all live tasks; ``messages``: what it writes
 ``observation``    what nodes tell clients, seen on the reply topics
 ``replies``        what the router tells clients, and tells again
-``admin``          verbs for administrators
+``admin``          verbs for administrators; ``steering``: those about decisions
+``upkeep``         what it does between tasks: silence, calibration, housekeeping
 ``service``        joins all of it to a session
 =================  ============================================================================
 

@@ -1,27 +1,26 @@
 """Administration of a router: each verb a question or an order, answered with JSON."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from itertools import islice
 from typing import Any, Final
-
-from pydantic import ValidationError
 
 from broker.session.base import Session
 from capability_schemas.admin import AdminRequest
-from capability_schemas.capability import CatalogRecord
 from capability_schemas.errors import InvalidTask, NotFound
 from capability_schemas.ids import check_identifier, is_identifier
 from capability_schemas.invocation import Control
-from capability_schemas.task import FunctionRef, Task
+from capability_schemas.node import NodeLoad
 from capability_schemas.topics import TopicKind, Topics
-from capability_schemas.wire import encode, first_problem
-from router.catalogue import Fleet, NodeView
+from capability_schemas.wire import encode
+from router.catalogue import Fleet, Key
 from router.dispatch import Dispatcher
 from router.ledger import Ledger
-from router.routing import TaskRouting, Wanted
+from router.meaning import Meaning
 from router.statistics import RouterStats
+from router.steering import SteeringDesk
+from router.verbs import Answer, Verb, key_page, name_page, named_keys, only
 
-Answer = dict[str, Any]
-_EXPLAIN_CLIENT: Final = "explain"
+_FUNCTIONS_SHOWN: Final = 256
 
 
 class AdminDesk:
@@ -31,10 +30,11 @@ class AdminDesk:
         session: Sends orders to nodes.
         topics: Topic grammar of the site.
         fleet: Nodes and records.
-        routing: Explains choices.
+        meaning: Knows the threshold.
         dispatcher: Live tasks.
         ledger: Stored decisions and cordons.
         stats: Counters.
+        steering: Answers what is asked of decisions.
         router_id: This router.
         clock: UTC milliseconds.
     """
@@ -45,33 +45,36 @@ class AdminDesk:
         session: Session,
         topics: Topics,
         fleet: Fleet,
-        routing: TaskRouting,
+        meaning: Meaning,
         dispatcher: Dispatcher,
         ledger: Ledger,
         stats: RouterStats,
+        steering: SteeringDesk,
         router_id: str,
         clock: Callable[[], int],
     ) -> None:
         self._session = session
         self._topics = topics
         self._fleet = fleet
-        self._routing = routing
+        self._meaning = meaning
         self._dispatcher = dispatcher
         self._ledger = ledger
         self._stats = stats
+        self._steering = steering
         self._router_id = router_id
         self._clock = clock
         self._started_at = clock()
-        self._verbs: dict[str, Callable[[dict[str, Any]], Awaitable[Answer]]] = {
+        self._verbs: dict[str, Verb] = {
             "nodes": self._nodes,
             "functions": self._functions,
-            "explain": self._explain,
             "stats": self._statistics,
             "task": self._task,
             "cordon": self._cordon,
             "uncordon": self._uncordon,
             "drain": self._drain,
             "undrain": self._undrain,
+            "explain": self._explain,
+            **steering.verbs,
         }
 
     async def answer(self, request: AdminRequest) -> Answer:
@@ -90,14 +93,13 @@ class AdminDesk:
         return await verb(request.args)
 
     async def _nodes(self, args: dict[str, Any]) -> Answer:
-        _only(args)
-        return {"nodes": [self._describe_node(view) for view in self._fleet.nodes.values()]}
+        only(args, "after", "limit")
+        return await name_page(sorted(self._fleet.nodes), args, "nodes", self._describe_node)
 
     async def _functions(self, args: dict[str, Any]) -> Answer:
-        _only(args)
-        now = self._clock()
-        records = sorted(self._fleet.records.values(), key=lambda record: record.key)
-        return {"functions": [self._describe_function(record, now) for record in records]}
+        only(args, "node", "function", "after", "limit")
+        keys = named_keys(self._fleet, args)
+        return await key_page(keys, args, "functions", self._describe_function)
 
     async def _explain(self, args: dict[str, Any]) -> Answer:
         """Choose for a task without running it, or tell how one was chosen for.
@@ -105,27 +107,13 @@ class AdminDesk:
         The first for ``{"text": …}`` or ``{"task": {…}}``, the second for ``{"task": id}``, with
         ``client`` where several have used that id.
         """
-        _only(args, "text", "task", "client")
-        fields = args.get("task", {"text": args.get("text")})
-        if isinstance(fields, str):
-            return await self._task({"id": fields, "client": args.get("client")})
-        try:
-            task = Task.model_validate(fields)
-        except ValidationError as exc:
-            field, problem = first_problem(exc)
-            raise InvalidTask(f"{field}: {problem}" if field else problem, field=field) from exc
-        now = self._clock()
-        wanted = Wanted(
-            client=_EXPLAIN_CLIENT,
-            task=task,
-            function=FunctionRef.parse(task.function) if task.function else None,
-            deadline=now + task.timeout_ms,
-        )
-        vector = await self._routing.embed(wanted)
-        return self._routing.select(wanted, vector, self._clock()).explanation
+        if isinstance(args.get("task"), str):
+            only(args, "task", "client")
+            return await self._task({"id": args["task"], "client": args.get("client")})
+        return await self._steering.explain(args)
 
     async def _statistics(self, args: dict[str, Any]) -> Answer:
-        _only(args)
+        only(args)
         views = self._fleet.nodes.values()
         return {
             "router": self._router_id,
@@ -133,14 +121,14 @@ class AdminDesk:
             "live": len(self._dispatcher),
             "nodes": sum(view.live for view in views),
             "functions": len(self._fleet.records),
-            "threshold": round(self._routing.threshold, 4),
+            "threshold": round(self._meaning.search.threshold, 4),
             "ledger": {"pending": self._ledger.pending, "failing": self._ledger.failing},
             **self._stats.describe(),
         }
 
     async def _task(self, args: dict[str, Any]) -> Answer:
         """Tell what is known of a task, with the stored decision."""
-        _only(args, "id", "client")
+        only(args, "id", "client")
         task_id, client = args.get("id"), args.get("client")
         if not is_identifier(task_id) or not (client is None or is_identifier(client)):
             raise InvalidTask("the verb task takes id, and client where it is known", field="id")
@@ -190,14 +178,15 @@ class AdminDesk:
         self._session.post(self._topics.build(TopicKind.CONTROL, node=node), encode(control))
 
     def _known_node(self, args: dict[str, Any]) -> str:
-        _only(args, "node")
+        only(args, "node")
         node = check_identifier(args.get("node", ""), "node")
         if node not in self._fleet.nodes:
             raise NotFound(f"node {node} is not known here", node=node)
         return node
 
-    def _describe_node(self, view: NodeView) -> Answer:
-        load = view.load
+    def _describe_node(self, node: str) -> Answer:
+        view = self._fleet.node(node)
+        load, functions = view.load, self._fleet.functions(node)
         return {
             "node": view.node,
             "state": view.presence,
@@ -208,13 +197,18 @@ class AdminDesk:
             "reason": view.reason,
             "seen_ms_ago": self._clock() - view.seen_at if view.seen_at else None,
             "assigned": view.assigned,
-            "load": load.model_dump(exclude={"v", "node", "epoch"}) if load else None,
-            "functions": sorted(name for node, name in self._fleet.records if node == view.node),
+            "load": _describe_load(load) if load else None,
+            "functions": functions[:_FUNCTIONS_SHOWN],
+            "degraded": [name for name in functions if view.function(name).degraded],
+            "more_functions": max(0, len(functions) - _FUNCTIONS_SHOWN),
         }
 
-    def _describe_function(self, record: CatalogRecord, now: int) -> Answer:
+    def _describe_function(self, key: Key) -> Answer | None:
+        record = self._fleet.records.get(key)
+        if record is None:
+            return None
         view = self._fleet.node(record.node)
-        current = record.expires_at is None or record.expires_at > now
+        current = record.expires_at is None or record.expires_at > self._clock()
         return {
             "node": record.node,
             "function": record.function,
@@ -231,11 +225,9 @@ class AdminDesk:
         }
 
 
-def _only(args: dict[str, Any], *allowed: str) -> None:
-    """Refuse arguments a verb does not have, so that a typing error is heard of."""
-    unknown = sorted(set(args) - set(allowed))
-    if unknown:
-        takes = ", ".join(allowed) or "none"
-        raise InvalidTask(
-            f"unknown argument {unknown[0]!r}; this verb takes: {takes}", field="args"
-        )
+def _describe_load(load: NodeLoad) -> Answer:
+    shown = islice(load.functions.items(), _FUNCTIONS_SHOWN)
+    return {
+        **load.model_dump(exclude={"v", "node", "epoch", "functions"}),
+        "functions": {name: figures.model_dump() for name, figures in shown},
+    }

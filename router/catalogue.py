@@ -5,13 +5,20 @@ heartbeats (load messages) keep coming: some brokers lose last wills (PROTOCOL s
 with an older epoch kills nobody. Times are the router's own, of receipt: node clocks differ.
 """
 
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from capability_schemas.capability import CatalogRecord
 from capability_schemas.node import FunctionLoad, NodeLoad, NodeState, Presence
+from router.names import NameIndex
 
 _IDLE = FunctionLoad()
+_LAST = "\uffff"
+"""Sorts after every identifier."""
+
+Key = tuple[str, str]
+"""``(node, function)``."""
 
 
 @dataclass(slots=True)
@@ -88,7 +95,10 @@ class Fleet:
     heartbeat_s: float = 5.0
     missed_heartbeats: int = 3
     _nodes: dict[str, NodeView] = field(default_factory=dict)
-    _records: dict[tuple[str, str], CatalogRecord] = field(default_factory=dict)
+    _records: dict[Key, CatalogRecord] = field(default_factory=dict)
+    _keys: list[Key] = field(default_factory=list)
+    _by_name: dict[str, dict[str, CatalogRecord]] = field(default_factory=dict)
+    _names: NameIndex = field(default_factory=NameIndex)
 
     @property
     def nodes(self) -> Mapping[str, NodeView]:
@@ -96,9 +106,19 @@ class Fleet:
         return self._nodes
 
     @property
-    def records(self) -> Mapping[tuple[str, str], CatalogRecord]:
+    def records(self) -> Mapping[Key, CatalogRecord]:
         """Admitted records by ``(node, function)``."""
         return self._records
+
+    @property
+    def keys(self) -> Sequence[Key]:
+        """Keys of the records in order, so that long lists can be shown page by page."""
+        return self._keys
+
+    @property
+    def names(self) -> NameIndex:
+        """Names of the functions on offer."""
+        return self._names
 
     def node(self, node: str) -> NodeView:
         """Return the view of a node, a blank one if it has not been heard of."""
@@ -107,21 +127,39 @@ class Fleet:
             view = self._nodes[node] = NodeView(node=node, heartbeat_s=self.heartbeat_s)
         return view
 
-    def named(self, function: str) -> list[CatalogRecord]:
-        """Return every record of a function name."""
-        return [record for record in self._records.values() if record.function == function]
+    def named(self, function: str) -> Mapping[str, CatalogRecord]:
+        """Return every record of a function name, by node."""
+        return self._by_name.get(function, {})
+
+    def functions(self, node: str) -> list[str]:
+        """Return the names of what a node offers, in order."""
+        first = bisect_left(self._keys, (node, ""))
+        return [name for _, name in self._keys[first : bisect_right(self._keys, (node, _LAST))]]
 
     def admit(self, record: CatalogRecord) -> bool:
         """Take an admitted record; tell whether it is news (an older order is not)."""
         known = self._records.get(record.key)
-        if known is not None and (record == known or record.order < known.order):
+        if known is None:
+            insort(self._keys, record.key)
+            self._names.add(record.function)
+        elif record == known or record.order < known.order:
             return False
         self._records[record.key] = record
+        self._by_name.setdefault(record.function, {})[record.node] = record
         return True
 
-    def withdraw(self, key: tuple[str, str]) -> bool:
+    def withdraw(self, key: Key) -> bool:
         """Forget a record; tell whether it was there."""
-        return self._records.pop(key, None) is not None
+        if self._records.pop(key, None) is None:
+            return False
+        del self._keys[bisect_left(self._keys, key)]
+        node, function = key
+        offered = self._by_name[function]
+        del offered[node]
+        if not offered:
+            del self._by_name[function]
+            self._names.discard(function)
+        return True
 
     def hear_state(self, state: NodeState, now: int) -> str | None:
         """Take a node's presence.

@@ -10,12 +10,11 @@ import structlog
 
 from broker.session.base import Session
 from capability_schemas.errors import FoamError, Overloaded
-from capability_schemas.invocation import Control, Invocation, Report
-from capability_schemas.reply import Accepted, ErrorEvent, Routed
-from capability_schemas.task import FunctionRef, TaskPolicy, decode_task
+from capability_schemas.invocation import Control, Report
+from capability_schemas.reply import Accepted
+from capability_schemas.task import FunctionRef, decode_task
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode
-from registry.encoders.base import Vectors
 from router.catalogue import Fleet
 from router.entry import Entry
 from router.events import (
@@ -28,6 +27,7 @@ from router.events import (
     Event,
     Invoke,
     Journaled,
+    Learn,
     MarkShown,
     NodeGone,
     Reported,
@@ -39,6 +39,8 @@ from router.events import (
 from router.intake import Arrival
 from router.ledger import Ledger
 from router.machine import Phase, TaskMachine
+from router.meaning import Query
+from router.messages import make_final, make_invocation, make_routed
 from router.observation import Observation
 from router.patience import ReportPatience
 from router.replies import Key, Outcome, ReplyDesk
@@ -66,7 +68,7 @@ class LiveTask:
     Attributes:
         arrival: What the client wants.
         machine: Its state.
-        explanation: Why it went where it went, until that is in the journal.
+        explanation: Why it went where it went, until all of that is in the journal.
         held_by: Node that has it, as counted in the fleet.
         noted_seq: ``next_seq`` as journaled.
         wake_at: Its entry in the clock, UTC milliseconds.
@@ -284,7 +286,7 @@ class Dispatcher:
         else:
             self._say_accepted(live)
 
-    async def _embed(self, live: LiveTask) -> Vectors | FoamError | None:
+    async def _embed(self, live: LiveTask) -> Query | FoamError | None:
         try:
             return await self._routing.embed(live.wanted)
         except FoamError as error:
@@ -293,24 +295,30 @@ class Dispatcher:
             _log.error("task.embedding_failed", task=live.arrival.task_id, exc_info=error)
             return FoamError("the router failed to embed the task")
 
-    def _choose(self, live: LiveTask, vector: Vectors | FoamError | None) -> None:
-        if isinstance(vector, FoamError):
-            self._feed(live, Chosen((), vector))
+    def _choose(self, live: LiveTask, query: Query | FoamError | None) -> None:
+        if isinstance(query, FoamError):
+            self._feed(live, Chosen((), query))
             return
         try:
-            selection = self._routing.select(live.wanted, vector, self._clock())
+            selection = self._routing.select(live.wanted, query, self._clock())
         except Exception as error:  # noqa: BLE001  # supervision boundary: one task, not the router
             _log.error("task.selection_failed", task=live.arrival.task_id, exc_info=error)
             self._feed(live, Chosen((), FoamError("the router failed to select a node")))
             return
         live.explanation = selection.explain
-        self._feed(live, Chosen(selection.choices, selection.problem))
+        chosen = Chosen(
+            selection.choices,
+            selection.problem,
+            min_confidence=selection.min_confidence,
+            policy=self._routing.policy(live.wanted),
+        )
+        self._feed(live, chosen)
 
     async def _choose_again(self, live: LiveTask) -> None:
-        vector = await self._embed(live)
+        query = await self._embed(live)
         await self._informed.wait()
         if self._live.get(live.arrival.key) is live:
-            self._choose(live, vector)
+            self._choose(live, query)
 
     def _feed(self, live: LiveTask, event: Event) -> None:
         for action in live.machine.handle(event, self._clock()):
@@ -328,6 +336,8 @@ class Dispatcher:
                 self._spawn(self._choose_again(live), name="task")
             case Invoke():
                 self._invoke(live, action)
+            case Learn():
+                self._learn(action)
             case CancelNode():
                 self._cancel_node(live, action)
             case MarkShown():
@@ -357,28 +367,34 @@ class Dispatcher:
         try:
             self._session.post(
                 self._topics.build(TopicKind.INVOKE, node=choice.node),
-                encode(self._invocation(arrival, action, now)),
+                encode(
+                    make_invocation(
+                        arrival,
+                        action,
+                        policy=self._routing.policy(live.wanted),
+                        router=self._router_id,
+                        now=now,
+                    )
+                ),
             )
         except FoamError as error:
             self._feed(live, Uninvoked(error))
             return
         self._hold(live, choice.node)
-        self._routing.remember(live.wanted, choice.node)
+        self._routing.remember(live.wanted, choice, now)
         if action.attempt == 1:
             self._stats.route_ms.append(now - arrival.received_at)
+        elif action.cascade is not None and action.cascade.steps:
+            self._stats.escalated += 1
         else:
             self._stats.rerouted += 1
-        routed = Routed(
-            task=arrival.task_id,
-            at=now,
-            node=choice.node,
-            function=choice.function,
-            version=choice.version,
-            score=choice.score,
-            attempt=action.attempt,
-            reason=choice.reason,
+        self._replies.say(arrival.reply, make_routed(arrival, action, now))
+
+    def _learn(self, action: Learn) -> None:
+        choice = action.choice
+        self._routing.learn(
+            choice.node, choice.function, action.verdict, self._clock(), took_ms=action.took_ms
         )
-        self._replies.say(arrival.reply, routed)
 
     def _note_route(self, live: LiveTask, action: Invoke) -> None:
         choice = action.choice
@@ -390,28 +406,6 @@ class Dispatcher:
             attempt=action.attempt,
         )
         self._note_explanation(live)
-
-    def _invocation(self, arrival: Arrival, action: Invoke, now: int) -> Invocation:
-        task = arrival.task
-        return Invocation(
-            task=arrival.task_id,
-            client=arrival.client,
-            router=self._router_id,
-            attempt=action.attempt,
-            function=action.choice.function,
-            version=action.choice.version,
-            text=task.text,
-            input=task.input,
-            deadline=arrival.deadline,
-            reply=arrival.reply,
-            seq=action.seq,
-            stream=task.stream,
-            priority=task.priority,
-            session=task.session,
-            policy=None if task.policy == TaskPolicy() else task.policy,
-            trace=task.trace,
-            sent_at=now,
-        )
 
     def _cancel_node(self, live: LiveTask, action: CancelNode) -> None:
         order = Control(
@@ -446,7 +440,7 @@ class Dispatcher:
             reply=arrival.reply,
             seq=end.seq,
             attempt=end.attempt,
-            terminal=end.payload if end.payload is not None else _final(arrival, end, now),
+            terminal=end.payload if end.payload is not None else make_final(arrival, end, now),
             code=end.code,
             ended_at=now,
             told=end.payload is not None,
@@ -466,8 +460,15 @@ class Dispatcher:
 
     def _note_explanation(self, live: LiveTask) -> None:
         if live.explanation is not None:
-            self._ledger.note_explanation(live.arrival.key, live.explanation())
-            live.explanation = None
+            explanation = live.explanation()
+            cascade = live.machine.cascade
+            if cascade is not None:
+                explanation |= {"cascade": cascade.describe()}
+                if cascade.asked:  # which need not be who was ranked first
+                    explanation |= {"chosen": list(cascade.asked[0])}
+            self._ledger.note_explanation(live.arrival.key, explanation)
+            if cascade is None or live.machine.ended:
+                live.explanation = None
 
     def _hold(self, live: LiveTask, node: str | None) -> None:
         """Count which node has a task."""
@@ -500,11 +501,3 @@ class Dispatcher:
             if live is not None and live.wake_at == time:
                 live.wake_at = None
                 self._feed(live, Tick())
-
-
-def _final(arrival: Arrival, end: End, now: int) -> bytes:
-    """Make the router's own final event."""
-    error = end.error or FoamError("the task ended without a word")
-    return encode(
-        ErrorEvent.from_error(error, task=arrival.task_id, at=now, seq=end.seq, attempt=end.attempt)
-    )

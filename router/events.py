@@ -1,10 +1,15 @@
 """What can happen to a task, and what its machine can want done: plain values."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from capability_schemas.errors import FoamError
-from capability_schemas.invocation import Report
+from capability_schemas.invocation import Cascade, Report
+from capability_schemas.reply import CascadeStep, Usage
+from capability_schemas.task import TaskPolicy
+
+Verdict = Literal["good", "failed", "lost", "refused", "unsure"]
+"""What an attempt says about its node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,23 @@ class Choice:
     ambiguous: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An answer that was not sure enough, kept in case no better one comes.
+
+    Attributes:
+        step: Whose it is, and how sure.
+        output: The answer.
+        usage: What it consumed.
+        digest: Digest of ``output``, as a result carries it.
+    """
+
+    step: CascadeStep
+    output: Any
+    usage: Usage | None
+    digest: str
+
+
 # ---- events
 
 
@@ -65,11 +87,13 @@ class Chosen:
         choices: Best first.
         problem: Why there are none.
         min_confidence: Least confidence of an answer, 0 to 1; None: whatever comes is the answer.
+        policy: What the task demands of nodes, by itself and by the router's rules.
     """
 
     choices: tuple[Choice, ...]
     problem: FoamError | None = None
     min_confidence: float | None = None
+    policy: TaskPolicy = field(default_factory=TaskPolicy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +176,34 @@ class Choose:
 
 @dataclass(frozen=True, slots=True)
 class Invoke:
-    """Invoke a node and tell the client (``routed``)."""
+    """Invoke a node and tell the client (``routed``).
+
+    Attributes:
+        choice: The node, with the reason that the client is told.
+        attempt: Number of the attempt.
+        seq: First number the node gives to an event.
+        cascade: Terms on which its answer counts; None: whatever comes is the answer.
+    """
 
     choice: Choice
     attempt: int
     seq: int
+    cascade: Cascade | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Learn:
+    """An attempt has ended in a way that says something about its node.
+
+    Attributes:
+        choice: Who was asked.
+        verdict: How it went.
+        took_ms: Time from the invocation to the end, milliseconds.
+    """
+
+    choice: Choice
+    verdict: Verdict
+    took_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +227,10 @@ class End:
     Attributes:
         seq: Number of the final event.
         attempt: Last attempt, at least 1.
-        error: What the router has to tell the client; None when the node has told it.
-        payload: The node's final event; None when the router makes one.
+        error: What the router has to tell the client.
+        payload: The node's final event, which the client has.
+        draft: The answer the router has to give the client. Of the three exactly one is there.
+        steps: The steps of the cascade that the draft comes from.
         code: Error code, or None for a result.
         journaled: Whether the ledger knows the task.
     """
@@ -190,8 +239,10 @@ class End:
     attempt: int
     error: FoamError | None = None
     payload: bytes | None = None
+    draft: Draft | None = None
+    steps: tuple[CascadeStep, ...] = ()
     code: str | None = None
     journaled: bool = True
 
 
-Action = SendAccepted | Choose | Invoke | CancelNode | MarkShown | End
+Action = SendAccepted | Choose | Invoke | Learn | CancelNode | MarkShown | End

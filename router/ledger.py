@@ -15,6 +15,7 @@ import json
 import queue
 import sqlite3
 import threading
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,13 +30,16 @@ from router.entry import Entry
 _T = TypeVar("_T")
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 _BATCH: Final = 256
 _PENDING_LIMIT: Final = 50_000
 _RETRY_AFTER_MS: Final = 5_000
 _BUSY_TIMEOUT_S: Final = 0.5
 _EVICT: Final = 500
 _CLOSE_S: Final = 5.0
+_EXPLANATION_CHARS: Final = 256 * 1024
+"""Longest explanation kept in full; only names without end, in rules and gates, exceed it."""
+
 _SCHEMA: Final = """
 CREATE TABLE tasks (
     client TEXT NOT NULL, id TEXT NOT NULL, reply TEXT NOT NULL,
@@ -54,6 +58,11 @@ CREATE INDEX tasks_untold ON tasks (ended_at) WHERE ended_at IS NOT NULL AND tol
 CREATE INDEX tasks_by_id ON tasks (id);
 CREATE TABLE cordons (node TEXT PRIMARY KEY);
 """
+_MEMOS: Final = """
+CREATE TABLE memos (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+_STEPS: Final = (_SCHEMA, _MEMOS)
+"""What makes each version of the file out of the one before it."""
 
 
 # A request is up to a megabyte and lies apart, so that notes about its task do not rewrite it; it
@@ -196,7 +205,13 @@ class Ledger:
 
         def work(db: sqlite3.Connection) -> None:
             text = json.dumps(explanation, separators=(",", ":"))
-            db.execute("UPDATE tasks SET explanation = ? WHERE client = ? AND id = ?", (text, *key))
+            if len(text) > _EXPLANATION_CHARS:
+                kept = {name: explanation.get(name) for name in ("by", "chosen", "problem")}
+                text = json.dumps({**kept, "candidates": [], "cut_from_chars": len(text)})
+            packed = zlib.compress(text.encode(), 1)  # a tenth: the same names again and again
+            db.execute(
+                "UPDATE tasks SET explanation = ? WHERE client = ? AND id = ?", (packed, *key)
+            )
 
         self._note(work)
 
@@ -262,10 +277,10 @@ class Ledger:
             )
             if not rows:
                 return None
-            (text,) = db.execute(
+            (packed,) = db.execute(
                 "SELECT explanation FROM tasks WHERE client = ? AND id = ?", rows[0].key
             ).fetchone()
-            return rows[0], json.loads(text) if text else None
+            return rows[0], _unpacked(packed)
 
         return await self._ask(work)
 
@@ -302,6 +317,33 @@ class Ledger:
             else "DELETE FROM cordons WHERE node = ?"
         )
         await self._ask(lambda db: db.execute(sql, (node,)).rowcount)
+
+    # ---- memos
+
+    async def memo(self, name: str) -> Any:
+        """Return what was noted under a name; None when nothing was."""
+
+        def work(db: sqlite3.Connection) -> Any:
+            row = db.execute("SELECT value FROM memos WHERE name = ?", (name,)).fetchone()
+            return json.loads(row[0]) if row else None
+
+        return await self._ask(work)
+
+    async def set_memo(self, name: str, value: Any) -> None:
+        """Note something across restarts.
+
+        Args:
+            name: What it is.
+            value: Any JSON; None forgets it.
+        """
+
+        def work(db: sqlite3.Connection) -> None:
+            if value is None:
+                db.execute("DELETE FROM memos WHERE name = ?", (name,))
+            else:
+                db.execute("INSERT OR REPLACE INTO memos VALUES (?, ?)", (name, json.dumps(value)))
+
+        await self._ask(work)
 
     # ---- the thread
 
@@ -430,8 +472,9 @@ class Ledger:
             db.execute(f"PRAGMA max_page_count = {max(1, self._limit_bytes // page_bytes)}")
             (version,) = db.execute("PRAGMA user_version").fetchone()
             _check_version(self._path, version)
-            if version == 0:
-                db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_VERSION};COMMIT;")
+            if version < _VERSION:
+                steps = "".join(_STEPS[version:])
+                db.executescript(f"BEGIN;{steps}PRAGMA user_version = {_VERSION};COMMIT;")
         except BaseException:
             db.close()
             raise
@@ -443,6 +486,16 @@ def _check_version(path: Path, version: int) -> None:
         raise ConfigurationError(
             f"ledger {path} is of version {version}, this router knows {_VERSION}: update it"
         )
+
+
+def _unpacked(stored: bytes | str | None) -> dict[str, Any] | None:
+    """Read an explanation; files of version 1 hold it as plain text."""
+    if not stored:
+        return None
+    found: dict[str, Any] = json.loads(
+        stored if isinstance(stored, str) else zlib.decompress(stored)
+    )
+    return found
 
 
 def _find(db: sqlite3.Connection, client: str, task_id: str) -> Entry | None:

@@ -3,14 +3,19 @@
 ::
 
     received ─ journaled ─▶ accepted ─ chosen ─▶ invoked ─ report ─▶ admitted ─ chunk ─▶ streaming
-                                          ▲         │ refused, silent, lost, failed: next candidate
-                                          └─────────┘
+                                          ▲         │ refused, silent, lost, failed, unsure:
+                                          └─────────┘ next candidate
     any of them ─ final event, cancel, deadline, nobody left ─▶ ended (exactly once)
 
 Only events of the node and the attempt that hold the task count; everything else is late and is
 ignored. When a client cancels, or the deadline passes, the node has a short grace to say so
 itself, because it may be saying something else at that very moment; only then the router does.
 Attempts, leases and refusals follow PROTOCOL section 5.
+
+In a cascade (``router.cascade``) an answer that is not sure enough comes back as a draft and a
+stronger candidate is asked. As long as nothing was shown the best draft is what the task ends
+with, whatever else would have ended it, save the client's own cancellation. It is told so much
+before the deadline as a node has to end by itself.
 """
 
 from collections import deque
@@ -19,16 +24,13 @@ from typing import Literal
 
 from capability_schemas.errors import (
     DeadlineExceeded,
-    ErrorCode,
     FoamError,
-    NoCapableNode,
     NodeLost,
-    Overloaded,
     TaskCancelled,
     Unavailable,
-    error_from_wire,
 )
 from capability_schemas.invocation import Report
+from router.cascade import Escalation, is_stronger
 from router.events import (
     Action,
     CancelAsked,
@@ -36,10 +38,12 @@ from router.events import (
     Choice,
     Choose,
     Chosen,
+    Draft,
     End,
     Event,
     Invoke,
     Journaled,
+    Learn,
     MarkShown,
     NodeGone,
     Observed,
@@ -48,9 +52,11 @@ from router.events import (
     Tick,
     Uninvoked,
     Unjournaled,
+    Verdict,
 )
 from router.patience import ReportPatience
 from router.settings import RouterSettings
+from router.verdicts import exhausted, problem_of, verdict_on_end, verdict_on_failure
 
 
 class Phase(StrEnum):
@@ -81,6 +87,7 @@ class TaskMachine:
         attempt: How many nodes have been invoked; restored machines go on counting.
         next_seq: Number of the next chunk or final event.
         missed: Chunks whose number was skipped: shown to the client, not seen here.
+        cascade: The task's cascade; None where whatever comes is the answer.
     """
 
     def __init__(
@@ -92,9 +99,11 @@ class TaskMachine:
         self.attempt = 0
         self.next_seq = 0
         self.missed = 0
+        self.cascade: Escalation | None = None
         self._settings = settings
         self._patience = patience or ReportPatience(base_ms=settings.report_timeout_ms)
         self._invoked_at = 0
+        self._choice: Choice | None = None
         self._waiting: deque[Choice] = deque()
         self._early: Chosen | None = None
         self._problems: list[FoamError] = []
@@ -124,6 +133,7 @@ class TaskMachine:
 
         It listens for ``settle_ms`` for what its node has sent meanwhile. Then a task of which
         nothing was shown is chosen for anew; one of which something was shown stays with its node.
+        Drafts are not journaled: a cascade starts again, for nothing of it was shown.
 
         Args:
             deadline: UTC milliseconds.
@@ -156,13 +166,24 @@ class TaskMachine:
         return self._shown_bytes
 
     @property
+    def _draft(self) -> Draft | None:
+        """What the task ends with if nothing better comes; None once something was shown."""
+        return self.cascade.draft if self.cascade is not None and self.next_seq == 0 else None
+
+    @property
+    def _ends_at(self) -> int:
+        """When the nodes' time is over, UTC milliseconds."""
+        held = self._draft is not None
+        return self.deadline - (self._settings.deadline_grace_ms if held else 0)
+
+    @property
     def wake_at(self) -> int | None:
         """When the next ``Tick`` is due, UTC milliseconds; None: not before another event."""
         if self.phase in {Phase.ENDED, Phase.RECEIVED}:
             return None
         times = [self._closing_by, self._report_by, self._finish_by, self._settle_by]
         if self._closing is None and self._settle_by is None:
-            times.append(self.deadline)
+            times.append(self._ends_at)
         return min((time for time in times if time is not None), default=None)
 
     def handle(self, event: Event, now: int) -> list[Action]:
@@ -234,38 +255,38 @@ class TaskMachine:
         if self.phase is not Phase.ACCEPTED or self._settle_by is not None:
             return []
         if event.problem is not None:
-            return self._end(self._exhausted() if self._problems else event.problem)
+            return self._end(exhausted(self._problems) if self._problems else event.problem)
         self._waiting = deque(event.choices)
+        if event.min_confidence is not None and event.choices:
+            self.cascade = self.cascade or Escalation(
+                accept=event.min_confidence, policy=event.policy
+            )
+            self._waiting = deque(self.cascade.order(event.choices))
+            if not self._waiting:
+                return self._end(self.cascade.denied())
         return self._next(now)
 
     def _next(self, now: int) -> list[Action]:
         """Invoke the next candidate, or end for want of one."""
-        if not self._waiting or self._tried >= self._settings.attempts:
-            return self._end(self._exhausted())
-        choice = self._waiting.popleft()
+        if self.cascade is not None:
+            allowed = self.cascade.admissible(self._waiting, now=now, ends_at=self._ends_at)
+            self._waiting = deque(allowed)
+        tries_left = self._settings.attempts - self._tried
+        if not self._waiting or tries_left <= 0:
+            return self._end(exhausted(self._problems))
+        choice, terms = self._waiting.popleft(), None
+        if self.cascade is not None:
+            choice, terms = self.cascade.ask(
+                choice, self._waiting, now=now, ends_at=self._ends_at, tries_left=tries_left - 1
+            )
         self._tried += 1
         self.attempt += 1
-        self.node = choice.node
+        self.node, self._choice = choice.node, choice
         self.phase = Phase.INVOKED
         self._invoked_at = now
         self._report_by = now + self._patience.timeout_ms
         self._finish_by = None
-        return [Invoke(choice=choice, attempt=self.attempt, seq=self.next_seq)]
-
-    def _exhausted(self) -> FoamError:
-        """Return the one error that tells the client most about why nobody was left."""
-        if not self._problems:
-            return NoCapableNode("no candidate was left to try", retryable=True)
-        overloads = [error for error in self._problems if isinstance(error, Overloaded)]
-        if overloads:
-            soonest = min(error.retry_after_ms for error in overloads)
-            return Overloaded(
-                f"nobody took the task, {len(self._problems)} tried; the last one: "
-                f"{self._problems[-1].message}",
-                retry_after_ms=soonest,
-                tried=len(self._problems),
-            )
-        return self._problems[-1]
+        return [Invoke(choice, self.attempt, self.next_seq, terms)]
 
     # ---- the node's word
 
@@ -283,15 +304,41 @@ class TaskMachine:
                 # Reports and replies travel on different topics and may cross.
                 self._final_seq = max(0, (report.seq or 0) - 1)
                 return []
-            case "refused" | "failed" | "unsure":
+            case "refused":
                 self._prefer(report.peer)
-                return self._mend(_problem_of(report), now)
+                return self._learn("refused", now) + self._mend(problem_of(report), now)
+            case "failed":
+                verdict = verdict_on_failure(report, stopped=self._closing is not None)
+                return self._learn(verdict, now) + self._mend(problem_of(report), now)
+            case "unsure":
+                return self._on_unsure(report, now)
+
+    def _on_unsure(self, report: Report, now: int) -> list[Action]:
+        """Keep an answer that is not sure enough, and ask a stronger candidate."""
+        kept = (
+            self.cascade is not None
+            and self._choice is not None
+            and self.cascade.answered(self._choice, report)
+        )
+        learnt = self._learn("unsure" if kept else "failed", now)
+        return learnt + self._mend(problem_of(report), now)
 
     def _prefer(self, peer: str | None) -> None:
-        """Try a node next that another has named, if it was chosen as a candidate itself."""
+        """Try a node next that another has named, if it was chosen as a candidate itself.
+
+        In a cascade that must not skip a step.
+        """
         named = [choice for choice in self._waiting if choice.node == peer]
-        others = [choice for choice in self._waiting if choice.node != peer]
+        if self.cascade is not None and self._choice is not None:
+            named = [choice for choice in named if not is_stronger(choice, self._choice)]
+        others = [choice for choice in self._waiting if choice not in named]
         self._waiting = deque(named + others)
+
+    def _learn(self, verdict: Verdict | None, now: int) -> list[Action]:
+        """Say how the attempt went; nothing for one of an earlier process."""
+        if self._choice is None or verdict is None:
+            return []
+        return [Learn(self._choice, verdict, now - self._invoked_at)]
 
     def _on_observed(self, event: Observed, now: int) -> list[Action]:
         if not self._holds(event.source, event.attempt):
@@ -305,6 +352,7 @@ class TaskMachine:
             return self._on_chunk(event.seq, event.payload)
         self.phase = Phase.ENDED
         return [
+            *self._learn(verdict_on_end(event), now),
             End(seq=event.seq, attempt=self.attempt, payload=event.payload, code=event.code),
         ]
 
@@ -339,7 +387,7 @@ class TaskMachine:
         error = NodeLost(
             f"node {event.node} was lost while it had the task: {event.reason}", node=event.node
         )
-        return lost + self._mend(error, now)
+        return lost + self._learn("lost", now) + self._mend(error, now)
 
     def _mend(self, problem: FoamError, now: int, *, choose: bool = False) -> list[Action]:
         """Go on without the node that has the task.
@@ -395,11 +443,11 @@ class TaskMachine:
             return []
         if self._closing is not None and _is_due(self._closing_by, now):
             return self._end(self._closing)
-        if self._closing is None and self._settle_by is None and now >= self.deadline:
+        if self._closing is None and self._settle_by is None and now >= self._ends_at:
             return self._close(self._past_deadline(), "deadline", now)
         if _is_due(self._finish_by, now):
             self.next_seq = max(self.next_seq, self._final_seq)
-            return self._end(
+            return self._learn("lost", now) + self._end(
                 Unavailable(f"node {self.node} reports an end that never arrived", node=self.node)
             )
         if self.phase is Phase.INVOKED and _is_due(self._report_by, now):
@@ -422,7 +470,8 @@ class TaskMachine:
         # With nobody else to ask, the same node is asked again while it passes for alive: after the
         # loss of a broker the router may be back before the node is.
         again = not self._waiting and self._tried < self._settings.attempts
-        return dropped + self._mend(error, now, choose=again)
+        again = again and self._draft is None
+        return dropped + self._learn("lost", now) + self._mend(error, now, choose=again)
 
     def _on_settled(self, now: int) -> list[Action]:
         if now >= self.deadline:
@@ -451,26 +500,14 @@ class TaskMachine:
         )
 
     def _end(self, error: FoamError) -> list[Action]:
+        """End without a node's word: by the draft, where there is one, else by an error."""
         self.phase = Phase.ENDED
-        return [
-            End(
-                seq=self.next_seq,
-                attempt=max(1, self.attempt),
-                error=error,
-                code=error.code.value,
-            )
-        ]
+        seq, attempt = self.next_seq, max(1, self.attempt)
+        draft = self._draft
+        if draft is not None and self.cascade and not isinstance(error, TaskCancelled):
+            return [End(seq=seq, attempt=attempt, draft=draft, steps=self.cascade.steps)]
+        return [End(seq=seq, attempt=attempt, error=error, code=error.code.value)]
 
 
 def _is_due(time: int | None, now: int) -> bool:
     return time is not None and now >= time
-
-
-def _problem_of(report: Report) -> FoamError:
-    """Turn a refusal or failure into the error a client would get if nobody else could help."""
-    message = f"node {report.node}: {report.reason or report.status}"
-    default = ErrorCode.OVERLOADED if report.status == "refused" else ErrorCode.EXECUTION_FAILED
-    detail: dict[str, object] = {"node": report.node}
-    if report.retry_after_ms is not None:
-        detail["retry_after_ms"] = report.retry_after_ms
-    return error_from_wire(report.code or default.value, message, True, detail)

@@ -1,11 +1,15 @@
 """The router on the mesh: subscriptions in, one owner for everything behind them."""
 
 import asyncio
+import random
 from collections.abc import Callable
+from concurrent.futures import Executor
+from pathlib import Path
 from typing import Final
 
 import structlog
 
+from broker.events import EventSource
 from broker.lifecycle import Service
 from broker.session.base import Handler, Message, Session, Will
 from capability_schemas.admin import ADMIN_LIMIT_BYTES, AdminRequest, decode_admin_request
@@ -20,19 +24,24 @@ from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import DEFAULT_LIMIT_BYTES, Model, decode, encode
 from registry.search import CapabilitySearch
 from router.admin import AdminDesk
+from router.breaker import Breakers
 from router.catalogue import Fleet
 from router.dispatch import Dispatcher
 from router.intake import Arrival, Intake, Refusal
 from router.ledger import Ledger
+from router.meaning import EncoderFactory, Meaning, QueryEncoder
 from router.observation import ReplyReader
 from router.replies import Outcome, ReplyDesk
-from router.routing import QueryEncoder, TaskRouting
+from router.reputation import Reputation
+from router.routing import TaskRouting
+from router.rules import RuleFile
 from router.settings import RouterSettings
 from router.statistics import RouterStats
+from router.steering import SteeringDesk
+from router.upkeep import Upkeep
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _CONTROL_LIMIT_BYTES: Final = 64 * 1024
-_PRUNE_EVERY: Final = 60
 _OVERFLOW_RETRY_MS: Final = 1_000
 
 
@@ -62,10 +71,16 @@ class RouterService(Service):
         session: Connection to the mesh, with the identity ``router_id``.
         topics: Topic grammar of the site.
         search: Semantic index, filled from the catalogue by this service.
-        encoder: Embeds the words of tasks in the space of ``search``.
+        encoder: Embeds the words of tasks in the space of ``search``; stopped early when another
+            takes its place.
         ledger: Journal.
         router_id: Identity.
         settings: Limits, time limits, weights.
+        rules: The file of rules, loaded by its owner; None: no rules.
+        encoders: Makes other encoders, for the verb ``encoder``; None: this one stays.
+        background: Builds indexes; ``search`` was made with it. None: they are built at once.
+        index_folder: Where the index is kept over restarts; None: nowhere.
+        chance: Randomness of exploration; None: no exploration.
         epoch: Start of this process, UTC milliseconds; now when omitted.
         clock: UTC milliseconds.
     """
@@ -80,13 +95,17 @@ class RouterService(Service):
         ledger: Ledger,
         router_id: str,
         settings: RouterSettings | None = None,
+        rules: RuleFile | None = None,
+        encoders: EncoderFactory | None = None,
+        background: Executor | None = None,
+        index_folder: Path | None = None,
+        chance: random.Random | None = None,
         epoch: int | None = None,
         clock: Callable[[], int] = now_ms,
     ) -> None:
         super().__init__(service_id=router_id)
         self._session = session
         self._topics = topics
-        self._search = search
         self._ledger = ledger
         self._router_id = router_id
         self._settings = settings or RouterSettings()
@@ -98,8 +117,23 @@ class RouterService(Service):
             heartbeat_s=self._settings.heartbeat_s,
             missed_heartbeats=self._settings.missed_heartbeats,
         )
+        self._meaning = Meaning(
+            search=search,
+            encoder=encoder,
+            encoders=encoders,
+            background=background,
+            folder=index_folder,
+        )
+        reputation = Reputation(self._settings.reputation)
+        breakers = Breakers(self._settings.breaker)
         self.routing = TaskRouting(
-            search=search, encoder=encoder, fleet=self.fleet, settings=self._settings
+            meaning=self._meaning,
+            fleet=self.fleet,
+            settings=self._settings,
+            reputation=reputation,
+            breakers=breakers,
+            rules=rules,
+            chance=chance,
         )
         self._intake = Intake(topics=topics, limit_bytes=self._settings.task_limit_bytes)
         self._reader = ReplyReader(
@@ -125,19 +159,44 @@ class RouterService(Service):
             clock=clock,
             spawn=self.spawn,
         )
+        self._steering = SteeringDesk(
+            fleet=self.fleet,
+            meaning=self._meaning,
+            routing=self.routing,
+            reputation=reputation,
+            breakers=breakers,
+            ledger=ledger,
+            events=EventSource(
+                session=session, topics=topics, source=router_id, component="router", clock=clock
+            ),
+            rules=rules,
+            default=self._settings.weights,
+            spawn=self.spawn,
+            clock=clock,
+        )
         self._admin = AdminDesk(
             session=session,
             topics=topics,
             fleet=self.fleet,
-            routing=self.routing,
+            meaning=self._meaning,
             dispatcher=self.dispatcher,
             ledger=ledger,
             stats=self.stats,
+            steering=self._steering,
             router_id=router_id,
             clock=clock,
         )
-        self._catalogue_changed = asyncio.Event()
-        self._heard = 0
+        self._upkeep = Upkeep(
+            session=session,
+            fleet=self.fleet,
+            meaning=self._meaning,
+            steering=self._steering,
+            dispatcher=self.dispatcher,
+            replies=self._replies,
+            ledger=ledger,
+            settings=self._settings,
+            clock=clock,
+        )
         self._listening = False
         self._ready = asyncio.Event()
         self._forget_connection: Callable[[], None] | None = None
@@ -146,15 +205,18 @@ class RouterService(Service):
 
     async def _on_start(self) -> None:
         self.fleet.cordon(await self._ledger.cordons())
+        await self._steering.restore()
+        await self._meaning.restore()
         unfinished, untold = await self._ledger.unfinished(), await self._ledger.untold()
         self.dispatcher.restore(unfinished)
         self._forget_connection = self._session.on_connection(self._on_connection)
         await self.listen()
         self._session.announce(self._state_topic, self._birth)
         self.spawn(self.dispatcher.keep_time(), name="clock")
-        self.spawn(self._get_informed(), name="inform")
-        self.spawn(self._sweep(), name="sweep")
-        self.spawn(self._calibrate(), name="calibrate")
+        self.spawn(self._upkeep.get_informed(), name="inform")
+        self.spawn(self._upkeep.sweep(), name="sweep")
+        self.spawn(self._upkeep.calibrate(), name="calibrate")
+        self.spawn(self._upkeep.embed_records(), name="embed")
         for entry in untold:
             if entry.terminal is not None:
                 telling = self._replies.tell(entry.key, entry.reply, entry.terminal)
@@ -174,6 +236,13 @@ class RouterService(Service):
         self._session.announce(self._state_topic, self._birth)
         self._session.retract(self._state_topic)
         self.dispatcher.note_progress()
+        try:
+            await self._steering.save()
+        except Overloaded as error:
+            _log.warning("reputation.unsaved", error=error.message)
+
+    async def _on_stopped(self) -> None:
+        await self._meaning.close()
 
     @property
     def _state_topic(self) -> str:
@@ -241,58 +310,6 @@ class RouterService(Service):
             await handler(message)
 
         return handle
-
-    async def _get_informed(self) -> None:
-        """Have nodes chosen once the mesh is known.
-
-        A persistent session hands over the tasks that waited for it before the catalogue, which
-        is sent again on the subscriptions: judged at once, they would find nobody.
-        """
-        loop = asyncio.get_running_loop()
-        latest = loop.time() + self._settings.settle_ms / 1000
-        while (left_s := latest - loop.time()) > 0:
-            heard = self._heard
-            await asyncio.sleep(min(left_s, self._settings.quiet_ms / 1000))
-            if heard == self._heard and self.fleet.records:
-                break
-        self.dispatcher.be_informed()
-        _log.info("router.informed", functions=len(self.fleet.records))
-
-    async def _sweep(self) -> None:
-        """Look for silent nodes and keep the ledger in order, until cancelled."""
-        rounds = 0
-        while True:
-            await asyncio.sleep(self._settings.sweep_s)
-            rounds += 1
-            now = self._clock()
-            if self._session.connected:
-                for node in self.fleet.silenced(now):
-                    self.dispatcher.node_gone(node, "its heartbeats stopped")
-            else:
-                self.fleet.wake_all(now)
-            self.dispatcher.note_progress()
-            await self._replies.save_again()
-            if rounds % _PRUNE_EVERY == 0:
-                try:
-                    await self._ledger.prune(now - int(self._settings.retention_s * 1000))
-                except Overloaded as error:
-                    _log.warning("ledger.unpruned", error=error.message)
-
-    async def _calibrate(self) -> None:
-        """Fit the threshold anew when the catalogue has come to rest, until cancelled."""
-        while True:
-            await self._catalogue_changed.wait()
-            self._catalogue_changed.clear()
-            await asyncio.sleep(self._settings.calibration_delay_s)
-            if self._catalogue_changed.is_set() or not self.routing.needs_calibration:
-                continue
-            try:
-                await self.routing.calibrate()
-            except Overloaded as error:
-                _log.warning("calibration.postponed", error=error.message)
-                self._catalogue_changed.set()
-            else:
-                _log.info("calibration.done", threshold=round(self.routing.threshold, 4))
 
     # ---- tasks
 
@@ -388,7 +405,7 @@ class RouterService(Service):
 
     async def _on_report(self, message: Message) -> None:
         node = self._level(message, "node")
-        report = self._read(Report, message)
+        report = self._read(Report, message, limit_bytes=DEFAULT_LIMIT_BYTES)
         if report is None:
             return
         if report.node != node:
@@ -397,7 +414,7 @@ class RouterService(Service):
         self.dispatcher.report(report)
 
     async def _on_node_state(self, message: Message) -> None:
-        self._heard += 1
+        self._upkeep.heard()
         node = self._level(message, "node")
         if node is None:
             return
@@ -422,23 +439,22 @@ class RouterService(Service):
             self.dispatcher.node_gone(load.node, lost)
 
     async def _on_catalog(self, message: Message) -> None:
-        self._heard += 1
+        self._upkeep.heard()
         node, function = self._level(message, "node"), self._level(message, "function")
         if node is None or function is None:
             return
         key = (node, function)
         if not message.payload:
             if self.fleet.withdraw(key):
-                self._search.remove(key)
-                self._catalogue_changed.set()
+                self._meaning.remove(key)
+                self._upkeep.catalogue_changed()
             return
         record = self._read(CatalogRecord, message, limit_bytes=DEFAULT_LIMIT_BYTES)
         if record is None or record.key != key:
             return
         if self.fleet.admit(record):
-            if not self._search.upsert(record):
-                _log.warning("record.unsearchable", node=node, function=function)
-            self._catalogue_changed.set()
+            self._meaning.upsert(record)
+            self._upkeep.catalogue_changed()
 
     # ---- administration
 

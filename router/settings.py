@@ -1,42 +1,140 @@
 """Settings of a router: weights, limits and time limits, with the reasons for their defaults."""
 
-from typing import Annotated, Final
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from capability_schemas.task import TASK_LIMIT_BYTES
+from capability_schemas.errors import ConfigurationError
+from capability_schemas.task import TASK_LIMIT_BYTES, RouteWeights
+from capability_schemas.wire import first_problem
 
 _MIB: Final = 1024 * 1024
 
 Milliseconds = Annotated[int, Field(ge=0, le=86_400_000)]
-Weight = Annotated[float, Field(ge=0, le=10)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Shortfall = Annotated[float, Field(ge=0, le=10)]
 
 
 class Weights(BaseModel):
-    """Weights of the score (PROTOCOL section 4).
+    """Weights of the score (PROTOCOL section 4); each refused outside of its range.
 
-    The bias for cost and load is small on purpose: with random costs an additive weight of 0.05
-    lost 0.2 points of R@1 on labelled requests, 0.2 lost 6. It decides between nodes that offer
-    the same, not between meanings.
+    The terms decide between nodes that offer the same, and between meanings that lie within the
+    window, never between clear meanings. Even there they are small on purpose. Measured on 3,172
+    labelled requests with a random price, energy, run time and load for each of 199 functions: by
+    the meaning alone 73.6 % went to the right one first, with these defaults 73.4 %, with the four
+    weights at their limit 72.2 %, and 62.6 % with a window of 0.2 besides; the cheapest within 0.02
+    73.4 %, within 0.05 71.9 %. Independent terms add up by their squares: the four defaults
+    together weigh as much as one of 0.053.
 
     Attributes:
-        cost: Of the price, relative to the dearest candidate.
+        cost: Of the price of a call, relative to the dearest candidate.
+        energy: Of its energy, relative to the hungriest candidate.
+        time: Of the predicted finish, relative to the slowest candidate.
         load: Of the share of the node's places that are taken.
         affinity: Bonus of the node that served the session last.
+        reputation: Of what the node has done with the function so far, above or below what a new
+            node is trusted with.
         cold: Shortfall weight of a function without a live instance.
         degraded: Shortfall weight of a function whose instances keep crashing.
+        context: Shortfall weight of a context that the request may exceed, for the share missing.
         substitute: How much less similar than the best match a substitute for it may be. A node
             that is merely busy is not replaced by one that does something else.
+        window: Similarity below the best within which candidates compete by the other terms; None
+            for the margin below which the calibration calls a choice ambiguous.
+        exploration: Share of the tasks without haste that go to a node with as much to offer as
+            the best one, drawn by how good it may be, so that new nodes get their chance.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    cost: Share = 0.03
+    energy: Share = 0.01
+    time: Share = 0.03
+    load: Share = 0.03
+    affinity: Share = 0.05
+    reputation: Share = 0.15
+    cold: Shortfall = 0.02
+    degraded: Shortfall = 1.0
+    context: Shortfall = 0.5
+    substitute: Share = 0.15
+    window: Annotated[float | None, Field(ge=0, le=0.2)] = None
+    exploration: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+
+    def changed(self, changes: Mapping[str, Any]) -> Self:
+        """Return these weights with some of them replaced.
+
+        Args:
+            changes: New values by name.
+
+        Raises:
+            ConfigurationError: An unknown name, or a value outside of its range.
+        """
+        try:
+            return self.model_validate({**self.model_dump(), **changes})
+        except ValidationError as exc:
+            name = first_problem(exc)[0]
+            fields = type(self).model_fields
+            if name not in fields:
+                raise ConfigurationError(
+                    f"no weight {name[:64]!r}: use one of {', '.join(fields)}", weight=name[:64]
+                ) from exc
+            shape = self.model_json_schema()["properties"][name]
+            shape = shape.get("anyOf", [shape])[0]  # of a number or null, the number
+            raise ConfigurationError(
+                f"weight {name} is {str(changes[name])[:64]}: a number from {shape['minimum']:g} to"
+                f" {shape['maximum']:g} is allowed",
+                weight=name,
+            ) from exc
+
+    def for_task(self, own: RouteWeights) -> Self:
+        """Return what holds for a task that brings single weights of its own.
+
+        Args:
+            own: Its weights; None leaves the router's.
+        """
+        set_ = own.model_dump(exclude_none=True)
+        return self.model_copy(update=set_) if set_ else self
+
+
+class ReputationSettings(BaseModel):
+    """What outcomes say about nodes.
+
+    Attributes:
+        half_life_s: Age at which an outcome counts half.
+        prior_good: Good outcomes a new node is taken to have had; with ``prior_bad`` they say how
+            far a new node is trusted (4 and 1: 80 %), and how fast that changes.
+        prior_bad: Bad ones.
+        limit: Most nodes and functions, and nodes and skills, remembered; the longest unheard of
+            go first.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    half_life_s: Annotated[float, Field(ge=60, le=366 * 86_400)] = 7 * 86_400.0
+    prior_good: Annotated[float, Field(ge=0.1, le=1_000)] = 4.0
+    prior_bad: Annotated[float, Field(ge=0.1, le=1_000)] = 1.0
+    limit: Annotated[int, Field(ge=1)] = 20_000
+
+
+class BreakerSettings(BaseModel):
+    """When a function on a node that does not answer is left alone.
+
+    Attributes:
+        losses: Invocations lost in a row that open the breaker.
+        pause_ms: How long it stays open at first; doubled by every probe that is lost too.
+        longest_pause_ms: Most it grows to.
+        probe_ms: How long a probe may stay without an answer before another one is let through.
+        limit: Most breakers remembered; the longest unheard of go first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    cost: Weight = 0.05
-    load: Weight = 0.05
-    affinity: Weight = 0.05
-    cold: Weight = 0.02
-    degraded: Weight = 1.0
-    substitute: Weight = 0.15
+    losses: Annotated[int, Field(ge=1, le=100)] = 3
+    pause_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 1_000
+    longest_pause_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 60_000
+    probe_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 10_000
+    limit: Annotated[int, Field(ge=1)] = 10_000
 
 
 class RouterSettings(BaseModel):
@@ -69,6 +167,8 @@ class RouterSettings(BaseModel):
         calibration_delay_s: Quiet time after a change of the catalogue before the threshold is
             fitted anew.
         weights: Weights of the score.
+        reputation: What outcomes say about nodes.
+        breaker: When a function that does not answer is left alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,3 +196,5 @@ class RouterSettings(BaseModel):
     ledger_bytes: Annotated[int, Field(ge=_MIB // 8)] = 1024 * _MIB
     calibration_delay_s: Annotated[float, Field(ge=0)] = 1.0
     weights: Weights = Weights()
+    reputation: ReputationSettings = ReputationSettings()
+    breaker: BreakerSettings = BreakerSettings()

@@ -14,7 +14,8 @@ class RouterStats:
     Attributes:
         accepted: Tasks journaled.
         repeated: Tasks whose id was known: nothing was run.
-        rerouted: Invocations after the first of a task.
+        rerouted: Invocations after the first of a task, for want of an answer.
+        escalated: Invocations after the first of a task, for want of a sure answer.
         missed_chunks: Chunks the client was shown and the router did not see.
         ended: Tasks ended, by error code or ``result``.
         refused: Tasks never accepted, by error code.
@@ -25,6 +26,7 @@ class RouterStats:
     accepted: int = 0
     repeated: int = 0
     rerouted: int = 0
+    escalated: int = 0
     missed_chunks: int = 0
     ended: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
@@ -38,6 +40,7 @@ class RouterStats:
             "accepted": self.accepted,
             "repeated": self.repeated,
             "rerouted": self.rerouted,
+            "escalated": self.escalated,
             "missed_chunks": self.missed_chunks,
             "ended": dict(self.ended),
             "refused": dict(self.refused),

@@ -46,7 +46,7 @@ class BrokerUrl:
         except ValueError as error:
             raise ConfigurationError(f"broker URL cannot be read: {error}") from error
         if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
-            shown = f"{parts.scheme}://{parts.hostname or ''}"
+            shown = f"{parts.scheme}://{parts.hostname or ''}" if "@" in text else text
             raise ConfigurationError(
                 f"broker URL {shown!r} is not usable: write mqtt://host:port or mqtts://host:port"
             )

@@ -1,9 +1,10 @@
 """The ``foam`` command line.
 
 Modules: `app` (the application and its error boundary), `codes` (exit codes), `ask`, `processes`
-(up, broker, registry, router), `node` (run, check), `look` (nodes, functions, explain), `admin`,
-`device`, `enrollment` (token, enroll, audit), `model`, `doctor`, `demo`. Commands import what they
-need when they run, so that ``foam node`` stays as light as a node should be.
+(up, broker, registry, router), `node` (run, check), `look` (nodes, functions), `routing` (explain,
+whatif, weights, calibrate), `rules`, `admin`, `device`, `enrollment` (token, enroll, audit),
+`model`, `doctor`, `demo`, `evaluate`. Commands import what they need when they run, so that ``foam
+node`` stays as light as a node should be.
 """
 
 from foam.cli import (
@@ -13,10 +14,13 @@ from foam.cli import (
     device,
     doctor,
     enrollment,
+    evaluate,
     look,
     model,
     node,
     processes,
+    routing,
+    rules,
 )
 from foam.cli.app import app, main
 
@@ -28,9 +32,12 @@ __all__ = [
     "device",
     "doctor",
     "enrollment",
+    "evaluate",
     "look",
     "main",
     "model",
     "node",
     "processes",
+    "routing",
+    "rules",
 ]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +16,9 @@ from foam.settings import Settings
 __all__ = ["admin"]
 
 admin = typer.Typer(
-    help="Steer the mesh: drain, cordon, stats, task.", no_args_is_help=True, epilog=CODES_EPILOG
+    help="Steer the mesh: nodes, stats, task, reputation, encoder.",
+    no_args_is_help=True,
+    epilog=CODES_EPILOG,
 )
 app.add_typer(admin, name="admin")
 
@@ -74,3 +77,44 @@ def task(
     """Show what became of a task, and why it went where it went."""
     args: dict[str, Any] = {"id": task_id} if client is None else {"id": task_id, "client": client}
     show(settings, "task", _draw, target=target, **args)
+
+
+@admin.command(epilog=CODES_EPILOG)
+@connected()
+def reputation(
+    settings: Settings,
+    *,
+    node: Annotated[str | None, typer.Option("--node", help="That of one node.")] = None,
+    function: Annotated[
+        str | None, typer.Option("--function", help="That of one function.")
+    ] = None,
+    target: TargetOption = None,
+) -> None:
+    """Show how far nodes are trusted with their functions, and who is left alone for silence."""
+    asked = {"node": node, "function": function}
+    args: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    show(settings, "reputation", _draw, target=target, **args)
+
+
+@admin.command(epilog=CODES_EPILOG)
+@connected()
+def encoder(
+    settings: Settings,
+    backend: Annotated[
+        str | None,
+        typer.Argument(help="Have this one take over: onnx or sentence_transformers."),
+    ] = None,
+    *,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Folder of its model, on the router's machine.")
+    ] = None,
+    target: TargetOption = None,
+) -> None:
+    """Show which encoder the router uses, or have another one take over.
+
+    The old one serves until the whole catalogue is embedded anew; ask again to see how far it is.
+    When the router starts anew, FOAM_ENCODER and FOAM_ENCODER_BACKEND decide.
+    """
+    asked = {"backend": backend, "folder": None if folder is None else str(folder)}
+    args: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    show(settings, "encoder", _draw, target=target, **args)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from capability_schemas.reply import ReplyEvent
     from foam.sdk.client import TaskHandle
 
-__all__ = ["EventPrinter", "ask", "read_json_option"]
+__all__ = ["EventPrinter", "ask", "read_json_option", "read_numbers"]
 
 _CANCEL_GRACE_S: Final = 5.0
 _STEP_CHARS: Final = 60
@@ -45,6 +46,28 @@ def read_json_option(value: str | None, what: str) -> Any:
         raise InvalidTask(f"{what} {value}: {exc.strerror or exc}", field=what) from exc
     except ValueError as exc:
         raise InvalidTask(f"{what} is not JSON: {exc}", field=what) from exc
+
+
+def read_numbers(given: Sequence[str] | None, what: str) -> dict[str, float | None]:
+    """Read ``NAME=NUMBER`` arguments.
+
+    Args:
+        given: The arguments; ``NAME=none`` gives None.
+        what: What they are, for messages.
+
+    Raises:
+        InvalidTask: One is not of that form.
+    """
+    numbers: dict[str, float | None] = {}
+    for one in given or ():
+        name, equals, value = one.rpartition("=")
+        if not equals or not name:
+            raise InvalidTask(f"{what} is NAME=NUMBER, not {one!r}", field=what)
+        try:
+            numbers[name] = None if value.lower() == "none" else float(value)
+        except ValueError as exc:
+            raise InvalidTask(f"{what} {name}: {value!r} is no number", field=what) from exc
+    return numbers
 
 
 def _read_text(text: str) -> str:
@@ -118,8 +141,12 @@ class EventPrinter:
                 facts.append(f"first output after {event.timing.first_ms:.0f} ms")
         if event.usage is not None and event.usage.output_tokens:
             facts.append(f"{event.usage.output_tokens} tokens")
+        if event.confidence is not None:
+            facts.append(f"confidence {event.confidence:.2f}")
         if facts:
             self._note("   " + ", ".join(facts))
+        for line in _cascade_lines(event):
+            self._note(line, dim=True)
 
     def _say_json(self, data: Any) -> None:
         self._close_text()
@@ -153,6 +180,27 @@ def _step_line(step: Step) -> str:
     what = _short(step.step) if tool is None else f"{_short(tool)}({given})"
     outcome = "" if said is None else f": {_short(said)}"
     return f"   {what} {_short(step.state)}{took}{outcome}"
+
+
+def _cascade_lines(result: Result) -> list[str]:
+    """Say a line on each step of a cascade, and what all of them cost."""
+    steps = result.cascade or ()
+    lines = []
+    for number, step in enumerate(steps, 1):
+        facts = [f"{step.node}: {step.function} {_short(step.version)}"]
+        if step.confidence is not None:
+            facts.append(f"confidence {step.confidence:.2f}")
+        if step.cost:
+            facts.append(f"cost {step.cost:g}")
+        if step.total_ms is not None:
+            facts.append(f"{step.total_ms:.0f} ms")
+        if (step.node, step.function) == (result.node, result.function):
+            facts.append("the answer")
+        lines.append(f"   step {number}: " + ", ".join(facts))
+    spent = sum(step.cost for step in steps)
+    if len(steps) > 1 and spent:
+        lines.append(f"   cost in all {spent:g}")
+    return lines
 
 
 def _short(value: Any) -> str:
@@ -230,6 +278,23 @@ def ask(
     session: Annotated[
         str | None, typer.Option("--session", help="Affinity key of a conversation.")
     ] = None,
+    prefer: Annotated[
+        str,
+        typer.Option(
+            "--prefer", help="What decides among equals: balanced, best, cheapest or fastest."
+        ),
+    ] = "balanced",
+    weight: Annotated[
+        list[str] | None,
+        typer.Option("--weight", help="Weight in place of the router's.", metavar="NAME=NUMBER"),
+    ] = None,
+    min_confidence: Annotated[
+        float | None,
+        typer.Option(
+            "--min-confidence",
+            help="Ask small nodes first, and stronger ones while the answer is less sure (0 to 1).",
+        ),
+    ] = None,
     policy: Annotated[
         str | None, typer.Option("--policy", help="Demands on the node: JSON or @file.")
     ] = None,
@@ -256,6 +321,9 @@ def ask(
         "skills": tuple(skills or ()),
         "timeout_s": timeout,
         "session": session,
+        "prefer": prefer,
+        "weights": read_numbers(weight, "weight"),
+        "min_confidence": min_confidence,
         "policy": read_json_option(policy, "policy"),
         "priority": priority,
         "task_id": task_id,

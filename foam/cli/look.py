@@ -1,16 +1,14 @@
-"""Looking at a mesh: ``foam nodes``, ``foam functions``, ``foam explain``."""
+"""Looking at a mesh: ``foam nodes``, ``foam functions``."""
 
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from itertools import repeat
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final
 
 import typer
 
 from foam.cli.app import app, run_async
-from foam.cli.ask import read_json_option
 from foam.cli.codes import CODES_EPILOG
 from foam.cli.connection import connected
 from foam.settings import Settings
@@ -18,7 +16,6 @@ from foam.settings import Settings
 __all__ = [
     "JsonOption",
     "ask_admin",
-    "explain",
     "functions",
     "new_table",
     "nodes",
@@ -29,18 +26,27 @@ __all__ = [
 _PIPE_COLUMNS: Final = 160
 """Width of tables that no terminal limits."""
 
+ANSWER_S: Final = 10.0
+"""How long a router may take to answer, seconds."""
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Write the answer as JSON.")]
 
 
 async def ask_admin(
-    settings: Settings, verb: str, *, target: str | None = None, **args: Any
+    settings: Settings,
+    verb: str,
+    *,
+    target: str | None = None,
+    timeout_s: float = ANSWER_S,
+    **args: Any,
 ) -> dict[str, Any]:
-    """Connect as the administrator, ask one verb, return the answer.
+    """Connect as the administrator, ask one verb, return the answer, all pages of it.
 
     Args:
         settings: Which mesh.
         verb: What to do.
         target: Who shall do it; the router when None.
+        timeout_s: How long an answer may take, seconds.
         args: Arguments of the verb.
 
     Raises:
@@ -50,8 +56,7 @@ async def ask_admin(
     from foam.sdk.client import MeshClient
 
     async with MeshClient.at(find_mesh(settings, admin=True)) as mesh:
-        answer: dict[str, Any] = await mesh.admin(verb, target=target, **args)
-        return answer
+        return await mesh.admin_pages(verb, target=target, timeout_s=timeout_s, **args)
 
 
 def show(
@@ -61,6 +66,7 @@ def show(
     *,
     as_json: bool = False,
     target: str | None = None,
+    timeout_s: float = ANSWER_S,
     **args: Any,
 ) -> None:
     """Ask one verb and show the answer.
@@ -71,11 +77,12 @@ def show(
         draw: Shows the answer to a person.
         as_json: Write it as JSON instead.
         target: Who is asked.
+        timeout_s: How long an answer may take, seconds.
         args: Arguments of the verb.
     """
 
     async def main() -> None:
-        answer = await ask_admin(settings, verb, target=target, **args)
+        answer = await ask_admin(settings, verb, target=target, timeout_s=timeout_s, **args)
         if as_json:
             sys.stdout.write(json.dumps(answer, ensure_ascii=False, indent=2) + "\n")
         else:
@@ -111,13 +118,18 @@ def _draw_nodes(answer: dict[str, Any]) -> None:
         if not row.get("live") and state == "birth":
             state = "silent"
         seen = row.get("seen_ms_ago")
+        degraded = row.get("degraded", ())
+        offered = [
+            f"{name} (degraded)" if name in degraded else name for name in row.get("functions", ())
+        ]
+        more = f" and {row['more_functions']} more" if row.get("more_functions") else ""
         table.add_row(
             row["node"],
             "ready" if state == "birth" else state,
             str(load.get("running", "")),
             str(load.get("queued", "")),
             f"{seen / 1000:.0f} s ago" if seen is not None else "",
-            ", ".join(row.get("functions", ())),
+            ", ".join(offered) + more,
         )
     print_rich(table)
 
@@ -142,68 +154,6 @@ def _liveness(row: Mapping[str, Any]) -> str:
     return "degraded" if (row.get("load") or {}).get("degraded") else "yes"
 
 
-def _number(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, int | float) else "" if value is None else str(value)
-
-
-def telling_terms(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
-    """Sort the terms of a score into those that tell candidates apart, and those that do not.
-
-    A term that repeats the similarity or the score row by row is left out altogether.
-
-    Args:
-        rows: Candidates as the router explains them.
-
-    Returns:
-        Names of the terms worth a column; name and value of those equal for every candidate.
-    """
-    names = list(dict.fromkeys(name for row in rows for name in row.get("terms", {})))
-    known = [
-        [row.get("similarity", {}).get("score") for row in rows],
-        [row.get("value") for row in rows],
-    ]
-    columns: list[str] = []
-    same: dict[str, Any] = {}
-    for name in names:
-        values = [row.get("terms", {}).get(name) for row in rows]
-        if all(value == values[0] for value in values):
-            same[name] = values[0]
-        elif not any(map(_alike, known, repeat(values))):
-            columns.append(name)
-    return columns, same
-
-
-def _alike(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    return [_number(value) for value in one] == [_number(value) for value in other]
-
-
-def _draw_explanation(answer: dict[str, Any]) -> None:
-    print_rich(f"by {answer.get('by')}, threshold {_number(answer.get('threshold'))}")
-    rows = list(answer.get("candidates", ()))
-    terms, same = telling_terms(rows)
-    table = new_table("node", "function", "similarity", *terms, "score", "verdict")
-    for row in rows:
-        values = row.get("terms", {})
-        table.add_row(
-            str(row.get("node", "")),
-            f"{row.get('function', '')} {row.get('version', '')}",
-            _number(row.get("similarity", {}).get("score")),
-            *(_number(values.get(term)) for term in terms),
-            _number(row.get("value")),
-            str(row.get("verdict", "")),
-        )
-    if rows:
-        print_rich(table)
-    if same:
-        listed = ", ".join(f"{name} {_number(value)}" for name, value in same.items())
-        print_rich(f"the same for all: {listed}")
-    chosen = answer.get("chosen")
-    if chosen:
-        print_rich(f"chosen: {chosen[0]}/{chosen[1]}")
-    elif answer.get("problem"):
-        print_rich(f"nobody: {answer['problem'].get('code')}: {answer['problem'].get('message')}")
-
-
 @app.command(epilog=CODES_EPILOG)
 @connected()
 def nodes(
@@ -220,37 +170,11 @@ def nodes(
 def functions(
     settings: Settings,
     *,
+    node: Annotated[str | None, typer.Option("--node", help="Those of one node.")] = None,
+    function: Annotated[str | None, typer.Option("--function", help="Those of one name.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the functions that the mesh can route to."""
-    show(settings, "functions", _draw_functions, as_json=as_json)
-
-
-@app.command(epilog=CODES_EPILOG)
-@connected()
-def explain(
-    settings: Settings,
-    text: Annotated[str | None, typer.Argument(help="What would be asked.")] = None,
-    *,
-    function: Annotated[
-        str | None, typer.Option("--function", help="Address a function by name.")
-    ] = None,
-    input_: Annotated[str | None, typer.Option("--input", help="Input: JSON or @file.")] = None,
-    skills: Annotated[
-        list[str] | None, typer.Option("--skills", help="Skill the function must offer.")
-    ] = None,
-    policy: Annotated[
-        str | None, typer.Option("--policy", help="Demands on the node: JSON or @file.")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show who would be chosen for a task, and why, without running it."""
-    fields = {
-        "text": text,
-        "function": function,
-        "input": read_json_option(input_, "input"),
-        "skills": skills or None,
-        "policy": read_json_option(policy, "policy"),
-    }
-    task = {name: value for name, value in fields.items() if value is not None}
-    show(settings, "explain", _draw_explanation, as_json=as_json, task=task)
+    asked = {"node": node, "function": function}
+    args: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    show(settings, "functions", _draw_functions, as_json=as_json, **args)

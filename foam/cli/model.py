@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
 import typer
 
-from capability_schemas.errors import ConfigurationError
+from capability_schemas.errors import ConfigurationError, TaskCancelled
 from capability_schemas.ids import now_ms
-from foam.cli.app import app
+from foam.cli.app import app, drop_output
 from foam.cli.codes import CODES_EPILOG
 from foam.cli.connection import client_settings
 from foam.cli.look import JsonOption, new_table, print_rich
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["model"]
 
 _TOKEN_LIMIT_BYTES: Final = 4096
+_SHOWN_ITEMS: Final = 16
 _AGO: Final = ((86_400, "d"), (3600, "h"), (60, "min"), (0, "s"))
 
 model = typer.Typer(
@@ -80,8 +81,13 @@ def pull(
 ) -> None:
     """Fetch a model; an interrupted download goes on where it stopped."""
     settings = client_settings(models=models)
-    with _progress(as_json=as_json) as report, _puller(settings, report, insecure) as puller:
-        got = puller.pull(reference, name=name, sha256=sha256, any_format=any_format, pinned=pin)
+    try:
+        with _progress(as_json=as_json) as report, _puller(settings, report, insecure) as puller:
+            got = puller.pull(
+                reference, name=name, sha256=sha256, any_format=any_format, pinned=pin
+            )
+    except KeyboardInterrupt as exc:
+        raise TaskCancelled("cancelled: run the same command again to go on") from exc
     _say(got, as_json=as_json)
 
 
@@ -118,18 +124,19 @@ def list_(*, as_json: JsonOption = False, models: ModelsOption = None) -> None:
     if not found:
         sys.stdout.write("no models yet: get one with `foam model pull`\n")
         return
-    drawn = new_table("name", "size", "quantisation", "parameters", "context", "used", "state")
+    drawn = new_table("name", "size", "weights", "params", "context", "used")
+    drawn.columns[0].no_wrap = True  # for copying
     now = now_ms()
     for one in found:
         record = one.record
-        state = ("in use" if one.in_use else "", "pinned" if record.pinned else "")
+        used = _ago(now - one.used_at_ms) if one.used_at_ms else "file is gone"
+        state = ("in use" if one.in_use else used, "pinned" if record.pinned else "")
         drawn.add_row(
             record.name,
             _bytes(record.size_bytes),
             record.quantisation or "",
             _count(record.parameters),
             str(record.context_length or ""),
-            _ago(now - one.used_at_ms) if one.used_at_ms else "file is gone",
             ", ".join(filter(None, state)),
         )
     print_rich(drawn)
@@ -256,8 +263,13 @@ class _JsonLines:
         step = progress.done_bytes * 100 // total if total else progress.done_bytes >> 24
         if self._last != (progress.state, step):
             self._last = (progress.state, step)
-            sys.stdout.write(json.dumps(asdict(progress)) + "\n")
-            sys.stdout.flush()
+            try:
+                sys.stdout.write(json.dumps(asdict(progress)) + "\n")
+                sys.stdout.flush()
+            except OSError as exc:  # its reader left; not to be taken for a full disk
+                drop_output()
+                why = f"the output cannot be written: {exc.strerror}"
+                raise TaskCancelled(f"cancelled: {why}") from exc
 
 
 class _Bar:
@@ -324,6 +336,8 @@ def _plain(value: Any) -> Any:
 
 
 def _line(value: Any) -> str:
+    if isinstance(value, list | tuple) and len(value) > _SHOWN_ITEMS:
+        return f"{len(value)} values"
     text = " ".join(str(value).split())
     return text if len(text) <= 200 else f"{text[:200]}…"  # noqa: PLR2004  # two lines or so
 

@@ -1,5 +1,6 @@
 """``foam node``: run a node, and look its declaration over before."""
 
+import difflib
 import json
 import sys
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from foam.settings import Settings
 from foam.status import ProcessStatus
 
 if TYPE_CHECKING:
-    from node_agent.declaration.problem import Problem
+    from capability_schemas.problem import Problem
 
 __all__ = ["check", "node", "run"]
 
@@ -31,9 +32,16 @@ class _NodeGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put in the name of the command that is meant when none is named."""
-        if args and args[0] != "--help" and args[0] not in self.commands:
+        if args and args[0] != "--help" and not self._is_command(args):
             args = [_RUN, *args]
         return super().parse_args(ctx, args)
+
+    def _is_command(self, args: list[str]) -> bool:
+        """Tell whether a command is named, or meant: ``foam node chek FILE`` is no node."""
+        first, *rest = args
+        if first in self.commands or not rest or rest[0].startswith("-"):
+            return first in self.commands
+        return bool(difflib.get_close_matches(first, self.commands, n=1))
 
 
 node = typer.Typer(

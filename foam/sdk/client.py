@@ -24,7 +24,14 @@ from capability_schemas.errors import (
 )
 from capability_schemas.ids import new_uuid7, now_ms
 from capability_schemas.reply import Chunk, ErrorEvent, ReplyEvent, Result, Routed
-from capability_schemas.task import TASK_LIMIT_BYTES, CancelRequest, Task, TaskPolicy
+from capability_schemas.task import (
+    TASK_LIMIT_BYTES,
+    CancelRequest,
+    Preference,
+    RouteWeights,
+    Task,
+    TaskPolicy,
+)
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode, first_problem
 from foam.logging import configure_library_logging
@@ -257,6 +264,9 @@ class MeshClient:
         policy: TaskPolicy | Mapping[str, Any] | None = None,
         stream: bool = True,
         session: str | None = None,
+        prefer: Preference = "balanced",
+        weights: RouteWeights | Mapping[str, float | None] | None = None,
+        min_confidence: float | None = None,
         task_id: str | None = None,
         trace: str | None = None,
     ) -> TaskHandle:
@@ -275,6 +285,11 @@ class MeshClient:
             policy: Demands on the node (PROTOCOL section 2).
             stream: Whether chunks are wanted before the result.
             session: Affinity key of a conversation.
+            prefer: What decides among candidates of like meaning: ``best``, ``cheapest``,
+                ``fastest``, or the router's weights.
+            weights: Single weights in place of the router's, each 0 to 1.
+            min_confidence: Least confidence of an answer, 0 to 1: small nodes are asked first, and
+                stronger ones as long as an answer is below it. `Result.cascade` tells the steps.
             task_id: Id of the task; the same id again gives the same outcome. Made when omitted.
             trace: W3C ``traceparent``.
 
@@ -292,11 +307,15 @@ class MeshClient:
             "priority": priority,
             "stream": stream,
             "session": session,
+            "prefer": prefer,
+            "min_confidence": min_confidence,
             "id": task_id or new_uuid7(),
             "trace": trace,
         }
         if policy is not None:
             fields["policy"] = policy
+        if weights is not None:
+            fields["weights"] = weights
         try:
             task = Task.model_validate(fields)
         except ValidationError as exc:
@@ -370,13 +389,42 @@ class MeshClient:
             timeout_s=timeout_s,
         )
 
+    async def admin_pages(
+        self, verb: str, *, target: str | None = None, timeout_s: float = 10.0, **args: Any
+    ) -> dict[str, Any]:
+        """As `admin`, and where the answer is a page of a list, the pages after it too.
+
+        Args:
+            verb: What to ask.
+            target: Which router is asked; that of the mesh when omitted.
+            timeout_s: Time limit of each page, seconds.
+            args: Arguments of the verb, JSON values.
+
+        Returns:
+            The answer, with the rows of all pages; they may be of slightly different times.
+
+        Raises:
+            FoamError: As for `admin`.
+        """
+        ask = partial(self.admin, verb, target=target, timeout_s=timeout_s)
+        answer: dict[str, Any] = await ask(**args)
+        while answer.get("next") is not None:
+            page: dict[str, Any] = await ask(**{**args, "after": answer["next"]})
+            rows = {
+                name: [*answer[name], *value]
+                for name, value in page.items()
+                if isinstance(value, list)
+            }
+            answer = {**page, **rows}
+        return answer
+
     async def live_functions(self) -> set[tuple[str, str]]:
         """Return the pairs (node, function) that the router would route to now.
 
         Raises:
             FoamError: As for `admin`.
         """
-        answer = await self.admin("functions", timeout_s=2.0)
+        answer = await self.admin_pages("functions", timeout_s=2.0)
         return {
             (str(row["node"]), str(row["function"]))
             for row in answer.get("functions", ())

@@ -14,6 +14,7 @@ from typing import Final
 
 from capability_schemas.errors import DeadlineExceeded, FoamError, Overloaded
 from capability_schemas.functions import FunctionSpec
+from capability_schemas.task import DEFAULT_TIMEOUT_MS
 from node_agent.admission.concurrency import ConcurrencyEstimator
 from node_agent.admission.forecast import Forecast, Prediction, Work
 from node_agent.admission.queue import AdmissionQueue, Entry
@@ -185,6 +186,23 @@ class Admission:
         )
         return ticket
 
+    def wait_ms(self, spec: FunctionSpec) -> float | None:
+        """Predict how long an ordinary call would wait if it came now, milliseconds.
+
+        It stands behind all that waits at its priority, and needs an instance where none is free.
+
+        Args:
+            spec: Its function, offered now.
+
+        Returns:
+            None when an instance would have to be started whose start was never measured.
+        """
+        now, group = self._clock(), self._pool.group_of(spec)
+        if self._queue.is_free(group, spec.name):
+            return self._pool.start_ms(spec)
+        entry = Entry(key="", group=group, function=spec.name, deadline=now + DEFAULT_TIMEOUT_MS)
+        return self._queue.wait_ms(entry, now=now)
+
     def dispatch(self) -> None:
         """Drop what is hopeless, and begin whatever has a free place."""
         self._drop_hopeless()
@@ -232,6 +250,21 @@ class Admission:
         level = round((ticket.level + self._queue.running_in(group)) / 2)
         estimator.ended(level=min(level, measured.most), run_ms=run_ms, now=now)
         self._queue.limit_places(group, measured.limit)
+
+    def cut(self, ticket: Ticket, *, ran_ms: float) -> None:
+        """Take in that a run was stopped, or its time was over, before it ended.
+
+        Args:
+            ticket: The call.
+            ran_ms: From the call of the instance on, milliseconds.
+        """
+        self.forecast.learn_cut(
+            ticket.spec.name,
+            ticket.work,
+            ran_ms=ran_ms,
+            predicted_ms=ticket.prediction.run_ms,
+            now=self._clock(),
+        )
 
     def free(self, ticket: Ticket, *, run_ms: float | None) -> None:
         """Free the place of a call that ran; `dispatch` gives it to the next.

@@ -29,7 +29,7 @@ _OUTLIER: Final = 3.0
 """A value counts as at most so many times the usual one, or the usual one as so many times it: one
 run that was held up must not have everything refused, a real change is learnt within a few."""
 
-_STALE_MS: Final = 60_000
+STALE_MS: Final = 60_000
 """Age of the last run from which a forecast no longer refuses anything: or else what was slow once
 would never be tried again."""
 
@@ -37,9 +37,13 @@ _BYTES_A_TOKEN: Final = 4.0
 _FIRST_OUTPUT_TOKENS: Final = 64
 """Assumed before anything is known about a function's tokens."""
 
-_LEAST_RUNS: Final = 3
+LEAST_RUNS: Final = 3
 """Runs from which work is refused for what they took: the first is often slow, and refusing for it
 would keep the second from showing so."""
+
+_CUT: Final = 1.5
+"""How many times as long a run is taken to be that was cut. Its bare time would let the next one in
+that has as much time, to be cut as well."""
 
 _LEAST_POINTS: Final = 2
 _NEAR: Final = 5
@@ -99,7 +103,7 @@ class _Mean:
     def predict(self, _work: Work) -> float | None:
         return self.value
 
-    def learn(self, new: float) -> None:
+    def learn(self, _work: Work, new: float) -> None:
         old = self.value
         if old:
             new = min(max(new, old / _OUTLIER), old * _OUTLIER)
@@ -186,10 +190,10 @@ class _Tokens:
         read = max(0, usage.get("input_tokens", 0) - usage.get("cached_tokens", 0))
         self._input.learn(work, read)
         self._output.learn(work, written)
-        self._decode.learn(decode_ms / written)
+        self._decode.learn(work, decode_ms / written)
         if read:
-            self._prefill.learn(prefill_ms / read)
-        self._rest.learn(max(0.0, run_ms - prefill_ms - decode_ms))
+            self._prefill.learn(work, prefill_ms / read)
+        self._rest.learn(work, max(0.0, run_ms - prefill_ms - decode_ms))
 
 
 @dataclass(slots=True)
@@ -242,9 +246,9 @@ class Forecast:
         if model is None or run_ms is None:
             idea = _first_idea(work, info or {})
             # The calibration is a measurement like any other, of an instance under load perhaps.
-            is_old = now - self._first_asked.setdefault(function, now) > _STALE_MS
+            is_old = now - self._first_asked.setdefault(function, now) > STALE_MS
             return Prediction(run_ms=idea.run_ms) if is_old else idea
-        if model.runs < _LEAST_RUNS or now - model.learnt_at > _STALE_MS:
+        if model.runs < LEAST_RUNS or now - model.learnt_at > STALE_MS:
             return Prediction(run_ms=run_ms)
         quickest = min(model.ratios, default=0.0)
         return Prediction(run_ms=run_ms, least_ms=run_ms * min(1.0, quickest), sure=True)
@@ -281,7 +285,38 @@ class Forecast:
         model.tokens.learn(work, run_ms, usage or {}, timing or {})
         model.near.learn(work, run_ms)
         model.line.learn(work, run_ms)
-        model.mean.learn(run_ms)
+        model.mean.learn(work, run_ms)
+        model.runs += 1
+        model.learnt_at = now
+
+    def learn_cut(
+        self, function: str, work: Work, *, ran_ms: float, predicted_ms: float | None, now: int
+    ) -> None:
+        """Take in a run that was cut before its end: it would have taken longer.
+
+        Such a censored run says something only to those guessers that expected less, and raises
+        them, as a whole run does: an outlier among many counts for little.
+
+        Args:
+            function: The function.
+            work: What was known about the run.
+            ran_ms: How long it had run since the call of a warm instance, milliseconds.
+            predicted_ms: What had been predicted for it, milliseconds.
+            now: UTC milliseconds.
+        """
+        run_ms = max(ran_ms, 1.0) * _CUT
+        if predicted_ms is not None and predicted_ms > run_ms:
+            return
+        model = self._models.setdefault(function, _Model())
+        guesses = model.guesses(work)
+        for place, guess in enumerate(guesses):
+            if guess is not None and guess < ran_ms:
+                model.wrong[place] += _SMOOTHING * ((run_ms - guess) / run_ms - model.wrong[place])
+        # Not the tokens: how many it would have written is not known.
+        learning: tuple[_Near | _Line | _Mean, ...] = (model.near, model.line, model.mean)
+        for guesser, guess in zip(learning, guesses[1:], strict=True):
+            if guess is None or guess < ran_ms:
+                guesser.learn(work, run_ms)
         model.runs += 1
         model.learnt_at = now
 

@@ -177,11 +177,17 @@ class NodeFunctions:
                             size_bytes += len(to_json(answer.data))
                             _check_size(spec, size_bytes)
                         yield answer
-            run_ms = float(self._clock() - called_at)
-            self._admission.ended(ticket, final, run_ms=run_ms)
+            self._admission.ended(ticket, final, run_ms=float(self._clock() - called_at))
             yield final
+        except DeadlineExceeded:
+            self._learn_cut(ticket, called_at)
+            raise
         finally:
             await self._leave(ticket, instance, called_at, succeeded=final is not None)
+
+    def _learn_cut(self, ticket: Ticket, called_at: int | None) -> None:
+        if called_at is not None:
+            self._admission.cut(ticket, ran_ms=float(self._clock() - called_at))
 
     async def _leave(
         self, ticket: Ticket, instance: Instance | None, called_at: int | None, *, succeeded: bool

@@ -4,14 +4,14 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from capability_schemas.errors import ConfigurationError, InvalidTask
 from capability_schemas.functions import FunctionSpec, check_schema
 from capability_schemas.ids import Identifier
 from capability_schemas.task import FunctionRef, TaskPolicy
-from capability_schemas.wire import first_problem
 from node_agent.agents.loop import Approval, LoopLimits, tool_name
+from node_agent.runtimes.base import read_options
 
 _MCP = re.compile(r"mcp:(?P<server>[A-Za-z0-9_-]{1,64})/(?P<tool>\S{1,128})")
 
@@ -166,22 +166,18 @@ def agent_options(spec: FunctionSpec) -> AgentOptions:
     """Return the options of an agent.
 
     Raises:
-        ConfigurationError: They are wrong; the message says where.
+        ConfigurationError: They are wrong; the message says where, for all that is.
     """
-    try:
-        options = AgentOptions.model_validate(spec.options)
-    except ValidationError as exc:
-        field, problem = first_problem(exc)
-        place = f"options.{field}" if field else "options"
-        raise ConfigurationError(f"function {spec.name}: {place}: {problem}") from exc
+    options = read_options(AgentOptions, spec)
+    wrong = []
     if options.model == spec.name:
-        raise ConfigurationError(f"function {spec.name}: options.model: an agent is no model")
-    for tool in options.tools:
+        wrong.append("options.model: an agent is no model")
+    for number, tool in enumerate(options.tools):
         kind, _, what = tool.target
         if kind != "mcp" and what.partition("@")[0] == spec.name:
-            raise ConfigurationError(
-                f"function {spec.name}: options.tools: an agent is no tool of its own"
-            )
+            wrong.append(f"options.tools.{number}: an agent is no tool of its own")
+    if wrong:
+        raise ConfigurationError(f"function {spec.name}: {'; '.join(wrong)}")
     return options
 
 
@@ -196,29 +192,31 @@ def check_agent(
         chats: Tells whether the runtime of a function chats.
 
     Raises:
-        ConfigurationError: It is not so; the message says what.
+        ConfigurationError: It is not so; the message says what, and says all of it.
     """
-    options = agent_options(spec)
-    where = f"function {spec.name}: options"
+    options, wrong = agent_options(spec), []
     if options.model not in functions:
         known = ", ".join(name for name in functions if chats(name)) or "none"
-        raise ConfigurationError(
-            f"{where}.model: this node has no function {options.model}; those that chat: {known}"
+        wrong.append(
+            f"options.model: this node has no function {options.model}; those that chat: {known}"
         )
-    if not chats(options.model):
-        raise ConfigurationError(
-            f"{where}.model: {options.model} runs on {functions[options.model].runtime}, "
+    elif not chats(options.model):
+        wrong.append(
+            f"options.model: {options.model} runs on {functions[options.model].runtime}, "
             "which takes no conversation: name a function of a language model"
         )
-    for name in _local_tools(spec):
-        if name not in functions:
-            raise ConfigurationError(
-                f"{where}.tools: this node has no function {name}; for one of another node write "
-                f"mesh:{name}"
+    for number, tool in enumerate(options.tools):
+        kind, _, name = tool.target
+        if kind == "local" and name not in functions:
+            wrong.append(
+                f"options.tools.{number}: this node has no function {name}; for one of another "
+                f"node write mesh:{name}"
             )
     circle = _circle(spec, functions)
     if circle:
-        raise ConfigurationError(f"{where}.tools: agents call each other: {' -> '.join(circle)}")
+        wrong.append(f"options.tools: agents call each other: {' -> '.join(circle)}")
+    if wrong:
+        raise ConfigurationError(f"function {spec.name}: {'; '.join(wrong)}")
 
 
 def _local_tools(spec: FunctionSpec) -> list[str]:

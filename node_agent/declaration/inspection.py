@@ -1,14 +1,15 @@
 """Looks functions over before a node runs them: what reading alone does not show."""
 
 import dataclasses
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from typing import Final
 
 from capability_schemas.errors import ConfigurationError, NotFound, Unavailable
 from capability_schemas.functions import FunctionSpec
+from capability_schemas.problem import Problem
 from node_agent.declaration.introspection import Introspector
-from node_agent.declaration.problem import Problem
 from node_agent.declaration.reader import Declaration
+from node_agent.pool.memory import total_memory_bytes
 from node_agent.runtimes.base import Answer, Request, Runtime, RuntimeContext
 from node_agent.runtimes.catalogue import make_runtimes
 
@@ -96,7 +97,11 @@ class DeclaredFunctions:
 
 
 def inspect_declaration(
-    declaration: Declaration, *, source: str, context: RuntimeContext
+    declaration: Declaration,
+    *,
+    source: str,
+    context: RuntimeContext,
+    total: Callable[[], int | None] = total_memory_bytes,
 ) -> list[Problem]:
     """Find what would keep functions from running, or from being found.
 
@@ -107,6 +112,7 @@ def inspect_declaration(
         declaration: Read with all its code imported.
         source: Where it was read from.
         context: What runtimes may use; the tool servers are those of the declaration.
+        total: Returns the memory of this machine, bytes; None when unknown.
 
     Returns:
         Further problems, those of each function together.
@@ -114,13 +120,15 @@ def inspect_declaration(
     declared = DeclaredFunctions(
         declaration.functions, dataclasses.replace(context, mcp_servers=declaration.mcp)
     )
-    broken = _broken_preparations(declaration)
+    broken, memory = _broken_preparations(declaration), total()
     found = [
         Problem(file=source, what=f'mcp "{name}"', message=message.removeprefix(f"mcp.{name}."))
         for name, message in declared.broken_servers().items()
     ]
     for spec in declaration.functions:
         wrong = [*_misfits(spec, declared), *_weak_words(spec)]
+        if memory is not None and not any(field == "runtime" for field, *_ in wrong):
+            wrong += _large_model(spec, declared.runtime(spec.name), context, memory)
         if spec.options.get("prepare") in broken:
             wrong.append(("options.prepare", broken[spec.options["prepare"]], False))
         found += [
@@ -148,6 +156,22 @@ def _misfits(spec: FunctionSpec, declared: DeclaredFunctions) -> Iterator[tuple[
         runtime.check(spec)
     except ConfigurationError as exc:
         yield "", exc.message.removeprefix(f"function {spec.name}: "), False
+
+
+def _large_model(
+    spec: FunctionSpec, runtime: Runtime, context: RuntimeContext, memory: int
+) -> Iterator[tuple[str, str, bool]]:
+    """Yield that a model does not fit here; the file may be meant for a larger machine."""
+    about = runtime.model(spec, {})
+    if spec.model is None or about is None or about.engine is not None:  # none, or a server has it
+        return
+    try:
+        size = context.model_path(spec.model).stat().st_size
+    except (OSError, ConfigurationError):  # `_misfits` says it
+        return
+    if size > memory:
+        figures = f"{spec.model} is {size / 1e6:,.0f} MB, this machine has {memory / 1e6:,.0f} MB"
+        yield "model", f"{figures} of memory: it runs on a larger one only", True
 
 
 def _weak_words(spec: FunctionSpec) -> Iterator[tuple[str, str, bool]]:

@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from capability_schemas.capability import CapabilityPolicy, Cost
 from capability_schemas.errors import MalformedPayload
 from capability_schemas.functions import FunctionLimits, FunctionSpec
+from capability_schemas.problem import unknown
 from capability_schemas.wire import parse_json
-from node_agent.declaration.problem import unknown
 from node_agent.declaration.quantities import spellings, units_spelt_out
 from node_agent.declaration.sources import SourceFiles, module_file
 

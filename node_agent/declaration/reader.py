@@ -54,9 +54,9 @@ from pydantic import ValidationError
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.ids import is_identifier
+from capability_schemas.problem import Problem, field_problems, refusal
 from node_agent.declaration.introspection import Introspector
 from node_agent.declaration.layers import code_files, laid_over, located, settle, with_defaults
-from node_agent.declaration.problem import Problem, field_problems, refusal
 from node_agent.declaration.sources import SourceFiles, Stamp, module_file
 
 _TABLES: Final = ("node", "defaults", "function", "mcp")
@@ -175,7 +175,14 @@ class _Reader:
     def read_code(self) -> None:
         """Read a Python file or a module: every decorated function of it."""
         code = self._source
-        self._finish([_Draft(code=str(Path(code).resolve()) if code.endswith(".py") else code)])
+        if not code.endswith(".py") and not all(part.isidentifier() for part in code.split(".")):
+            kind = "a folder" if Path(code).is_dir() else "no declaration"
+            return self._say(
+                f"is {kind}: name a node file (.toml), a Python file (.py) or a module"
+            )
+        return self._finish(
+            [_Draft(code=str(Path(code).resolve()) if code.endswith(".py") else code)]
+        )
 
     def read_toml(self, path: Path) -> None:
         """Read a node file."""

@@ -9,8 +9,8 @@ import structlog
 
 from broker.lifecycle import Service
 from capability_schemas.errors import ConfigurationError
+from capability_schemas.problem import refusal
 from node_agent.declaration.introspection import Introspector
-from node_agent.declaration.problem import refusal
 from node_agent.declaration.reader import Declaration
 from node_agent.declaration.sources import Stamp, stamp_of
 

@@ -6,6 +6,7 @@
 * `cgroup` adds what only a control group can do, where systemd or a container has given us one:
   the memory and the processors of everything an instance started, the number of its processes.
 * `strays` finds and ends what an instance leaves behind, wherever that has moved to.
+* `folders` gives each instance a folder for temporary files, and sweeps up those of dead agents.
 * `environment` is what a child sees of the agent's environment: no secrets.
 * `system` finds out, once, what this machine offers, and why it does not offer the rest.
 

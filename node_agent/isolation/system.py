@@ -8,6 +8,7 @@ from typing import Any, Final
 import structlog
 
 from node_agent.isolation.cgroup import CgroupTree, NoCgroup, find_tree
+from node_agent.isolation.folders import sweep_folders
 from node_agent.worker import seccomp
 
 _NEEDED: Final = {"processes": "pids", "cpus": "cpu"}
@@ -61,7 +62,10 @@ def find_isolation() -> Isolation:
 
 @functools.lru_cache(maxsize=1)
 def system_isolation() -> Isolation:
-    """Find out what there is and make it ready for instances, once in this process; logs it."""
+    """Find out what there is and make it ready for instances, once in this process; logs it.
+
+    Also clears away what agents that were killed have left.
+    """
     found = find_isolation()
     if found.cgroups is not None:
         try:
@@ -77,5 +81,6 @@ def system_isolation() -> Isolation:
         controllers=[] if found.cgroups is None else sorted(found.cgroups.controllers),
         no_cgroups=found.no_cgroups,
         no_network_filter=found.no_network_filter,
+        folders_swept=sweep_folders(),
     )
     return found

@@ -308,9 +308,10 @@ class Download:
                 idle = 0 if self._done > best else idle + 1
                 best = max(best, self._done)
                 if idle >= self._web.patience.tries:
+                    kept = f"{self._done} bytes are kept: run the same command again to go on"
                     raise Unavailable(
-                        f"{self._remote.shown} cannot be fetched ({cut}), {self._done} bytes are "
-                        "kept: run the same command again to go on",
+                        f"{self._remote.shown} cannot be fetched ({cut})"
+                        f"{f', {kept}' if self._done else ''}",
                         done_bytes=self._done,
                     ) from cut
                 self._report(Progress("retrying", self._done, self._total, str(cut)))

@@ -156,7 +156,8 @@ class Puller:
         expected = None if sha256 is None else check_digest(sha256)
         path = path.expanduser().absolute()
         if not path.is_file():
-            raise ConfigurationError(f"there is no file {path}")
+            kind = "is a folder, and no file" if path.is_dir() else "does not exist"
+            raise ConfigurationError(f"{path} {kind}")
         inspect(path, any_format=any_format)
         origin = Origin(
             name=name or name_for(path.name),

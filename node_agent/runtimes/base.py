@@ -91,7 +91,8 @@ class Final:
         usage: Counters: ``input_tokens``, ``output_tokens``, ``cached_tokens`` (of the input, not
             decoded again; stays in the node, for it would tell what others have asked).
         finish: Why a model stopped: ``stop``, ``length`` or ``tool_calls``; empty for functions.
-        confidence: Probability of the least certain token, 0 to 1; None where there is none.
+        confidence: How sure it is, 0 to 1: of a model the probability of the least certain token;
+            None where it is not told.
         timing: Where the engine spent its time, milliseconds: ``prefill_ms``, ``decode_ms``.
     """
 

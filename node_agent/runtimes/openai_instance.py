@@ -27,6 +27,7 @@ from node_agent.runtimes.openai_stream import (
 
 _TRAILER_S: Final = 0.1
 _ERROR_LIMIT_BYTES: Final = 64 * 1024
+_LIST_LIMIT_BYTES: Final = 4 * 1024 * 1024
 _BODY_LIMIT_BYTES: Final = 64 * 1024 * 1024
 _RETRY_LIMIT_MS: Final = 3_600_000
 _KEPT_OPEN_S: Final = 4.0
@@ -78,7 +79,8 @@ class OpenAIInstance(InLoopInstance):
         url = f"{self._server.base_url}/models"
         try:
             async with asyncio.timeout(self._server.connect_s * 2):
-                found = await self._client.get(url)
+                async with self._client.stream("GET", url) as found:
+                    body = await _read(found.aiter_bytes(), _LIST_LIMIT_BYTES)
         except TimeoutError as exc:
             raise base.InstanceFailed(
                 f"the server at {self._server.base_url} was silent for "
@@ -92,9 +94,9 @@ class OpenAIInstance(InLoopInstance):
         if found.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             raise base.InstanceFailed(
                 f"{self._server.base_url} refuses the API key: "
-                f"{self._without_key(_body_text(found.content))}"
+                f"{self._without_key(_body_text(body))}"
             )
-        models = _models(found)
+        models = _models(body)
         if models and self._server.model not in models:
             _log.warning("openai.model_unlisted", model=self._server.model, listed=models[:10])
         self._info["models"] = models
@@ -269,10 +271,10 @@ def _body_text(data: bytes) -> str:
         return data[:200].decode("utf-8", errors="replace")
 
 
-def _models(response: httpx2.Response) -> list[str]:
+def _models(data: bytes) -> list[str]:
     """Return the models a server lists; none where it does not keep to the form."""
     try:
-        return [str(one["id"]) for one in response.json()["data"]]
+        return [str(one["id"]) for one in json.loads(data)["data"]]
     except (KeyError, TypeError, ValueError, RecursionError):
         return []
 

@@ -7,11 +7,9 @@ environment, a folder for temporary files and, where there are any, a control gr
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +18,7 @@ import structlog
 
 from broker.pipes import OutputPipe
 from node_agent.isolation.environment import child_environment
+from node_agent.isolation.folders import LockedFolder
 from node_agent.isolation.strays import end_strays, new_mark
 from node_agent.isolation.system import Isolation
 from node_agent.runtimes.plumbing import LogTap
@@ -60,7 +59,7 @@ class WorkerProcess:
         self._log = log
         self._mark = new_mark()
         self._process: asyncio.subprocess.Process | None = None
-        self._folder: str | None = None
+        self._folder: LockedFolder | None = None
         self._cgroup: Cgroup | None = None
         self._taps = [LogTap(log, stream=stream) for stream in ("stdout", "stderr")]
         self._pipes = contextlib.ExitStack()
@@ -103,8 +102,7 @@ class WorkerProcess:
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                self._prepare()
-                await self._spawn(theirs.fileno())
+                await self._spawn(theirs.fileno(), self._prepare())
         except BaseException:
             ours.close()
             self._pipes.close()
@@ -163,10 +161,10 @@ class WorkerProcess:
         if self._cgroup is not None and not self._cgroup.remove():
             self._log.warning("instance.cgroup_left", path=str(self._cgroup.path))
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
 
-    def _prepare(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="foam-")
+    def _prepare(self) -> LockedFolder:
+        folder = self._folder = LockedFolder()
         if self._isolation.cgroups is not None:
             self._cgroup = self._isolation.cgroups.create(str(self._mark), self._limits)
         loop = asyncio.get_running_loop()
@@ -177,8 +175,9 @@ class WorkerProcess:
 
             pipe = OutputPipe(take, limit_bytes_s=_OUTPUT_LIMIT_BYTES_S)
             self._outputs.append(self._pipes.enter_context(pipe))
+        return folder
 
-    async def _spawn(self, descriptor: int) -> None:
+    async def _spawn(self, descriptor: int, folder: LockedFolder) -> None:
         stdout, stderr = self._outputs
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -191,7 +190,7 @@ class WorkerProcess:
             stdout=stdout.write_end,
             stderr=stderr.write_end,
             cwd=_PACKAGE_ROOT,  # puts node_agent onto the child's import path
-            env=child_environment(folder=str(self._folder), limits=self._limits),
+            env=child_environment(folder=str(folder.path), limits=self._limits),
             pass_fds=(descriptor,),
             start_new_session=True,
         )

@@ -6,11 +6,12 @@ pydantic: each parameter becomes a property, the return annotation the output.
 
 import collections.abc
 import inspect
+import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from node_agent.functions import DECLARATION_ATTRIBUTE, FunctionDeclaration
+from node_agent.functions import DECLARATION_ATTRIBUTE, Answer, FunctionDeclaration
 from node_agent.worker.base import InvocationError
 from node_agent.worker.python_host import find_function, import_target
 
@@ -53,9 +54,7 @@ def describe(
             and value.__module__ == module.__name__
         ]
         if not declared:
-            raise InvocationError(
-                "internal", f"{where} declares nothing: put @function on a function"
-            )
+            raise InvocationError("internal", "declares nothing: put @function on a function")
         wanted |= dict.fromkeys(declared)
     fields: dict[str, dict[str, Any]] = {}
     problems: dict[str, str] = {}
@@ -157,11 +156,35 @@ def output_schema(target: Any) -> dict[str, Any] | None:
         if returned is not type(None):
             annotation = returned
         else:
-            annotation = str if arguments[0] is str else list[arguments[0]]  # type: ignore[valid-type]
+            pieces = _union(kind for kind in _members(arguments[0]) if not _is_answer(kind))
+            annotation = str if pieces is str else list[pieces]  # type: ignore[valid-type]
+    annotation = _union(
+        (typing.get_args(kind) or (Any,))[0] if _is_answer(kind) else kind
+        for kind in _members(annotation)
+    )
+    if annotation is Any:
+        return None
     try:
         return dict(_untitled(pydantic.TypeAdapter(annotation).json_schema(mode="serialization")))
     except pydantic.PydanticUserError:
         return None  # an array or another type of a library: the output is still turned into JSON
+
+
+def _is_answer(annotation: Any) -> bool:
+    return annotation is Answer or typing.get_origin(annotation) is Answer
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """Return the alternatives of a union, or the one type there is."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _union(kinds: Iterable[Any]) -> Any:
+    """Return the union of types; of none, anything."""
+    found = tuple(kinds)
+    return typing.Union[found] if found and Any not in found else Any  # noqa: UP007 - of a tuple
 
 
 def _untitled(schema: Any) -> Any:

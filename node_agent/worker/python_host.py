@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from node_agent.functions import InvocationContext
+from node_agent.functions import Answer, InvocationContext
 from node_agent.worker.base import Emit, InvocationError, Request
 from node_agent.worker.frames import FrameError, NotJsonError
 
@@ -177,19 +177,46 @@ class Pieces:
         self._request = request
         self._emit = emit
         self._yielded: list[Any] = []
+        self._answer: Answer[Any] | None = None
 
     def add(self, value: Any) -> None:
-        """Send one yielded value; it is a chunk of its own or part of one."""
+        """Send one yielded value, a chunk of its own or part of one; keep an `Answer` for the end.
+
+        Raises:
+            InvocationError: The `Answer` was not the last.
+        """
+        if self._answer is not None:
+            raise InvocationError("execution_failed", "it yielded more after its Answer")
+        if isinstance(value, Answer):
+            self._answer = value
+            return
         self._emit({"t": "piece", "id": self._request.id, "d": value})
         self._yielded.append(value)
 
     def output(self, returned: Any) -> Any:
-        """Return the final output: the return value, else the joined text, else the list."""
+        """Return the final output: the return value, else the joined text, else the list.
+
+        That of an `Answer` without one likewise, with its confidence.
+        """
+        answer = returned if isinstance(returned, Answer) else self._answer
+        if answer is not None and answer.output is None:
+            return Answer(self._whole(), answer.confidence)
         if returned is not None:
             return returned
+        return self._whole() if answer is None else answer
+
+    def _whole(self) -> Any:
         if all(isinstance(value, str) for value in self._yielded):
             return "".join(self._yielded)
         return self._yielded
+
+
+def final_frame(request: Request, output: Any) -> dict[str, Any]:
+    """Return the frame that ends a call."""
+    frame: dict[str, Any] = {"t": "final", "id": request.id}
+    if not isinstance(output, Answer):
+        return {**frame, "output": output}
+    return {**frame, "output": output.output, "confidence": float(output.confidence)}
 
 
 def _cancelled_early() -> InvocationError:
@@ -279,7 +306,7 @@ class PythonHost:
 
     def _finish(self, request: Request) -> None:
         try:
-            self._emit({"t": "final", "id": request.id, "output": self._call(request)})
+            self._emit(final_frame(request, self._call(request)))
         # Supervision boundary: whatever user code raises, SystemExit too, ends its task only.
         except BaseException as exc:  # noqa: BLE001
             self._report(request, exc)
@@ -339,8 +366,7 @@ class PythonHost:
 
     async def _run_async(self, request: Request) -> None:
         try:
-            output = await self._call_async(request)
-            self._emit({"t": "final", "id": request.id, "output": output})
+            self._emit(final_frame(request, await self._call_async(request)))
         except asyncio.CancelledError:
             # The end of this task by the agent's cancel frame, not of the loop: it is the outcome.
             self._report(request, InvocationError("cancelled", "cancelled while it ran"))

@@ -1,10 +1,11 @@
-"""Nearest-neighbour indexes behind one contract.
+"""Nearest-neighbour search over capability vectors.
 
-``ExactIndex`` is always there. ``registry.index.hnsw.HnswIndex`` serves large catalogues and is
-imported from its own module, because hnswlib has to be compiled and may be missing.
+``CapabilityIndex`` compares all vectors while they are few and goes through graphs when they are
+many; ``registry.index.hnsw`` is imported when the first graph is due, because hnswlib has to be
+compiled and may be missing.
 """
 
-from registry.index.base import Neighbour, VectorIndex
-from registry.index.exact import ExactIndex
+from registry.index.base import Demands, Neighbour
+from registry.index.capability import EXACT_LIMIT, CapabilityIndex
 
-__all__ = ["ExactIndex", "Neighbour", "VectorIndex"]
+__all__ = ["EXACT_LIMIT", "CapabilityIndex", "Demands", "Neighbour"]

@@ -1,10 +1,24 @@
-"""The seam of nearest-neighbour search over unit vectors."""
+"""What the parts of the index share: neighbours, demands, and the order of results."""
 
-from typing import Any, Final, NamedTuple, Protocol
+import heapq
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
 DEFAULT_DIMENSION: Final = 384
+NO_DEMANDS: Final[tuple[frozenset[str], ...]] = ()
+
+ROOM: Final = 4
+"""A graph is made with room for so many times its vectors; memory is taken as they come."""
+
+Demands = Sequence[frozenset[str]]
+"""A conjunction of alternatives: of every set at least one member must be among the attributes."""
+
+Rows = npt.NDArray[np.intp]
+Mask = npt.NDArray[np.bool_]
+Similarities = npt.NDArray[np.float32]
 
 
 class Neighbour(NamedTuple):
@@ -19,56 +33,28 @@ class Neighbour(NamedTuple):
     similarity: float
 
 
-class VectorIndex(Protocol):
-    """Keyed unit vectors with nearest-neighbour search; owned by one thread.
+Found = tuple[Rows, Similarities]
+NOTHING: Final[Found] = (np.empty(0, dtype=np.intp), np.empty(0, dtype=np.float32))
 
-    An index has no persistence: it holds nothing that the retained catalogue cannot rebuild.
+
+def nearest(rows: Rows | None, similarities: Similarities, k: int) -> Found:
+    """The k nearest of some rows, and those as near as the last of them, in no order.
+
+    Args:
+        rows: shape ``(n,)``; None for the first n.
+        similarities: shape ``(n,)``.
+        k: how many, at least 1.
     """
-
-    def upsert(self, key: str, vector: npt.NDArray[Any]) -> None:
-        """Store a vector under a key, in place of an earlier one.
-
-        Args:
-            key: any string.
-            vector: shape ``(dimension,)``, length 1.
-
-        Raises:
-            ValueError: another shape, not finite, or not of length 1.
-        """
-        ...
-
-    def remove(self, key: str) -> bool:
-        """Forget a key.
-
-        Returns:
-            Whether it was there.
-        """
-        ...
-
-    def search(self, vector: npt.NDArray[Any], k: int) -> list[Neighbour]:
-        """Find the keys nearest to a vector.
-
-        Args:
-            vector: shape ``(dimension,)``, length 1.
-            k: how many; fewer come back when fewer are stored, none when ``k < 1``.
-
-        Returns:
-            By falling similarity; equal similarities in the order of their keys.
-
-        Raises:
-            ValueError: as for ``upsert``.
-        """
-        ...
-
-    def __len__(self) -> int:
-        """How many keys are stored."""
-        ...
-
-    def __contains__(self, key: object) -> bool:
-        """Whether a key is stored."""
-        ...
+    count = len(similarities)
+    if k >= count:
+        return (np.arange(count) if rows is None else rows), similarities
+    edge = np.partition(similarities, count - k)[count - k]
+    at = np.flatnonzero(similarities >= edge)
+    return (at if rows is None else rows[at]), similarities[at]
 
 
-def ranked(pairs: list[Neighbour], k: int) -> list[Neighbour]:
-    """The k nearest of some neighbours, ties in the order of their keys."""
-    return sorted(pairs, key=lambda pair: (-pair.similarity, pair.key))[:k]
+def ranked(keys: Sequence[str], similarities: Similarities, k: int) -> list[Neighbour]:
+    """The k nearest of some keys, nearest first, ties in the order of keys."""
+    pairs = list(zip((-similarities).tolist(), keys, strict=True))
+    best = sorted(pairs) if len(pairs) <= 4 * k else heapq.nsmallest(k, pairs)
+    return [Neighbour(key, -farness) for farness, key in best[:k]]

@@ -67,6 +67,8 @@ DOORS = {
     "onnx": {"registry/encoders/"},
     "onnxruntime": {"registry/encoders/"},
     "paho": {"broker/session/mqtt.py", "foam/demo/device.py"},
+    "py3langid": {"router/rules/language.py"},
+    "re2": {"router/rules/patterns.py"},
     "rfc8785": {"capability_schemas/signing.py"},
     "rich": {"foam/"},
     "scipy": {"foam/demo/"},

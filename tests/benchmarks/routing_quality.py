@@ -1,144 +1,303 @@
-"""Routing quality of the very class the router uses: who is found first, and who is refused.
+"""Who is found first, and who is refused: the router beside what one could use in its place.
 
-    python tests/benchmarks/routing_quality.py [--encoder DIR] [--data DIR]
+    python tests/benchmarks/routing_quality.py [FOLDER ...] [--limit N] [--semantic-router PYTHON]
 
-Prints a table for the developers' set (a folder with ``capabilities.jsonl``, ``tasks.jsonl`` and
-``oos.jsonl``; default ``../shared/data/routing/metatool``) and for a small plant fleet.
+The router is asked through its own path (`foam.evaluation`); the others rank the same capabilities
+with the same vectors, in the same run. ``FOLDER`` holds labelled requests, as for ``foam eval
+routing``; without one, the developers' set beside the repository is taken where it is there. A
+small plant fleet is measured always. ``--semantic-router`` names the interpreter of an environment
+that has the package of that name.
 """
 
 import argparse
+import asyncio
 import json
-import re
+import math
+import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
-from capability_schemas.capability import CatalogRecord
-from registry.encoders import Encoder, default_folder, load_encoder
-from registry.search import CapabilitySearch, Match
-from registry.vectors import capability_texts, centroid, pack_vector
+from benchmarks.measure import table
+from foam.evaluation import (
+    LabelledCapability,
+    LabelledSet,
+    LabelledTask,
+    Route,
+    evaluate_routing,
+    figures,
+    read_labelled,
+)
+from registry.encoders import Encoder, EncoderThread, default_folder, load_encoder
+from registry.encoders.base import Vectors
+from registry.lexical import K1, B, Tokenizer
+from registry.vectors import capability_texts, centroid
 from support.plant_fleet import FUNCTIONS, IN_SCOPE, OUT_OF_SCOPE, Function
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "routing" / "metatool"
+DEVELOPERS: Final = Path(__file__).parents[3] / "shared" / "data" / "routing" / "metatool"
+RANKED: Final = 100
+SIDE: Final = Path(__file__).with_name("semantic_router_side.py")
+
+Scores = Callable[[str, Vectors], np.ndarray]
+"""Text and vector of a request to the score of every capability."""
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def plant(label: str, functions: Sequence[Function]) -> LabelledSet:
+    """Return a small fleet with the requests that it serves."""
+    names = {function.name for function in functions}
+    return LabelledSet(
+        name=label,
+        capabilities=tuple(
+            LabelledCapability(f.name, f.name, f.description, f.examples) for f in functions
+        ),
+        tasks=tuple(
+            LabelledTask(text, text, frozenset({name})) for text, name in IN_SCOPE if name in names
+        ),
+        outside=tuple(LabelledTask(text, text, frozenset()) for text in OUT_OF_SCOPE),
+    )
 
 
-def identifier(name: str) -> str:
-    """The data's names hold characters that a function name may not have."""
-    return re.sub(r"[^A-Za-z0-9_-]", "-", name)
-
-
-def fill(search: CapabilitySearch, encoder: Encoder, functions: list[Function], nodes: int) -> None:
-    for function in functions:
-        rows = encoder.encode(
-            capability_texts(function.name, function.description, function.examples)
-        )
-        for node in range(nodes):
-            search.upsert(
-                CatalogRecord(
-                    node=f"node-{node}",
-                    function=function.name,
-                    version="1.0.0",
-                    epoch=1,
-                    revision=1,
-                    description=function.description,
-                    examples=function.examples,
-                    embedding=pack_vector(centroid(rows)),
-                    space=encoder.space,
-                    registry="registry-1",
-                    admitted_at=1,
-                    claim_digest="sha256:0",
-                )
-            )
-    texts = search.calibration_texts()
-    search.calibrate(dict(zip(texts, encoder.encode(texts), strict=True)))
-
-
-def area_under_roc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Chance that a positive scores above a negative (Mann-Whitney), ties counting half."""
-    wins = (positive[:, None] > negative[None, :]).mean()
-    return float(wins + 0.5 * (positive[:, None] == negative[None, :]).mean())
-
-
-def evaluate(
-    name: str,
-    search: CapabilitySearch,
-    encoder: Encoder,
-    tasks: list[tuple[str, set[str]]],
-    nowhere: list[str],
-) -> None:
-    started = time.perf_counter()
-    vectors = encoder.encode([text for text, _ in tasks])
-    encode_ms = (time.perf_counter() - started) / len(tasks) * 1e3
-    started = time.perf_counter()
-    found: list[list[Match]] = [
-        search.search(text, vector, 10) for (text, _), vector in zip(tasks, vectors, strict=True)
+def plants() -> list[LabelledSet]:
+    return [
+        plant("plant, 10 functions", FUNCTIONS),
+        plant("plant, 2 examples each", [f._replace(examples=f.examples[:2]) for f in FUNCTIONS]),
+        plant("plant, no examples", [f._replace(examples=()) for f in FUNCTIONS]),
+        plant("plant, 4 functions", FUNCTIONS[:4]),
     ]
-    search_ms = (time.perf_counter() - started) / len(tasks) * 1e3
-    ranks = []
-    for (_, gold), matches in zip(tasks, found, strict=True):
-        names = list(dict.fromkeys(match.key[1] for match in matches))
-        ranks.append(next((at for at, seen in enumerate(names) if seen in gold), len(names) + 99))
-    rank = np.array(ranks)
-    inside = np.array([matches[0].score for matches in found])
-    outside = np.array(
-        [
-            search.search(text, vector, 1)[0].score
-            for text, vector in zip(nowhere, encoder.encode(nowhere), strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """A set with its vectors.
+
+    Attributes:
+        labelled: The set.
+        parts: Of each capability, the texts that the registry embeds, float32, ``(n, dimension)``.
+        asked: Of each task and out-of-scope text.
+        rows: Vectors by text.
+    """
+
+    labelled: LabelledSet
+    parts: list[Vectors]
+    asked: list[Vectors]
+    rows: dict[str, Vectors]
+
+    @property
+    def requests(self) -> tuple[LabelledTask, ...]:
+        return (*self.labelled.tasks, *(self.labelled.outside or ()))
+
+
+def embed(labelled: LabelledSet, encoder: Encoder) -> Embedded:
+    """Embed everything, a text at a time: a quantised vector depends on its batch."""
+    rows: dict[str, Vectors] = {}
+
+    def row(text: str) -> Vectors:
+        if text not in rows:
+            rows[text] = encoder.encode([text])[0]
+        return rows[text]
+
+    parts = [np.stack([row(text) for text in texts_of(one)]) for one in labelled.capabilities]
+    asked = [row(task.text) for task in (*labelled.tasks, *(labelled.outside or ()))]
+    return Embedded(labelled, parts, asked, rows)
+
+
+def texts_of(capability: LabelledCapability) -> list[str]:
+    return capability_texts(
+        capability.function, capability.description, capability.examples, capability.input_schema
+    )
+
+
+# ---- the others
+
+
+def described(known: Embedded) -> Scores:
+    """Cosine to the vector of name and description."""
+    matrix = np.stack([rows[0] for rows in known.parts])
+    return lambda _, vector: matrix @ vector
+
+
+def centred(known: Embedded) -> Scores:
+    """Cosine to the mean direction of description and examples."""
+    matrix = np.stack([centroid(rows) for rows in known.parts])
+    return lambda _, vector: matrix @ vector
+
+
+def nearest(known: Embedded) -> Scores:
+    """Cosine to the nearest of description and examples."""
+    matrix = np.concatenate(known.parts)
+    starts = np.cumsum([0, *(len(rows) for rows in known.parts[:-1])])
+    return lambda _, vector: np.maximum.reduceat(matrix @ vector, starts)
+
+
+def worded(known: Embedded) -> Scores:
+    """BM25 over stems of name, description and examples, without any embedding.
+
+    Robertson and Zaragoza (2009), with the inverse document frequency of Lucene.
+    """
+    tokens = Tokenizer()
+    documents = [
+        Counter(stem for text in texts_of(one) for stem in tokens(text))
+        for one in known.labelled.capabilities
+    ]
+    lengths = np.array([document.total() for document in documents])
+    norms = K1 * (1 - B + B * lengths / lengths.mean())
+    held: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+    for at, document in enumerate(documents):
+        for stem, count in document.items():
+            held[stem].append((at, count))
+    weights = {}
+    for stem, holders in held.items():
+        rarity = math.log(1 + (len(documents) - len(holders) + 0.5) / (len(holders) + 0.5))
+        places = np.array([at for at, _ in holders])
+        counts = np.array([count for _, count in holders])
+        weights[stem] = places, rarity * counts * (K1 + 1) / (counts + norms[places])
+
+    def scores(text: str, _: Vectors) -> np.ndarray:
+        found = np.zeros(len(documents))
+        for stem in tokens(text):
+            if stem in weights:
+                places, gains = weights[stem]
+                found[places] += gains
+        return found
+
+    return scores
+
+
+OTHERS: Final[dict[str, Callable[[Embedded], Scores]]] = {
+    "BM25 alone": worded,
+    "dense alone: description": described,
+    "dense alone: centroid": centred,
+    "dense alone: nearest example": nearest,
+}
+
+
+def ranked_by(known: Embedded, scores: Scores) -> Iterator[Route]:
+    """Rank every request; a score has no threshold of its own, so nothing is refused."""
+    ids = [one.id for one in known.labelled.capabilities]
+    for task, vector in zip(known.requests, known.asked, strict=True):
+        started = time.perf_counter()
+        found = scores(task.text, vector)
+        order = np.argsort(-found, kind="stable")[:RANKED]
+        ms = (time.perf_counter() - started) * 1e3
+        yield Route(tuple(ids[at] for at in order), float(found[order[0]]), ids[order[0]], ms)
+
+
+def semantic_router(known: Embedded, interpreter: Path) -> dict[str, list[Route]]:
+    """Have the semantic-router package rank every request, in an interpreter that has it."""
+    request = {
+        "routes": {one.id: texts_of(one) for one in known.labelled.capabilities},
+        "texts": list(known.rows),
+        "queries": [task.text for task in known.requests],
+        "tokenizer": str(default_folder() / "tokenizer.json"),
+    }
+    with tempfile.TemporaryDirectory(prefix="foam-bench-") as folder:
+        np.save(Path(folder) / "rows.npy", np.stack(list(known.rows.values())))
+        done = subprocess.run(
+            [interpreter, SIDE, folder],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode != 0:
+        reason = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        print(f"semantic-router could not be measured: {reason[0]}", file=sys.stderr)
+        return {}
+    answer = json.loads(done.stdout)
+    name = f"semantic-router {answer['version']}"
+    return {
+        f"{name}, {kind}": [
+            Route(tuple(ranked), score, ranked[0], ms) for ranked, score, ms in answer[kind]
         ]
-    )
-    fit = search.calibration
-    print(
-        f"{name:<28} R@1 {np.mean(rank < 1):.3f}  R@5 {np.mean(rank < 5):.3f}  "
-        f"MRR {np.mean(np.where(rank < 10, 1 / (rank + 1), 0)):.3f}  "
-        f"AUROC {area_under_roc(inside, outside):.3f}  threshold {fit.threshold:.3f}  "
-        f"half {fit.half:.2f}  kept {np.mean(inside >= fit.threshold):.3f}  "
-        f"rejected {np.mean(outside < fit.threshold):.3f}  "
-        f"encode {encode_ms:.2f} ms  search {search_ms:.2f} ms"
-    )
+        for kind in ("default", "hybrid")
+    }
+
+
+# ---- side by side
+
+
+async def foam(labelled: LabelledSet, encoder: Encoder) -> dict[str, Any]:
+    """Ask the router."""
+    async with EncoderThread(encoder=encoder, cache_texts=0) as front:
+        return (await evaluate_routing(labelled, front)).as_json()
+
+
+def row(labelled: LabelledSet, method: str, found: dict[str, Any]) -> dict[str, Any]:
+    names = {
+        "recall_at_1": "R@1",
+        "recall_at_5": "R@5",
+        "ndcg_at_10": "nDCG@10",
+        "mrr": "MRR",
+        "auroc": "AUROC",
+        "in_scope_kept": "kept",
+        "oos_rejected": "rejected",
+        "p50_ms": "p50 ms",
+        "p99_ms": "p99 ms",
+    }
+    shown = {
+        name: "" if found.get(field) is None else f"{found[field]:.3f}"
+        for field, name in names.items()
+    }
+    return {"set": labelled.name, "method": method, **shown}
+
+
+def compare(
+    labelled: LabelledSet, encoder: Encoder, interpreter: Path | None
+) -> Iterator[dict[str, Any]]:
+    """Measure the router and the others on one set."""
+    yield row(labelled, "FOAM", asyncio.run(foam(labelled, encoder)))
+    known = embed(labelled, encoder)
+    measured = {name: list(ranked_by(known, prepare(known))) for name, prepare in OTHERS.items()}
+    if interpreter is not None:
+        measured |= semantic_router(known, interpreter)
+    split = len(labelled.tasks)
+    for name, ranked in measured.items():
+        inside = list(zip(ranked[:split], (task.gold for task in labelled.tasks), strict=True))
+        found = figures(inside, ranked[split:]).as_json()
+        # They refuse nothing by themselves, and their times are without the encoding.
+        yield row(labelled, name, found | {"in_scope_kept": None, "oos_rejected": None})
+
+
+def measure(
+    folders: Sequence[Path] = (), interpreter: Path | None = None, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Compare on every set.
+
+    Args:
+        folders: Labelled requests; the developers' set when empty.
+        interpreter: Python that has semantic-router, if any.
+        limit: Random tasks of each set, and out-of-scope texts, at most; all when None.
+    """
+    encoder = load_encoder("onnx", None)
+    encoder.encode(["warm up"])
+    wanted = list(folders) or ([DEVELOPERS] if DEVELOPERS.is_dir() else [])
+    if not wanted:
+        print("no folder of labelled requests: only the plant fleet is measured", file=sys.stderr)
+    if interpreter is None:
+        print("semantic-router is left out: name an interpreter that has it", file=sys.stderr)
+    sets = [read_labelled(folder) for folder in wanted]
+    if limit is not None:
+        sets = [labelled.sampled(limit, seed=0) for labelled in sets]
+    rows = [one for labelled in sets for one in compare(labelled, encoder, interpreter)]
+    return rows + [
+        row(labelled, "FOAM", asyncio.run(foam(labelled, encoder))) for labelled in plants()
+    ]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--encoder", type=Path, default=default_folder())
-    parser.add_argument("--backend", default="onnx")
-    parser.add_argument("--data", type=Path, default=DATA)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folders", nargs="*", type=Path)
+    parser.add_argument("--semantic-router", type=Path, default=None, metavar="PYTHON")
+    parser.add_argument("--limit", type=int, default=None)
     options = parser.parse_args()
-    encoder = load_encoder(options.backend, None if options.backend != "onnx" else options.encoder)
-    print(f"encoder {encoder.space.model} {encoder.space.revision}")
-    if options.data.is_dir():
-        functions = [
-            Function(identifier(entry["id"]), entry["description"], tuple(entry["examples"]))
-            for entry in lines(options.data / "capabilities.jsonl")
-        ]
-        tasks = [
-            (t["text"], {identifier(gold) for gold in t["gold"]})
-            for t in lines(options.data / "tasks.jsonl")
-        ]
-        nowhere = [entry["text"] for entry in lines(options.data / "oos.jsonl")]
-        search = CapabilitySearch(space=encoder.space)
-        fill(search, encoder, functions, nodes=1)
-        evaluate("developers' set (199)", search, encoder, tasks, nowhere)
-    else:
-        print(f"no developers' set in {options.data}: only the plant fleet is measured")
-    wanted = [(text, {name}) for text, name in IN_SCOPE]
-    for label, functions, nodes in (
-        ("plant (10 functions)", FUNCTIONS, 1),
-        ("plant, 5 nodes each", FUNCTIONS, 5),
-        ("plant, 2 examples each", [f._replace(examples=f.examples[:2]) for f in FUNCTIONS], 1),
-        ("plant, no examples", [f._replace(examples=()) for f in FUNCTIONS], 1),
-        ("plant, 4 functions", FUNCTIONS[:4], 1),
-    ):
-        names = {function.name for function in functions}
-        search = CapabilitySearch(space=encoder.space)
-        fill(search, encoder, functions, nodes)
-        evaluate(label, search, encoder, [w for w in wanted if w[1] <= names], OUT_OF_SCOPE)
+    print(table("routing", measure(options.folders, options.semantic_router, options.limit)))
     return 0
 
 

@@ -3,17 +3,16 @@
     python tests/benchmarks/run.py all
     python tests/benchmarks/run.py round_trip first_token --brokers mosquitto embedded
     python tests/benchmarks/run.py footprint --json out.json
+    python tests/benchmarks/run.py routing --data FOLDER --semantic-router OTHER/bin/python
 
 Verbs: ``round_trip``, ``first_token``, ``throughput``, ``footprint``, ``fifty``; ``streams``,
-``cold_start``, ``runtimes``, ``prediction``, ``brokers`` and ``routing``, which need no mesh;
-``all``. Tables go to stdout, the same numbers to ``--json``.
+``cold_start``, ``runtimes``, ``prediction``, ``routing_scale``, ``rules``, ``brokers`` and
+``routing``, which need no mesh; ``all``. Tables go to stdout, the same numbers to ``--json``.
 """
 
 import argparse
 import asyncio
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -30,6 +29,9 @@ from benchmarks import (  # noqa: E402 - the test folders are no installed packa
     finish_prediction,
     first_token,
     idle_agent,
+    routing_quality,
+    routing_scale,
+    rule_matching,
     runtime_overhead,
     task_round_trip,
     token_throughput,
@@ -52,6 +54,8 @@ WITHOUT_MESH: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "cold_start": cold_start.measure,
     "runtimes": runtime_overhead.measure,
     "prediction": finish_prediction.measure,
+    "routing_scale": routing_scale.measure,
+    "rules": rule_matching.measure,
 }
 ONCE = ("footprint", "fifty")
 """Benchmarks that do not depend on the broker run on the first one only."""
@@ -81,6 +85,8 @@ def main() -> int:
     )
     parser.add_argument("--brokers", nargs="+", default=None, help="default: all on this machine")
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--data", nargs="+", type=Path, default=[], help="of routing: folders")
+    parser.add_argument("--semantic-router", type=Path, default=None, help="of routing: a python")
     options = parser.parse_args()
     everything = [*VERBS, *WITHOUT_MESH, "brokers", "routing"]
     wanted = everything if "all" in options.verbs else options.verbs
@@ -94,17 +100,13 @@ def main() -> int:
     rows |= {verb: measured() for verb, measured in WITHOUT_MESH.items() if verb in wanted}
     if "brokers" in wanted:
         rows["brokers"] = asyncio.run(broker_throughput.measure())
+    if "routing" in wanted:
+        rows["routing"] = routing_quality.measure(options.data, options.semantic_router)
     for verb, found in rows.items():
         if found:
             print(f"\n{table(verb, found)}")
     if options.json is not None:
         options.json.write_text(json.dumps({"machine": facts, **rows}, indent=1) + "\n")
-    if "routing" in wanted:
-        script = str(FOLDER / "routing_quality.py")
-        return subprocess.call(
-            [sys.executable, script],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2])},
-        )
     return 0
 
 

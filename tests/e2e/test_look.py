@@ -36,6 +36,46 @@ def test_explain_shows_candidates_gates_and_choice(mesh: FoamUp) -> None:
     assert b"chosen: trial/count" in shown.stdout
 
 
+def test_a_past_task_is_explained(mesh: FoamUp) -> None:
+    done = mesh.ask("say back what I said", "--json")
+    task = json.loads(done.stdout.splitlines()[0])["task"]
+    told = _json(mesh, "explain", "--task", task, "--json")
+    assert (told["outcome"], told["explanation"]["chosen"]) == ("result", ["trial", "echo"])
+    shown = run_foam("explain", "--task", task, "--data", str(mesh.data))
+    assert f"task {task} of device-1: result by trial/echo".encode() in shown.stdout
+
+
+def test_whatif_and_weights(mesh: FoamUp) -> None:
+    told = _json(mesh, "whatif", "count slowly to ten", "--gone", "trial", "--json")
+    assert (told["now"]["chosen"], told["then"]["chosen"]) == (["trial", "count"], None)
+    shown = run_foam(
+        "whatif", "count slowly to ten", "--cost", "trial/count=3", "--data", str(mesh.data)
+    )
+    assert b"then: trial/count (the same)" in shown.stdout
+    assert _json(mesh, "weights", "cost=0.2", "--json")["changed"] == ["cost"]
+    assert _json(mesh, "weights", "--reset", "--json")["changed"] == []
+    refused = run_foam("weights", "cost=7", "--data", str(mesh.data))
+    assert refused.returncode == 10
+    assert b"weight cost is 7.0: a number from 0 to 1 is allowed" in refused.stderr
+
+
+def test_rules_are_taken_up_and_calibration_is_shown(mesh: FoamUp) -> None:
+    rules = mesh.data / "rules.toml"
+    rules.write_text('[[rule]]\nname = "closed"\nforbid = { function = "echo" }\n')
+    run_foam("rules", "reload", "--data", str(mesh.data))
+    (rule,) = _json(mesh, "rules", "show", "--json")["rules"]
+    assert rule["name"] == "closed"
+    refused = mesh.ask("--function", "echo", "hello")
+    assert refused.returncode == 12
+    rules.write_text("[[rule]\n")
+    bad = run_foam("rules", "reload", "--data", str(mesh.data))
+    assert bad.returncode == 20
+    assert b"not followed as it is now" in bad.stderr
+    rules.unlink()
+    assert _json(mesh, "rules", "reload", "--json")["count"] == 0
+    assert 0 < _json(mesh, "calibrate", "--json")["threshold"] < 1
+
+
 def test_cordon_and_uncordon(mesh: FoamUp) -> None:
     assert _json(mesh, "admin", "cordon", "trial") == {"node": "trial", "cordoned": True}
     refused = mesh.ask("say back what I said")

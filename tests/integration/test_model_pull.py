@@ -346,14 +346,29 @@ def test_a_killed_download_is_never_used_and_goes_on(tmp_path, server, number) -
 
     until(there)
     process.send_signal(number)
-    process.communicate(timeout=30)
+    _, said = process.communicate(timeout=30)
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    assert ("run the same command again to go on" in said) == (number == signal.SIGINT)
     with ModelStore(models) as store:
         assert store.list() == ()
         got = Pull(store, server)(server.url + PATH)
         assert got.path.read_bytes() == DATA
     if number == signal.SIGINT:
         assert server.sent(PATH)[-1]["range"] == "bytes=1500000-"
+
+
+@pytest.mark.timeout(90)
+def test_a_reader_that_leaves_ends_the_download_and_is_no_full_disk(tmp_path, server) -> None:
+    server.script.append(Act(stall_after=1_500_000))
+    process = foam(tmp_path / "models", "pull", server.url + PATH, "--json")
+    assert process.stdout is not None
+    assert json.loads(process.stdout.readline())["state"] == "downloading"
+    process.stdout.close()
+    server.release.set()
+    assert process.wait(60) == 130
+    assert process.stderr is not None
+    with process.stderr as told:
+        assert "the output cannot be written: Broken pipe" in told.read()
 
 
 @pytest.mark.timeout(90)

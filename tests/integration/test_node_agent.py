@@ -19,6 +19,7 @@ from capability_schemas.invocation import Control, Invocation
 from capability_schemas.signing import SigningKey, verify
 from capability_schemas.topics import TopicKind
 from capability_schemas.wire import encode
+from node_agent.admission.forecast import Work
 from node_agent.agent import NodeAgent
 from node_agent.announcer import offline_will
 from node_agent.declaration import load_declaration, read_declaration
@@ -223,6 +224,20 @@ async def test_an_exception_is_a_terminal_error_without_a_traceback(agent, route
     assert router.reports[-1]["code"] == "execution_failed"
 
 
+async def test_a_function_that_cannot_start_is_handed_back_with_the_reason(
+    make_agent, router, tmp_path
+):
+    (tmp_path / "broken.py").write_text("import no_such_thing\ndef f():\n    pass\n")
+    broken = python("broken", entry=f"{tmp_path}/broken.py:f")
+    async with make_agent((broken,)):
+        router.invoke("broken")
+        assert await router.ended() == []
+    assert router.statuses() == ["admitted", "failed"]
+    report = router.reports[-1]
+    assert (report["code"], report["seq"]) == ("execution_failed", 0)
+    assert "no_such_thing" in report["reason"]
+
+
 async def test_a_crash_is_handed_back_and_the_next_call_gets_a_new_process(agent, router):
     router.invoke("vanish", {"after": 0})
     assert await router.ended() == []
@@ -337,6 +352,10 @@ async def test_a_function_that_ignores_the_cancel_is_killed(agent, router, tmp_p
     assert error["code"] == "cancelled"
     await eventually(lambda: not Path(f"/proc/{pid}").exists())
     assert not agent.load().functions["stubborn"].degraded
+    # It ran that long at least, which the next ones are judged by.
+    known = agent.forecast.predict("stubborn", Work(input_bytes=10), now=0)
+    assert known.run_ms >= 1
+    assert not known.sure
 
 
 async def test_a_deadline_ends_a_run(agent, router, tmp_path):

@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import socket
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import pytest
 
@@ -145,6 +145,29 @@ async def test_a_server_that_is_not_there_is_named():
             await RUNTIME.start(talk(url), died=ends.append)
         assert raised.value.retryable
         assert ends == []
+
+
+async def test_a_list_of_models_without_end_is_not_read_to_its_end():
+    sent = 0
+
+    async def list_on(reader, writer):
+        nonlocal sent
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b'HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n{"data": [')
+        block = b'{"id": "m"}, ' * 5000
+        with suppress(ConnectionError):
+            while True:
+                writer.write(block)
+                await writer.drain()
+                sent += len(block)
+        writer.close()
+
+    server = await asyncio.start_server(list_on, "127.0.0.1", 0)
+    async with server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        async with running(RUNTIME, talk(url, connect_s=60)) as instance:
+            assert instance.info["models"] == []
+    assert 4 * 1024 * 1024 < sent < 64 * 1024 * 1024
 
 
 @pytest.mark.parametrize(

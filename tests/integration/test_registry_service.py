@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from broker.session.base import Message
@@ -26,7 +25,7 @@ from registry.search import CapabilitySearch
 from registry.service import RegistryService
 from registry.settings import RegistrySettings
 from registry.store import SqliteStore
-from registry.vectors import capability_texts, centroid, pack_vector, unpack_vector
+from registry.vectors import capability_texts, pack_vector, record_vectors
 from support.broker_site import BrokerSite
 from support.capabilities import make_claim, signed
 from support.encoders import WordEncoder
@@ -131,13 +130,9 @@ class TestAdmission:
         assert record.policy.zones == ("hall-1",)
         assert record.policy.grants == ("actuate",)
         assert record.space == world.encoder.space
-        own = centroid(
-            world.encoder.encode(
-                capability_texts("echo", record.description, list(record.examples))
-            )
-        )
-        assert record.embedding is not None
-        np.testing.assert_array_equal(unpack_vector(record.embedding, 64), own)
+        texts = capability_texts("echo", record.description, record.examples)
+        own = record_vectors(world.encoder.encode(texts), len(record.examples))
+        assert (record.embedding, record.parts) == own
         search = CapabilitySearch(space=world.encoder.space)
         assert search.upsert(record)
 

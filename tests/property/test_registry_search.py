@@ -1,11 +1,13 @@
 """Search after any sequence of changes equals search over what is left, built afresh."""
 
+import math
+from collections import Counter
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from registry.index import ExactIndex
-from registry.index.hnsw import HnswIndex
-from registry.lexical import LexicalIndex
+from registry.lexical import K1, B, LexicalIndex
 from registry.search import CapabilitySearch
 from support.capabilities import make_record
 from support.encoders import WordEncoder
@@ -62,23 +64,37 @@ def test_coverage_is_bounded_for_any_text(parts: list[str], asked: str) -> None:
         assert 0.0 <= index.coverage_without("a", part) <= 2.5
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 10_000)), max_size=80), st.integers(1, 12)
-)
-def test_graph_and_exact_search_agree_on_small_indexes(
-    changes: list[tuple[int, int]], k: int
+def covered(documents: dict[str, list[str]], asked: list[str]) -> dict[str, float]:
+    """BM25 as the formula says it, document by document."""
+    known = {key: Counter(words) for key, words in documents.items() if len(words) >= 8}
+    if not known or not asked:
+        return {}
+    average = sum(words.total() for words in known.values()) / len(known)
+    found, total = dict.fromkeys(known, 0.0), 0.0
+    for word in asked:
+        holders = sum(word in words for words in known.values())
+        weight = math.log(1.0 + (len(known) - holders + 0.5) / (holders + 0.5))
+        total += weight
+        for key, words in known.items():
+            norm = 1.0 - B + B * words.total() / average
+            found[key] += weight * words[word] * (K1 + 1.0) / (words[word] + K1 * norm)
+    return {key: score / total for key, score in found.items() if score > 0.0}
+
+
+WORDS = st.lists(st.sampled_from(["pump", "tank", "belt", "door", "lamp"]), max_size=14)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.none() | WORDS), max_size=20), WORDS)
+def test_coverage_is_the_formula_whatever_came_and_went(
+    changes: list[tuple[int, list[str] | None]], asked: list[str]
 ) -> None:
-    exact, graph = ExactIndex(dimension=16), HnswIndex(dimension=16)
-    for key, seed in changes:
-        if seed % 4 == 0:
-            assert exact.remove(f"k{key}") == graph.remove(f"k{key}")
-            continue
-        vector = ENCODER.encode([f"word{seed}"])[0]
-        exact.upsert(f"k{key}", vector)
-        graph.upsert(f"k{key}", vector)
-    asked = ENCODER.encode(["word1"])[0]
-    mine, theirs = graph.search(asked, k), exact.search(asked, k)
-    assert len(mine) == len(theirs) == min(k, len(exact))
-    for one, other in zip(mine, theirs, strict=True):
-        assert abs(one.similarity - other.similarity) < 1e-5
+    index, left = LexicalIndex(), dict[str, list[str]]()
+    for number, words in changes:
+        if words is None:
+            index.remove(f"d{number}")
+            left.pop(f"d{number}", None)
+        else:
+            index.upsert(f"d{number}", words)
+            left[f"d{number}"] = words
+    assert index.coverage(" ".join(asked)) == pytest.approx(covered(left, asked))

@@ -6,8 +6,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from capability_schemas.errors import NoCapableNode, Overloaded
+from capability_schemas.errors import NoCapableNode, Overloaded, TaskCancelled
 from capability_schemas.invocation import Report
+from capability_schemas.task import TaskPolicy
 from router.events import (
     Action,
     CancelAsked,
@@ -19,6 +20,7 @@ from router.events import (
     Event,
     Invoke,
     Journaled,
+    Learn,
     NodeGone,
     Observed,
     Reported,
@@ -34,6 +36,8 @@ SETTINGS = RouterSettings()
 NODES = st.sampled_from(["a", "b", "c"])
 ATTEMPTS = st.integers(1, 4)
 SEQS = st.integers(0, 6)
+STRENGTHS = st.sampled_from([0.0, 1e9, 8e9])
+TIMES = st.sampled_from([None, 100.0, 50_000.0])
 
 
 class OneTask(RuleBasedStateMachine):
@@ -68,25 +72,39 @@ class OneTask(RuleBasedStateMachine):
                 now=0,
             )
         )
-        self.restored = not fresh
         self.known_attempt = self.task.attempt
+        self.judged: set[int] = set()
+        self.drafted = False
 
     def feed(self, event: Event) -> None:
         was_ended = self.task.ended
-        shown = self.task.next_seq
+        shown, attempt = self.task.next_seq, self.task.attempt
         actions = self.task.handle(event, self.now)
         assert not (was_ended and actions)
+        self.drafted = self.drafted or any(
+            isinstance(action, Learn) and action.verdict == "unsure" for action in actions
+        )
         for action in actions:
             if isinstance(action, Invoke):
                 assert action.attempt > self.known_attempt
                 assert action.seq == shown == 0
+                assert action.cascade is None or bool(action.cascade.steps) == self.drafted
                 self.known_attempt = action.attempt
+            if isinstance(action, Learn):
+                assert attempt not in self.judged, "an attempt is judged once"
+                assert action.took_ms >= 0
+                self.judged.add(attempt)
             if isinstance(action, CancelNode):
                 assert action.attempt <= self.known_attempt
             if isinstance(action, End):
                 assert action is actions[-1]
-                assert (action.error is None) != (action.payload is None)
+                told = (action.error, action.payload, action.draft)
+                assert sum(one is not None for one in told) == 1
                 assert action.payload is not None or action.seq >= shown
+                assert action.draft is None or (self.drafted and action.seq == 0)
+                # An answer that was held is never lost, but for a client that no longer wants it.
+                if self.drafted and shown == self.task.next_seq == 0 and action.error is not None:
+                    assert isinstance(action.error, TaskCancelled)
         self.actions += actions
 
     @rule()
@@ -97,10 +115,18 @@ class OneTask(RuleBasedStateMachine):
     def unjournaled(self) -> None:
         self.feed(Unjournaled(Overloaded("disk full")))
 
-    @rule(nodes=st.lists(NODES, max_size=4))
-    def chosen(self, nodes: list[str]) -> None:
-        choices = tuple(Choice(node, "f", "1.0.0", 0.5) for node in nodes)
-        self.feed(Chosen(choices, None if choices else NoCapableNode("nobody")))
+    @rule(
+        nodes=st.lists(st.tuples(NODES, STRENGTHS, TIMES, st.booleans()), max_size=4),
+        accept=st.sampled_from([None, 0.0, 0.6]),
+        local=st.booleans(),
+    )
+    def chosen(self, nodes: list[Any], accept: float | None, local: bool) -> None:
+        choices = tuple(
+            Choice(node, "f", "1.0.0", 0.5, strength=strength, finish_ms=ms, external=external)
+            for node, strength, ms, external in nodes
+        )
+        problem = None if choices else NoCapableNode("nobody")
+        self.feed(Chosen(choices, problem, accept, TaskPolicy(local_only=local)))
 
     @rule()
     def uninvoked(self) -> None:
@@ -127,6 +153,21 @@ class OneTask(RuleBasedStateMachine):
                 )
             )
         )
+
+    @precondition(lambda self: self.task.node is not None)
+    @rule(confidence=st.sampled_from([None, 0.0, 0.3, 0.59]))
+    def unsure(self, confidence: float | None) -> None:
+        """The node that holds the task hands an answer back, whether it was asked to or not."""
+        report = Report(
+            task="t",
+            client="c",
+            attempt=max(1, self.task.attempt),
+            node=self.task.node or "",
+            status="unsure",
+            output="perhaps",
+            confidence=confidence,
+        )
+        self.feed(Reported(report))
 
     @rule(node=NODES, attempt=ATTEMPTS, seq=SEQS, kind=st.sampled_from(["chunk", "working"]))
     def shown(self, node: str, attempt: int, seq: int, kind: Any) -> None:
@@ -188,5 +229,24 @@ class OneTask(RuleBasedStateMachine):
         self.ends_at_most_once()
 
 
+class OneCascade(OneTask):
+    """The same, begun with a cascade under way: its first node has been asked."""
+
+    @initialize(
+        nodes=st.lists(st.tuples(NODES, STRENGTHS, TIMES, st.booleans()), min_size=1, max_size=6),
+        deadline=st.integers(1, 90_000),
+        accept=st.sampled_from([0.3, 0.6]),
+    )
+    def begin(  # type: ignore[override]  # hypothesis calls it by these names
+        self, nodes: list[Any], deadline: int, accept: float
+    ) -> None:
+        self.task = TaskMachine(deadline=deadline, settings=SETTINGS)
+        self.known_attempt, self.judged, self.drafted = 0, set(), False
+        self.journaled()
+        self.chosen(nodes, accept, local=False)
+
+
 TestOneTask = OneTask.TestCase
 TestOneTask.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+TestOneCascade = OneCascade.TestCase
+TestOneCascade.settings = settings(max_examples=200, stateful_step_count=20, deadline=None)

@@ -46,11 +46,11 @@ class DirectFunctions:
         self.calls.append((name, request))
         spec = self._spec(name)
         runtime = self._runtimes[spec.runtime]
-        if name not in self._instances or not self._instances[name].alive:
-            self._instances[name] = await runtime.start(spec, died=lambda _: None)
         options: dict[str, Any] = {**runtime.call_options(spec), **request.options}
         ended = False
         try:
+            if name not in self._instances or not self._instances[name].alive:
+                self._instances[name] = await runtime.start(spec, died=lambda _: None)
             call = dataclasses.replace(request, options=options)
             async with contextlib.aclosing(self._instances[name].invoke(call)) as answers:
                 async for answer in answers:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from foam.models.training.corpus import TASKS, Corpus
-from foam.models.training.evaluate import Score, evaluate
+from foam.models.training.evaluate import SETS, Score, evaluate
 from foam.models.training.export import export
 from foam.models.training.tokenizer import load
 from foam.models.training.train import Plan, Trainer, load_model
@@ -43,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--weight", action="append", default=[], metavar="TASK=SHARE", help="another share"
     )
+    train.add_argument(
+        "--plain", type=float, default=0.0, help="part of the readings in one wording a task"
+    )
     train.set_defaults(run=_train)
     write = commands.add_parser("export", help="write the GGUF file of a trained model")
     write.add_argument("folder", type=Path)
@@ -52,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     ask = commands.add_parser("evaluate", help="exact match per task of a GGUF file")
     ask.add_argument("model", type=Path)
     ask.add_argument("--task", action="append", choices=TASKS)
+    ask.add_argument("--set", action="append", choices=SETS, help="which sets (default all)")
     ask.add_argument("--count", type=int, default=100, help="prompts of each task in each set")
     ask.add_argument("--wrong", type=int, default=0, help="wrong answers to print of each")
     ask.set_defaults(run=_evaluate)
@@ -78,7 +82,9 @@ def _train(args: argparse.Namespace) -> int:
     for given in args.weight:
         task, _, share = given.partition("=")
         weights[task] = float(share)
-    plan = Plan(steps=args.steps, decay=args.decay, seed=args.seed, weights=weights)
+    plan = Plan(
+        steps=args.steps, decay=args.decay, seed=args.seed, weights=weights, plain=args.plain
+    )
     Trainer(args.folder, plan).run(report=lambda line: _say(str(line)))
     return 0
 
@@ -98,7 +104,13 @@ def _evaluate(args: argparse.Namespace) -> int:
             _say(f"    {example.turns[-1][1]!r}")
             _say(f"      said  {said!r}\n      right {example.answer!r}")
 
-    evaluate(args.model, args.task or TASKS, count=args.count, report=tell)
+    evaluate(
+        args.model,
+        args.task or TASKS,
+        count=args.count,
+        which=args.set or SETS,
+        report=tell,
+    )
     return 0
 
 

@@ -1,7 +1,8 @@
 """Exact match of a GGUF file's answers, per task, as llama.cpp gives them.
 
-Two sets: ``combinations`` are held-out cases in wordings that training knows, ``wordings`` are
-cases in wordings that training never saw. An answer counts when it equals the right one letter by
+Three sets: ``plain`` are held-out cases in one wording of their task, the first (of requests about
+readings alone), ``combinations`` in all the wordings that training knows, ``wordings`` in wordings
+that training never saw. An answer counts when it equals the right one letter by
 letter.
 """
 
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from foam.models.training.corpus import Corpus, Example
+from foam.models.training.readings import READING_TASKS
 
 __all__ = ["SETS", "Score", "evaluate", "open_model", "set_of"]
 
-Which = Literal["combinations", "wordings"]
-SETS: Final[tuple[Which, ...]] = ("combinations", "wordings")
+Which = Literal["plain", "combinations", "wordings"]
+SETS: Final[tuple[Which, ...]] = ("plain", "combinations", "wordings")
 _SEED: Final = 4242
 _LONGEST: Final = 120
 """Most tokens of an answer; the longest right one has about 90."""
@@ -52,13 +54,18 @@ class Score:
 
 
 def set_of(task: str, which: Which, count: int) -> list[Example]:
-    """Draw the prompts of a task in a set; the same ones each time, none twice."""
+    """Draw the prompts of a task in a set; the same each time, none twice, perhaps none."""
+    if which == "plain" and task not in READING_TASKS:
+        return []
     corpus = Corpus(random.Random(f"{_SEED} {task} {which}"))
     found: dict[tuple[tuple[str, str], ...], Example] = {}
     tries = 0
     while len(found) < count and tries < 100 * count:  # small talk has few wordings
         tries += 1
-        drawn = corpus.held_out(task) if which == "combinations" else corpus.draw(task, unseen=True)
+        if which == "wordings":
+            drawn = corpus.draw(task, unseen=True)
+        else:
+            drawn = corpus.plain(task) if which == "plain" else corpus.held_out(task)
         found.setdefault(drawn.turns, drawn)
     return list(found.values())
 
@@ -114,7 +121,10 @@ def evaluate(
     scores = []
     for task in tasks:
         for one in which:
-            score = _ask(model, task, one, count)
+            examples = set_of(task, one, count)
+            if not examples:
+                continue
+            score = _ask(model, task, one, examples)
             if report is not None:
                 report(score)
             scores.append(score)
@@ -122,8 +132,7 @@ def evaluate(
     return scores
 
 
-def _ask(model: Any, task: str, which: Which, count: int) -> Score:
-    examples = set_of(task, which, count)
+def _ask(model: Any, task: str, which: Which, examples: list[Example]) -> Score:
     wrong, tokens, started = [], 0, time.process_time()
     for example in examples:
         messages = [{"role": role, "content": text} for role, text in example.turns]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["Phrasings", "expand", "fill", "write"]
+__all__ = ["Phrasings", "expand", "fill", "plain", "write"]
 
 _CHOICE: Final = re.compile(r"\[([^\[\]]*)\]")
 _SLOT: Final = re.compile(r"(\{\w+\})")
@@ -51,6 +51,11 @@ class Phrasings:
 def expand(frame: str, rng: random.Random) -> str:
     """Decide every ``[a|b]`` of a frame; slots stay."""
     return _CHOICE.sub(lambda found: rng.choice(found.group(1).split("|")), frame)
+
+
+def plain(frame: str) -> str:
+    """Decide every ``[a|b]`` of a frame for the first; slots stay."""
+    return _CHOICE.sub(lambda found: found.group(1).split("|")[0], frame)
 
 
 def fill(frame: str, slots: Mapping[str, str]) -> str:

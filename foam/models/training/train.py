@@ -41,6 +41,7 @@ class Plan:
         other_rate: Highest rate of AdamW.
         seed: Of weights and examples.
         weights: Shares of tasks that differ from the corpus's own.
+        plain: Part of the requests about readings in one wording (`Corpus`).
     """
 
     steps: int = 4000
@@ -50,6 +51,7 @@ class Plan:
     other_rate: float = 4e-3
     seed: int = 0
     weights: Mapping[str, float] = field(default_factory=dict)
+    plain: float = 0.0
 
     def rate(self, step: int) -> float:
         """Return the part of the highest rate that a step uses, above 0 and at most 1."""
@@ -103,7 +105,7 @@ class Batches:
         self._pool = self._draw_pool() if self._used else []
 
     def _draw_pool(self) -> list[list[tuple[list[int], list[float]]]]:
-        corpus = Corpus(self._rng, self._plan.weights)
+        corpus = Corpus(self._rng, self._plan.weights, plain=self._plan.plain)
         drawn = [tokens.encode(self._tokenizer, corpus.training()) for _ in range(_POOL)]
         drawn.sort(key=lambda pair: len(pair[0]))
         batches: list[list[tuple[list[int], list[float]]]] = [[]]
@@ -215,6 +217,7 @@ class Trainer:
             "step": self.step,
             "seed": self._plan.seed,
             "weights": dict(self._plan.weights),
+            "plain": self._plan.plain,
             "batches": self._batches.state(),
             **{name: optimizer.state_dict() for name, (optimizer, _) in self._optimizers.items()},
         }
@@ -232,7 +235,8 @@ class Trainer:
         self.step = saved["step"]
         for name, (optimizer, _) in self._optimizers.items():
             optimizer.load_state_dict(saved[name])
-        if saved["weights"] == dict(self._plan.weights):
+        mix = (saved["weights"], saved.get("plain", 0.0))
+        if mix == (dict(self._plan.weights), self._plan.plain):
             self._batches.restore(saved["batches"])
         else:  # another mix: a stream of its own, which no earlier step has seen
             self._batches = Batches(self._tokenizer, self._plan, seed=self._plan.seed + self.step)

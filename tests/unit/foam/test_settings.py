@@ -33,3 +33,9 @@ def test_wrong_value_names_the_setting_but_not_the_secret() -> None:
         load_settings({"FOAM_SITE": "hall/2", "FOAM_PASSWORD": "tell-nobody"})
     assert "tell-nobody" not in str(caught.value)
     assert "tell-nobody" not in repr(load_settings({"FOAM_PASSWORD": "tell-nobody"}))
+
+
+def test_the_rules_are_in_the_data_folder_unless_a_file_is_named() -> None:
+    assert load_settings({"FOAM_DATA": "/srv/mesh"}).rules_file == Path("/srv/mesh/rules.toml")
+    named = load_settings({"FOAM_DATA": "/srv/mesh", "FOAM_RULES": "~/rules.toml"})
+    assert named.rules_file == Path.home() / "rules.toml"

@@ -48,22 +48,22 @@ def test_the_oldest_outcome_is_forgotten_first():
 
 
 def test_terminal_events_are_bounded_in_bytes():
-    memory = OutcomeMemory(limit=100, terminal_limit_bytes=25)
+    memory = OutcomeMemory(limit=100, payload_limit_bytes=25)
     for task in ("a", "b", "c"):
-        memory.record(invocation(task), Outcome(status="finished", terminal=b"x" * 10))
+        memory.record(invocation(task), Outcome(status="finished", payload=b"x" * 10))
     kept = memory.find(invocation("b"))
     assert kept is not None
-    assert kept.terminal is not None
+    assert kept.payload is not None
     # What ended without its event is still known to have ended: it must not run again.
     assert memory.find(invocation("a")) == Outcome(status="finished")
-    memory.record(invocation("huge"), Outcome(status="finished", terminal=b"x" * 30))
+    memory.record(invocation("huge"), Outcome(status="finished", payload=b"x" * 30))
     assert memory.find(invocation("huge")) == Outcome(status="finished")
 
 
 def test_recording_an_attempt_twice_counts_it_once():
-    memory = OutcomeMemory(limit=100, terminal_limit_bytes=25)
+    memory = OutcomeMemory(limit=100, payload_limit_bytes=25)
     for _ in range(5):
-        memory.record(invocation("a"), Outcome(status="finished", terminal=b"x" * 10))
+        memory.record(invocation("a"), Outcome(status="finished", payload=b"x" * 10))
     assert memory.find(invocation("a")) is not None
     assert len(memory) == 1
 
@@ -114,6 +114,7 @@ async def test_an_order_to_stop_may_come_while_the_deadline_stops_it_already(rea
             post=lambda _topic, payload: events.append(json.loads(payload)),
             clock=now_ms,
         ),
+        report_topic="report/r/n",
         instances=instance,
         options={},
         clock=now_ms,

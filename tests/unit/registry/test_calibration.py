@@ -4,23 +4,32 @@ from registry.calibration import (
     DEFAULT_HALF,
     HIGHEST,
     LOWEST,
-    PRIOR_BARE,
-    PRIOR_WITH_EXAMPLES,
+    Calibration,
+    HeldOut,
+    fit,
     fit_half,
     fit_threshold,
-    prior_threshold,
+    prior,
 )
 
 
-def test_prior_rises_with_examples() -> None:
-    assert prior_threshold([0, 0]) == PRIOR_BARE
-    assert prior_threshold([3, 8]) == pytest.approx(PRIOR_WITH_EXAMPLES)
-    assert PRIOR_BARE < prior_threshold([0, 3]) < PRIOR_WITH_EXAMPLES
-    assert prior_threshold([]) == PRIOR_WITH_EXAMPLES
+def threshold(exampled: float, *background: float) -> float:
+    return prior(exampled, background).threshold
+
+
+def test_the_prior_rises_with_examples() -> None:
+    assert LOWEST < threshold(0.0) < threshold(0.5) < threshold(1.0) < HIGHEST
+
+
+def test_the_prior_rises_with_what_any_request_scores() -> None:
+    plant, mall = [0.02] * 50, [0.5] * 50
+    assert threshold(0.0, *plant) < threshold(0.0) < threshold(0.0, *mall)
+    assert threshold(1.0, *[1.0] * 9) == HIGHEST
 
 
 def test_without_examples_the_prior_stands() -> None:
     assert fit_threshold([], 0.3) == 0.3
+    assert fit([], [], 0.0, half=0.4) == Calibration(threshold(0.0), 0.4)
 
 
 def test_few_examples_move_it_little_and_many_decide() -> None:
@@ -32,8 +41,8 @@ def test_few_examples_move_it_little_and_many_decide() -> None:
 
 def test_it_keeps_ninety_five_of_a_hundred() -> None:
     tops = [0.30 + 0.1 * at / 10_000 for at in range(10_000)]
-    threshold = fit_threshold(tops, 0.30)
-    assert sum(top >= threshold for top in tops) / len(tops) == pytest.approx(0.95, abs=0.01)
+    fitted = fit_threshold(tops, 0.30)
+    assert sum(top >= fitted for top in tops) / len(tops) == pytest.approx(0.95, abs=0.01)
 
 
 def test_it_stays_in_its_range() -> None:
@@ -45,3 +54,29 @@ def test_half_is_the_median_of_what_says_something() -> None:
     assert fit_half([0.0, 0.4, 0.5, 0.6]) == pytest.approx(0.5)
     assert fit_half([]) == fit_half([0.0]) == DEFAULT_HALF
     assert fit_half([9.0]) == 1.0
+
+
+class TestProbability:
+    def test_it_grows_with_score_and_margin(self) -> None:
+        fitted = prior(1.0)
+        chances = [fitted.probability(score, 0.1) for score in (0.0, 0.3, 0.6, 1.0)]
+        assert chances == sorted(chances)
+        assert fitted.probability(0.6, 0.01) < 0.5 < fitted.probability(0.6, 0.3)
+
+    def test_it_stays_a_probability(self) -> None:
+        for score in (-1e9, 0.0, 1e9):
+            for margin in (-1e9, 0.0, 1e9):
+                assert 0.0 <= prior(0.0).probability(score, margin) <= 1.0
+
+    def test_a_fleet_whose_examples_are_mixed_up_is_less_sure(self) -> None:
+        clear = [HeldOut(0.6, 0.05, right=True)] * 60
+        muddled = [HeldOut(0.6, 0.05, right=at % 2 == 0) for at in range(60)]
+        sure = fit(clear, [], 1.0, half=0.5).probability(0.6, 0.05)
+        unsure = fit(muddled, [], 1.0, half=0.5).probability(0.6, 0.05)
+        assert unsure == pytest.approx(0.5, abs=0.1)
+        assert sure > 0.8
+
+    def test_a_few_held_out_examples_say_little(self) -> None:
+        without = fit([], [], 1.0, half=0.5)
+        one = fit([HeldOut(0.6, 0.05, right=False)], [], 1.0, half=0.5)
+        assert one.bias == pytest.approx(without.bias, abs=0.25)

@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from registry import lexical
@@ -90,3 +92,55 @@ def test_common_words_count_for_what_is_looked_at_anyway(
     assert index.coverage("pump is tank") == pytest.approx(exact)
     assert index.coverage("is") == {}
     assert index.coverage("is", among=["pump", "unknown"]).keys() == {"pump"}
+
+
+def many(count: int = 300) -> dict[str, list[str]]:
+    rng = random.Random(4)
+    words = [f"word{at}" for at in range(60)]
+    return {
+        f"d{at:03}": [" ".join(rng.choices(words, k=12)), f"thing{at % 40} of maker{at}"]
+        for at in range(count)
+    }
+
+
+def test_where_many_share_a_word_the_best_are_brought_in() -> None:
+    index = LexicalIndex()
+    documents = many()
+    for key, texts in documents.items():
+        index.upsert(key, texts)
+    asked = "word1 word2 word3 thing7 maker47"
+    everyone = index.coverage(asked, limit=1_000)
+    assert len(everyone) > 100
+    best = sorted(everyone, key=lambda key: (-everyone[key], key))
+    few = index.coverage(asked, ["d001", "d002", "unknown"], limit=20)
+    assert 20 <= len(few) <= 22
+    assert best[0] == "d047"
+    assert len(set(best[:5]) & few.keys()) >= 4
+    assert {key: everyone[key] for key in few} == pytest.approx(few)
+
+
+def test_neither_the_order_of_coming_nor_what_has_gone_matters() -> None:
+    documents = many()
+    straight, crooked = LexicalIndex(), LexicalIndex()
+    for key, texts in documents.items():
+        straight.upsert(key, texts)
+    rng = random.Random(9)
+    for key in rng.sample(sorted(documents), 200):
+        crooked.upsert(key, [" ".join(rng.choices(["word1", "gone", "thing7", "maker3"], k=20))])
+    for key in rng.sample(sorted(documents), 300):
+        crooked.upsert(key, documents[key])
+    crooked.upsert("passing", ["word1 word2 word3 thing7 maker47 and several others"])
+    crooked.remove("passing")
+    for asked in ("word1 word2 word3", "thing7 word9 maker47 unheard", "thing7", "gone"):
+        mine, theirs = crooked.coverage(asked, limit=20), straight.coverage(asked, limit=20)
+        assert mine == pytest.approx(theirs)
+
+
+def test_words_that_nobody_has_any_more_leave_their_place_to_others() -> None:
+    index = LexicalIndex()
+    for turn in range(5):
+        index.upsert("only", [f"turn{turn} word{at}" for at in range(2_000)])
+        assert index.coverage(f"turn{turn}").keys() == {"only"}
+        assert index.coverage(f"turn{turn - 1}") == {}
+    index.remove("only")
+    assert index.coverage("word7") == {}

@@ -109,7 +109,7 @@ def test_an_older_record_is_no_news(fleet: Fleet) -> None:
     assert not fleet.admit(record(1))
     assert not fleet.admit(record(2))
     assert fleet.admit(record(3))
-    assert fleet.named("echo") == [record(3)]
+    assert fleet.named("echo") == {"n1": record(3)}
     assert fleet.withdraw(("n1", "echo"))
     assert not fleet.withdraw(("n1", "echo"))
 
@@ -124,3 +124,26 @@ def test_busy_takes_the_greater_of_its_word_and_ours(fleet: Fleet) -> None:
     fleet.hear_load(load(running=4, queued=2, capacity=4, queue_limit=2), 2)
     assert view.full
     assert view.busy == 1.0
+
+
+def test_records_are_found_by_name_and_by_node_and_listed_in_order(fleet: Fleet) -> None:
+    for node, function in (("n2", "echo"), ("n1", "weld"), ("n1", "echo"), ("n10", "echo")):
+        fleet.admit(record(node=node, function=function))
+    assert list(fleet.keys) == [("n1", "echo"), ("n1", "weld"), ("n10", "echo"), ("n2", "echo")]
+    assert set(fleet.named("echo")) == {"n1", "n2", "n10"}
+    assert fleet.functions("n1") == ["echo", "weld"]
+    assert fleet.functions("n3") == []
+    assert fleet.admit(record(2, version="2.0.0"))
+    assert fleet.named("echo")["n1"].version == "2.0.0"
+    assert len(fleet.keys) == 4
+
+
+def test_what_is_withdrawn_is_in_no_index(fleet: Fleet) -> None:
+    fleet.admit(record())
+    fleet.admit(record(node="n2"))
+    assert fleet.withdraw(("n1", "echo"))
+    assert not fleet.withdraw(("n1", "echo"))
+    assert (list(fleet.keys), set(fleet.named("echo"))) == ([("n2", "echo")], {"n2"})
+    assert "echo" in fleet.names
+    fleet.withdraw(("n2", "echo"))
+    assert (list(fleet.keys), dict(fleet.named("echo")), len(fleet.names)) == ([], {}, 0)

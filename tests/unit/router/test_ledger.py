@@ -182,3 +182,60 @@ async def test_what_waits_is_written_before_the_end(tmp_path: Path) -> None:
         await ledger.find("c", "t")
     async with Ledger(path=tmp_path / "l.sqlite") as again:
         assert (await again.unfinished())[0].next_seq == 599
+
+
+async def test_memos_outlive_the_ledger_until_they_are_forgotten(tmp_path: Path) -> None:
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        assert await ledger.memo("weights") is None
+        await ledger.set_memo("weights", {"cost": 0.1})
+        await ledger.set_memo("weights", {"cost": 0.2})
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        assert await ledger.memo("weights") == {"cost": 0.2}
+        await ledger.set_memo("weights", None)
+        assert await ledger.memo("weights") is None
+
+
+async def test_a_file_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    async with Ledger(path=path) as ledger:
+        await ledger.journal(entry())
+    db = sqlite3.connect(path)
+    db.execute("UPDATE tasks SET explanation = ?", ('{"chosen":["b","f"]}',))
+    db.executescript("DROP TABLE memos; PRAGMA user_version = 1;")
+    db.close()
+    async with Ledger(path=path) as ledger:
+        found = await ledger.explanation("t")
+        assert found is not None
+        assert found[1] == {"chosen": ["b", "f"]}
+        await ledger.set_memo("weights", {})
+        assert await ledger.memo("weights") == {}
+
+
+async def test_an_explanation_takes_little_room(tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    candidates = [
+        {"node": f"edge-{n}", "gates": {"zones": "pass", "data": "pass"}} for n in range(50)
+    ]
+    async with Ledger(path=path) as ledger:
+        await ledger.journal(entry())
+        ledger.note_explanation(("c", "t"), {"candidates": candidates})
+        found = await ledger.explanation("t")
+    assert found is not None
+    assert found[1] == {"candidates": candidates}
+    db = sqlite3.connect(path)
+    (size,) = db.execute("SELECT length(explanation) FROM tasks").fetchone()
+    db.close()
+    assert size < 600
+
+
+async def test_an_explanation_without_end_is_cut_to_what_was_decided(tmp_path: Path) -> None:
+    told = {"by": "meaning", "chosen": ["a", "f"], "problem": None, "rules": ["x" * 300_000]}
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        await ledger.journal(entry())
+        ledger.note_explanation(("c", "t"), told)
+        found = await ledger.explanation("t")
+    assert found is not None
+    kept = found[1]
+    assert kept is not None
+    assert (kept["chosen"], kept["candidates"]) == (["a", "f"], [])
+    assert kept["cut_from_chars"] > 300_000

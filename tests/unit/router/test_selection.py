@@ -1,74 +1,36 @@
+"""Whom a task goes to: meaning first, then the bounded terms, and every step explained."""
+
+import json
 import math
+from collections.abc import Iterator
+from random import Random
 from typing import Any
 
 import pytest
 
-from capability_schemas.capability import CatalogRecord
-from capability_schemas.errors import (
-    DeadlineExceeded,
-    FoamError,
-    InvalidTask,
-    NoCapableNode,
-    Overloaded,
-    PolicyDenied,
-)
-from capability_schemas.node import FunctionLoad, NodeLoad
+from capability_schemas.errors import NoCapableNode, Overloaded
+from capability_schemas.node import FunctionLoad
 from capability_schemas.task import FunctionRef, Task
-from router.catalogue import NodeView
-from router.selection import Offer, Request, Selection, select
+from registry.calibration import Calibration
+from router.candidates import Offer, Request
+from router.gates import GATES
+from router.reputation import Reputation
+from router.selection import ENOUGH, select
 from router.settings import Weights
+from support.offers import (
+    CALIBRATION,
+    FixedEffect,
+    busy,
+    chosen,
+    load,
+    nodes,
+    offer,
+    problem,
+)
 
 
-def offer(
-    node: str = "a", sim: float = 0.8, view: dict[str, Any] | None = None, **fields: Any
-) -> Offer:
-    values: dict[str, Any] = {
-        "node": node,
-        "function": "echo",
-        "version": "1.2.0",
-        "epoch": 1,
-        "revision": 1,
-        "description": "Repeat the text.",
-        "registry": "registry-1",
-        "admitted_at": 0,
-        "claim_digest": "sha256:0",
-    }
-    state: dict[str, Any] = {"presence": "birth", "epoch": 1} | (view or {})
-    return Offer(CatalogRecord(**(values | fields)), NodeView(node=node, **state), sim, sim, 0.0)
-
-
-def load(functions: dict[str, FunctionLoad] | None = None, **fields: Any) -> dict[str, Any]:
-    told = NodeLoad(node="a", epoch=1, at=0, functions=functions or {}, **fields)
-    return {"load": told}
-
-
-def chosen(*offers: Offer, **options: Any) -> Selection:
-    task = {"text": "say it"} | options.pop("task", {})
-    function = FunctionRef.parse(options["function"]) if "function" in options else None
-    return select(
-        Request(
-            Task(**task),
-            function,
-            deadline=options.get("deadline", 60_000),
-            prefer=options.get("prefer"),
-        ),
-        offers,
-        threshold=0.0 if function else 0.5,
-        weights=options.get("weights", Weights()),
-        nearest=3,
-        now=0,
-    )
-
-
-def problem(*offers: Offer, **options: Any) -> FoamError:
-    selection = chosen(*offers, **options)
-    assert selection.choices == ()
-    assert selection.problem is not None
-    return selection.problem
-
-
-def nodes(selection: Selection) -> list[str]:
-    return [choice.node for choice in selection.choices]
+def other(node: str, sim: float, **fields: Any) -> Offer:
+    return offer(node, sim, function="repeat", **fields)
 
 
 def test_the_most_similar_comes_first() -> None:
@@ -76,33 +38,158 @@ def test_the_most_similar_comes_first() -> None:
 
 
 def test_the_value_follows_the_formula() -> None:
-    weights = Weights(cold=0.3, cost=0.1, load=0.2)
-    view = load({"echo": FunctionLoad(instances=0)}, running=1, capacity=2, queue_limit=1)
-    one = offer("a", 0.8, view, cost={"money": 2.0})
-    selection = chosen(one, offer("b", 0.6, cost={"money": 4.0}), weights=weights)
-    terms = selection.explanation["candidates"][0]["terms"]
-    assert terms["alpha"] == round(0.8 * math.exp(-0.3), 4)
-    assert selection.choices[0].score == pytest.approx(
-        0.8 * math.exp(-0.3) - 0.1 * 0.5 - 0.2 * 0.5, abs=1e-4
+    weights = Weights(
+        cold=0.3, cost=0.1, energy=0.2, time=0.3, load=0.2, affinity=0.4, reputation=0.5
+    )
+    reputation = Reputation()
+    reputation.learn("a", "echo", True, 0)
+    figures = FunctionLoad(instances=0, total_ms=100, wait_ms=50)
+    view = load({"echo": figures}, running=1, capacity=2, queue_limit=1)
+    slow = busy(total_ms=300)
+    one = offer("a", 0.8, view, cost={"money": 2.0, "energy_j": 1.0})
+    two = offer("b", 0.79, slow, cost={"money": 4.0, "energy_j": 4.0})
+    effect = FixedEffect(bonuses={"a": 0.06})
+    selection = chosen(one, two, weights=weights, reputation=reputation, prefer="a", effect=effect)
+    told = {row["node"]: row for row in selection.explanation["candidates"]}["a"]
+    alpha = 0.8 * math.exp(-0.3)
+    assert told["terms"] == {
+        "gates": 1.0,
+        "sim": 0.8,
+        "fit": round(math.exp(-0.3), 4),
+        "spec": 1.0,
+        "alpha": round(alpha, 4),
+        "bonus": 0.06,
+        "cost": 0.5,
+        "energy": 0.25,
+        "time": 0.5,
+        "load": 0.5,
+        "affinity": 1.0,
+        "reputation": round(5 / 6, 4),
+    }
+    expected = alpha + 0.06 - 0.1 * 0.5 - 0.2 * 0.25 - 0.3 * 0.5 - 0.2 * 0.5 + 0.4
+    expected += 0.5 * (5 / 6 - 0.8)
+    assert told["value"] == pytest.approx(expected, abs=1e-4)
+    assert told["value"] == pytest.approx(sum(told["weighted"].values()), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("worse", "better"),
+    [
+        ({"view": {"assigned": 1}}, {}),
+        ({"cost": {"money": 1.0}}, {}),
+        ({"cost": {"energy_j": 5.0}}, {}),
+        ({"view": busy(total_ms=500)}, {"view": busy(total_ms=50)}),
+        ({"view": busy(total_ms=50, wait_ms=400)}, {"view": busy(total_ms=50)}),
+        ({"view": busy(degraded=True)}, {}),
+        ({"view": load()}, {"view": busy()}),
+    ],
+)
+def test_between_equals_each_term_decides(worse: dict[str, Any], better: dict[str, Any]) -> None:
+    assert nodes(chosen(offer("a", **worse), offer("b", **better))) == ["b", "a"]
+
+
+def test_no_price_load_or_time_beats_a_clear_meaning() -> None:
+    hard = {"assigned": 1, **busy(total_ms=9_000, wait_ms=9_000)}
+    right = offer("a", 0.8, hard, cost={"money": 100.0, "energy_j": 100.0})
+    cheap = other("b", 0.74, view=busy(total_ms=1))
+    heavy = {"cost": 1.0, "energy": 1.0, "time": 1.0, "load": 1.0}
+    for prefer in ("balanced", "best", "cheapest", "fastest"):
+        task = {"prefer": prefer, "weights": heavy}
+        assert nodes(chosen(right, cheap, task=task)) == ["a", "b"]
+
+
+def test_within_the_window_terms_decide_between_functions() -> None:
+    right, cheap = offer("a", 0.80, cost={"money": 1.0}), other("b", 0.79)
+    assert nodes(chosen(right, cheap)) == ["b", "a"]
+    assert nodes(chosen(right, cheap, weights=Weights(window=0.0))) == ["a", "b"]
+    assert nodes(chosen(right, cheap, weights=Weights(cost=0.0))) == ["a", "b"]
+
+
+def test_behind_the_window_it_goes_by_similarity_alone() -> None:
+    best, dear = offer("a", 0.80), other("b", 0.72, cost={"money": 9.0}, view={"assigned": 1})
+    cheap = offer("c", 0.71, function="say")
+    assert nodes(chosen(best, cheap, dear)) == ["a", "b", "c"]
+    assert nodes(chosen(best, cheap, dear, task={"prefer": "cheapest"})) == ["a", "b", "c"]
+
+
+def test_a_task_has_the_last_word_on_weights() -> None:
+    dear, slow = (
+        offer("a", view=busy(total_ms=10), cost={"money": 1.0}),
+        offer("b", view=busy(total_ms=900)),
+    )
+    assert nodes(chosen(dear, slow, task={"weights": {"cost": 0.0}}))[0] == "a"
+    assert nodes(chosen(dear, slow, task={"weights": {"time": 0.0}}))[0] == "b"
+
+
+def test_what_a_task_prefers_decides_within_the_window_only() -> None:
+    best = offer("best", 0.80, busy(total_ms=900), cost={"money": 3.0})
+    cheap = offer("cheap", 0.78, busy(total_ms=500), cost={"money": 1.0})
+    fast = offer("fast", 0.77, busy(total_ms=100), cost={"money": 2.0})
+    outside = offer("outside", 0.70, busy(total_ms=1))
+    fleet = best, cheap, fast, outside
+
+    def first(prefer: str) -> list[str]:
+        return nodes(chosen(*fleet, task={"prefer": prefer}))
+
+    assert first("best") == ["best", "cheap", "fast", "outside"]
+    assert first("cheapest")[0] == "cheap"
+    assert first("fastest")[:3] == ["fast", "cheap", "best"]
+    assert {first(prefer)[-1] for prefer in ("best", "cheapest", "fastest", "balanced")} == {
+        "outside"
+    }
+
+
+def test_cheapest_asks_for_the_energy_next() -> None:
+    hungry = offer("a", 0.80, cost={"money": 1.0, "energy_j": 9.0})
+    frugal = offer("b", 0.79, cost={"money": 1.0, "energy_j": 1.0})
+    assert nodes(chosen(hungry, frugal, task={"prefer": "cheapest"})) == ["b", "a"]
+
+
+def test_who_is_expected_late_comes_after_who_is_not() -> None:
+    late = offer("a", 0.80, busy(total_ms=900), cost={"money": 0.0})
+    timely = offer("b", 0.80, busy(total_ms=300), cost={"money": 5.0})
+    assert nodes(chosen(late, timely, task={"prefer": "cheapest"}, deadline=500)) == ["b", "a"]
+    assert nodes(chosen(late, timely, task={"prefer": "cheapest"}, deadline=5_000)) == ["a", "b"]
+
+
+def test_of_an_unknown_run_time_the_usual_one_is_taken() -> None:
+    fleet = (
+        offer("slow", view=busy(total_ms=900)),
+        offer("new"),
+        offer("quick", view=busy(total_ms=10)),
+    )
+    assert nodes(chosen(*fleet, task={"prefer": "fastest"})) == ["quick", "new", "slow"]
+
+
+def test_what_was_given_since_a_node_last_spoke_counts() -> None:
+    figures = {"echo": FunctionLoad(instances=1, total_ms=100)}
+    told_idle = load(figures, capacity=1, queue_limit=9) | {"assigned": 4}
+    idle = load(figures, capacity=1, queue_limit=9)
+    selection = chosen(offer("a", view=told_idle), offer("b", view=idle))
+    assert [choice.finish_ms for choice in selection.choices] == [100, 400]
+
+
+def test_a_session_stays_with_its_node_unless_that_is_far_busier() -> None:
+    assert nodes(chosen(offer("a"), offer("b"), prefer="b")) == ["b", "a"]
+    roomy = load({"echo": FunctionLoad(instances=1)}, capacity=100, queue_limit=9)
+    ahead = {"assigned": 8}
+    assert (
+        nodes(chosen(offer("a", view=roomy), offer("b", view=roomy | ahead), prefer="b"))[0] == "b"
+    )
+    ahead = {"assigned": 9}
+    assert (
+        nodes(chosen(offer("a", view=roomy), offer("b", view=roomy | ahead), prefer="b"))[0] == "a"
     )
 
 
-def test_load_and_price_decide_between_equals_but_not_between_meanings() -> None:
-    busy = {"assigned": 1}
-    assert nodes(chosen(offer("a", 0.8, busy), offer("b", 0.8))) == ["b", "a"]
-    assert nodes(chosen(offer("a", 0.8, cost={"money": 1.0}), offer("b", 0.8))) == ["b", "a"]
-    assert nodes(chosen(offer("a", 0.9, busy), offer("b", 0.8)))[0] == "a"
-
-
-def test_a_session_stays_with_its_node() -> None:
-    assert nodes(chosen(offer("a"), offer("b"), prefer="b")) == ["b", "a"]
-
-
-def test_below_the_threshold_the_nearest_are_named() -> None:
-    error = problem(offer("a", 0.4), offer("b", 0.3))
+def test_below_the_threshold_the_nearest_are_named_once_each() -> None:
+    far = [offer(f"n{place}", 0.4) for place in range(5)]
+    error = problem(*far, other("b", 0.3))
     assert isinstance(error, NoCapableNode)
-    assert [miss["node"] for miss in error.detail["nearest"]] == ["a", "b"]
-    assert "threshold" in error.detail["nearest"][0]["reason"]
+    named = [(miss["function"], miss["score"]) for miss in error.detail["nearest"]]
+    assert named == [("echo", 0.4), ("repeat", 0.3)]
+    assert "0.100 below the threshold" in error.detail["nearest"][0]["reason"]
+    assert "the nearest is echo with 0.400" in error.message
 
 
 def test_an_empty_mesh_has_nobody() -> None:
@@ -111,123 +198,299 @@ def test_an_empty_mesh_has_nobody() -> None:
     assert error.detail["nearest"] == []
 
 
-@pytest.mark.parametrize(
-    ("policy", "attested", "gate"),
-    [
-        ({"zones": ["hall-3"]}, {"zones": ["hall-4"]}, "zones"),
-        ({"zones": ["hall-3"]}, {}, "zones"),
-        ({"data": "private"}, {"data": ["public"]}, "data"),
-        ({"grants": ["pii"]}, {"grants": []}, "grants"),
-        ({"local_only": True}, {"external": True}, "local"),
-    ],
-)
-def test_policy_gates_are_never_waived(
-    policy: dict[str, Any], attested: dict[str, Any], gate: str
-) -> None:
-    denied = offer("a", 0.9, policy=attested)
-    assert isinstance(problem(denied, task={"policy": policy}), PolicyDenied)
-    explained = chosen(denied, task={"policy": policy}).explanation["candidates"][0]
-    assert explained["gates"][gate] != "pass"
-    assert explained["terms"]["alpha"] == 0
-
-
-def test_a_price_above_the_limit_is_a_policy_matter() -> None:
-    dear = offer("a", cost={"money": 3.0})
-    assert isinstance(problem(dear, task={"policy": {"max_cost": 1}}), PolicyDenied)
-    cheap = offer("b", 0.7, cost={"money": 0.5})
-    assert nodes(chosen(dear, cheap, task={"policy": {"max_cost": 1}})) == ["b"]
-
-
-def test_all_skills_are_needed() -> None:
-    able, other = offer("a", skills=["ocr", "german"]), offer("b", 0.9, skills=["ocr"])
-    assert nodes(chosen(able, other, task={"skills": ["ocr", "german"]})) == ["a"]
-    assert isinstance(problem(other, task={"skills": ["german"]}), NoCapableNode)
-
-
-def test_a_version_range_is_a_gate() -> None:
-    assert nodes(chosen(offer("a"), offer("b", version="2.0.0"), function="echo@>=2")) == ["b"]
-    assert isinstance(problem(offer("a"), function="echo@>=3"), NoCapableNode)
-
-
-SCHEMA = {"type": "object", "properties": {"rpm": {"type": "number"}}, "required": ["rpm"]}
-
-
-def test_a_named_function_says_what_is_wrong_with_the_input() -> None:
-    error = problem(offer(input_schema=SCHEMA), function="echo", task={"input": {"rpm": "fast"}})
-    assert isinstance(error, InvalidTask)
-    assert error.detail["field"] == "input.rpm"
-
-
-def test_by_meaning_a_schema_that_does_not_fit_passes_the_task_on() -> None:
-    assert nodes(chosen(offer("a", 0.9, input_schema=SCHEMA), offer("b", 0.7))) == ["b"]
-
-
-def test_input_too_long_for_the_function() -> None:
-    small = offer(resources={"max_input_bytes": 10})
-    assert isinstance(problem(small, function="echo", task={"text": "x" * 99}), InvalidTask)
-
-
-@pytest.mark.parametrize(
-    "view",
-    [
-        {"presence": "offline"},
-        {"presence": None},
-        {"silent": True},
-        {"presence": "draining"},
-        {"presence": "sleeping"},
-        {"cordoned": True},
-    ],
-)
-def test_a_node_that_is_away_or_closed_gets_nothing(view: dict[str, Any]) -> None:
-    error = problem(offer("a", 0.9, view))
-    assert isinstance(error, NoCapableNode)
-    assert error.retryable
-
-
-def test_an_expired_lease_is_no_offer() -> None:
-    assert isinstance(problem(offer(expires_at=0)), NoCapableNode)
-
-
-def test_full_nodes_are_overloaded_with_a_time() -> None:
-    slow = FunctionLoad(queued=2, concurrency=1, total_ms=800, instances=1)
-    view = load({"echo": slow}, running=1, capacity=1, queued=2, queue_limit=2)
-    error = problem(offer("a", 0.9, view))
-    assert isinstance(error, Overloaded)
-    assert error.retry_after_ms == 1600
-
-
 def test_a_poor_substitute_does_not_stand_in_for_a_busy_node() -> None:
     full = load(running=1, capacity=1)
-    other = offer("b", 0.6)
-    assert isinstance(problem(offer("a", 0.9, full), other), Overloaded)
-    assert nodes(chosen(offer("a", 0.7, full), other)) == ["b"]
-
-
-def test_memory_counts_for_a_function_that_is_not_running() -> None:
-    need = {"resources": {"memory_bytes": 100}}
-    cold, warm = FunctionLoad(instances=0), FunctionLoad(instances=1)
-    tight = {"memory_free_bytes": 50}
-    assert isinstance(problem(offer("a", 0.9, load({"echo": cold}, **tight), **need)), Overloaded)
-    assert nodes(chosen(offer("a", 0.9, load({"echo": warm}, **tight), **need))) == ["a"]
-
-
-def test_what_cannot_be_in_time_is_not_begun() -> None:
-    slow = offer("a", 0.9, resources={"first_ms": 500})
-    assert isinstance(problem(slow, deadline=400), DeadlineExceeded)
-    queue = FunctionLoad(queued=3, total_ms=200, instances=1)
-    assert isinstance(problem(offer("a", 0.9, load({"echo": queue})), deadline=400), Overloaded)
+    replacement = other("b", 0.6)
+    assert isinstance(problem(offer("a", 0.9, full), replacement), Overloaded)
+    assert nodes(chosen(offer("a", 0.7, full), replacement)) == ["b"]
 
 
 def test_crashing_functions_rank_last() -> None:
-    crashing = load({"echo": FunctionLoad(instances=1, degraded=True)})
-    assert nodes(chosen(offer("a", 0.9, crashing), offer("b", 0.8))) == ["b", "a"]
+    assert nodes(chosen(offer("a", 0.9, busy(degraded=True)), offer("b", 0.8))) == ["b", "a"]
+
+
+def test_bad_outcomes_weigh_more_than_load_and_price() -> None:
+    reputation = Reputation()
+    for _ in range(10):
+        reputation.learn("a", "echo", False, 0)
+    careful = offer("b", view={"assigned": 1}, cost={"money": 1.0})
+    assert nodes(chosen(offer("a"), careful, reputation=reputation)) == ["b", "a"]
+    assert nodes(chosen(offer("a", 0.9), other("b", 0.8), reputation=reputation)) == ["a", "b"]
+
+
+# How sure it is.
+
+
+def test_the_margin_is_to_the_next_other_function() -> None:
+    fleet = offer("a", 0.80), offer("b", 0.80), other("c", 0.70)
+    selection = chosen(*fleet)
+    assert selection.margin == pytest.approx(0.1)
+    assert selection.margin is not None
+    assert selection.probability == CALIBRATION.probability(0.8, selection.margin)
+    assert not selection.ambiguous
+    assert [choice.margin for choice in selection.choices] == pytest.approx([0.1, 0.1, -0.1])
+    assert not any(choice.ambiguous for choice in selection.choices)
+
+
+def test_of_two_functions_no_more_than_one_is_meant() -> None:
+    for sim in (0.9, 0.8, 0.79):
+        choices = chosen(offer("a", 0.9), other("b", sim), weights=Weights(window=0)).choices
+        probabilities = [choice.probability or 0.0 for choice in choices]
+        assert len(probabilities) == 2
+        assert probabilities[0] >= probabilities[1] > 0
+        assert sum(probabilities) <= (1.0 if sim < 0.9 else 2.0)
+
+
+def test_two_names_for_the_very_same_text_do_not_make_it_ambiguous() -> None:
+    fleet = offer("a", 0.8, capability="t1"), other("b", 0.8, capability="t1")
+    assert not chosen(*fleet).ambiguous
+    fleet = offer("a", 0.8, capability="t1"), other("b", 0.8, capability="t2")
+    assert chosen(*fleet).ambiguous
+
+
+def test_a_small_margin_is_ambiguous_and_said_so() -> None:
+    fleet = offer("a", 0.80), offer("b", 0.80), other("c", 0.78), offer("d", 0.66, function="x")
+    selection = chosen(*fleet, weights=Weights(load=0))
+    assert selection.ambiguous
+    assert [choice.ambiguous for choice in selection.choices] == [True, True, True, False]
+    assert "ambiguous by a margin of 0.020" in selection.choices[0].reason
+    assert selection.explanation["ambiguous"] is True
+
+
+def test_a_function_that_is_busy_may_be_the_one_meant() -> None:
+    full = load(running=1, capacity=1)
+    assert chosen(offer("a", 0.8), other("b", 0.79, view=full)).ambiguous
+
+
+def test_one_that_may_not_or_does_not_fit_cannot_be_meant() -> None:
+    skilled = offer("a", 0.8, skills=["ocr"])
+    assert not chosen(skilled, other("b", 0.79), task={"skills": ["ocr"]}).ambiguous
+
+
+def test_a_named_function_is_not_guessed() -> None:
+    selection = chosen(
+        offer("a"), offer("b"), function="echo", calibration=Calibration(threshold=0.99)
+    )
+    assert (selection.margin, selection.probability, selection.ambiguous) == (None, None, False)
+    assert selection.choices[0].probability is None
+
+
+# Exploration.
+
+
+class Eager(Random):
+    """Explores every time: its first number is the least there is."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.asked = False
+
+    def random(self) -> float:
+        asked, self.asked = self.asked, True
+        return super().random() if asked else 0.0
+
+
+def known(node: str, times: int = 20) -> Reputation:
+    reputation = Reputation()
+    for _ in range(times):
+        reputation.learn(node, "echo", True, 0)
+    return reputation
+
+
+def explored(*offers: Offer, seed: int, share: float = 0.5, **options: Any) -> Any:
+    return chosen(
+        *offers,
+        weights=Weights(exploration=share),
+        reputation=known("a"),
+        chance=Eager(seed),
+        **options,
+    )
+
+
+def test_a_node_nothing_is_known_of_gets_its_turn_and_that_is_said() -> None:
+    firsts = [explored(offer("a"), offer("b"), seed=seed) for seed in range(60)]
+    tried = [one for one in firsts if nodes(one)[0] == "b"]
+    assert 0 < len(tried) < 60
+    assert tried[0].explanation["explored"] == ["b", "echo"]
+    assert "explored" in tried[0].choices[0].reason
+    assert nodes(tried[0]) == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"share": 0.0},
+        {"task": {"prefer": "best"}},
+        {"task": {"priority": 6}},
+        {"task": {"min_confidence": 0.5}},
+        {"deadline": 4_000},
+        {"prefer": "a"},
+    ],
+)
+def test_nothing_is_tried_with_tasks_that_wish_for_something(options: dict[str, Any]) -> None:
+    for seed in range(40):
+        selection = explored(offer("a"), offer("b"), seed=seed, **options)
+        assert nodes(selection)[0] == "a"
+        assert selection.explanation["explored"] is None
+
+
+def test_exploration_never_trades_the_meaning_or_a_gate() -> None:
+    away, near = offer("b", view={"silent": True}), other("c", 0.79)
+    for seed in range(40):
+        assert nodes(explored(offer("a"), away, near, seed=seed))[0] == "a"
+
+
+def test_only_the_share_is_explored() -> None:
+    chance = Random(1)
+    tries = [
+        chosen(
+            offer("a"),
+            offer("b"),
+            weights=Weights(exploration=0.05),
+            reputation=known("a", 3),
+            chance=chance,
+        ).explanation["explored"]
+        for _ in range(1_000)
+    ]
+    assert 12 <= sum(one is not None for one in tries) <= 24
+
+
+# Large fleets.
+
+
+class Pulled:
+    """Offers that count how many of them were asked for."""
+
+    def __init__(self, offers: list[Offer]) -> None:
+        self.offers = offers
+        self.pulled = 0
+
+    def __iter__(self) -> Iterator[Offer]:
+        for one in self.offers:
+            self.pulled += 1
+            yield one
+
+
+def select_lazily(*groups: Pulled) -> Any:
+    return select(
+        Request(Task(text="say it"), None, deadline=60_000),
+        groups,
+        calibration=CALIBRATION,
+        weights=Weights(),
+        nearest=3,
+        now=0,
+    )
+
+
+def test_a_function_on_many_nodes_is_not_looked_at_to_the_last() -> None:
+    many = Pulled([offer(f"n{place}", 0.8) for place in range(500)])
+    rest = Pulled([other(f"m{place}", 0.7) for place in range(500)])
+    selection = select_lazily(many, rest)
+    assert many.pulled == ENOUGH + 1
+    assert rest.pulled < 10
+    assert selection.margin == pytest.approx(0.1)
+    assert selection.explanation["more"] is True
+    assert len(selection.explanation["candidates"]) == selection.explanation["looked_at"]
+
+
+def test_nobody_is_not_said_before_all_were_looked_at() -> None:
+    fleet = [offer(f"n{place}", 0.8, {"silent": True}) for place in range(500)]
+    last = Pulled([*fleet, offer("last", 0.8)])
+    assert nodes(select_lazily(last)) == ["last"]
+    nobody = Pulled(fleet)
+    selection = select_lazily(nobody)
+    assert isinstance(selection.problem, NoCapableNode)
+    assert nobody.pulled == 500
+    assert len(selection.explanation["candidates"]) <= 64
+
+
+FULL = load(running=1, capacity=1)
+
+
+@pytest.mark.parametrize(
+    "many",
+    [
+        {"cost": {"money": 9.0}},
+        {"policy": {}},
+        {"policy": {"zones": ["hall"]}},
+        {"policy": {"grants": ["pii"]}},
+        {"skills": []},
+        {"view": FULL},
+        {"view": FULL | {"silent": True}},
+        {"view": {"silent": True}},
+        {"view": {"cordoned": True}},
+    ],
+)
+def test_the_last_of_many_is_heard_too(many: dict[str, Any]) -> None:
+    fine: dict[str, Any] = {
+        "skills": ["ocr"],
+        "policy": {"zones": ["hall"], "grants": ["pii"]},
+    }
+    task = {
+        "skills": ["ocr"],
+        "policy": {"zones": ["hall"], "grants": ["pii"], "max_cost": 1.0},
+    }
+    others = [offer(f"n{place}", 0.8, **(fine | many)) for place in range(200)]
+    last = offer("last", 0.8, **fine)
+    assert nodes(chosen(*others, last, task=task)) == ["last"]
+    busy_one = offer("last", 0.8, FULL, **fine)
+    error = problem(*others, busy_one, task=task)
+    assert isinstance(error, Overloaded), error
+    explanation = chosen(*others, task=task).explanation
+    assert explanation["looked_at"] < 100
+    assert explanation["problem"]
+
+
+# The explanation.
 
 
 def test_every_candidate_is_explained_with_every_gate_and_term() -> None:
-    explanation = chosen(offer("a", 0.9), offer("b", 0.1)).explanation
+    selection = chosen(offer("a", 0.9), offer("b", 0.1))
+    explanation = selection.explanation
     assert explanation["chosen"] == ["a", "echo"]
     assert explanation["threshold"] == 0.5
+    assert explanation["window"] == 0.05
+    assert explanation["problem"] is None
+    assert [row["node"] for row in explanation["candidates"]] == ["a", "b"]
     for candidate in explanation["candidates"]:
-        assert len(candidate["gates"]) == 14
-        assert {"gates", "sim", "fit", "spec", "alpha", "cost", "load"} <= candidate["terms"].keys()
+        assert tuple(candidate["gates"]) == GATES
+        assert {"gates", "sim", "fit", "spec", "alpha"} <= candidate["terms"].keys()
     assert explanation["candidates"][0]["verdict"] == "candidate"
+    assert json.loads(json.dumps(explanation)) == explanation
+
+
+def test_a_choice_carries_what_a_cascade_goes_by() -> None:
+    one = offer(
+        "a",
+        0.8,
+        busy(total_ms=100, wait_ms=20),
+        cost={"money": 2.0},
+        resources={"memory_bytes": 7},
+        policy={"external": True},
+    )
+    selection = chosen(one, task={"min_confidence": 0.7}, effect=FixedEffect(min_confidence=0.2))
+    choice = selection.choices[0]
+    assert (choice.sim, choice.cost, choice.finish_ms) == (0.8, 2.0, 120.0)
+    assert (choice.external, choice.strength) == (True, 7.0)
+    assert selection.min_confidence == 0.7
+    assert chosen(one, effect=FixedEffect(min_confidence=0.2)).min_confidence == 0.2
+    assert chosen(one).min_confidence is None
+
+
+def test_the_same_is_chosen_again() -> None:
+    function = FunctionRef.parse("echo")
+    fleet = [offer(f"n{place}", 1.0) for place in range(10)]
+    request = Request(Task(text="x"), function, deadline=60_000)
+    runs = [
+        select(
+            request,
+            [fleet],
+            calibration=CALIBRATION,
+            weights=Weights(),
+            nearest=3,
+            now=0,
+            reputation=Reputation(),
+        ).choices
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]

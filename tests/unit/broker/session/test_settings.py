@@ -47,6 +47,11 @@ def test_secrets_do_not_show():
     assert "hush" not in caught.value.message
 
 
+def test_what_is_no_url_is_shown_as_it_was_written():
+    with pytest.raises(ConfigurationError, match="broker URL 'nonsense' is not usable"):
+        BrokerUrl.parse("nonsense")
+
+
 def test_unknown_settings_and_impossible_pairs_are_refused(tmp_path):
     with pytest.raises(ValidationError, match="extra"):
         SessionSettings(urls=("mqtt://h",), client_id="a", colour="red")  # type: ignore[call-arg]

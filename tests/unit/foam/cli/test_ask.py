@@ -2,8 +2,9 @@
 
 import pytest
 
-from capability_schemas.reply import Chunk, Result, Step
-from foam.cli.ask import EventPrinter
+from capability_schemas.errors import InvalidTask
+from capability_schemas.reply import CascadeStep, Chunk, Result, Step
+from foam.cli.ask import EventPrinter, read_numbers
 
 
 def step(state, number=1, **detail):
@@ -51,3 +52,47 @@ def test_quiet_and_json_keep_stderr_empty(capsys, options):
     seen = show(capsys, step("finished", tool="add", result="3"), **options)
     assert seen.err == ""
     assert ("call-1" in seen.out) is ("as_json" in options)
+
+
+def cascade(*confidences):
+    return tuple(
+        CascadeStep(
+            node=f"edge-{number}",
+            function="think",
+            version="1.0.0",
+            confidence=confidence,
+            cost=0.002 * number,
+            total_ms=12.4,
+        )
+        for number, confidence in enumerate(confidences, 1)
+    )
+
+
+def test_a_cascade_is_told_step_by_step(capsys):
+    steps = cascade(0.31, None)
+    result = Result(
+        task="t", at=1, seq=0, output="x", node="edge-2", function="think", cascade=steps
+    )
+    seen = show(capsys, result)
+    assert seen.out == "x\n"
+    assert seen.err.splitlines() == [
+        "   step 1: edge-1: think 1.0.0, confidence 0.31, cost 0.002, 12 ms",
+        "   step 2: edge-2: think 1.0.0, cost 0.004, 12 ms, the answer",
+        "   cost in all 0.006",
+    ]
+
+
+def test_an_answer_says_how_sure_it_is(capsys):
+    result = Result(task="t", at=1, seq=0, output="x", confidence=0.876)
+    assert show(capsys, result).err == "   confidence 0.88\n"
+
+
+def test_numbers_are_read_by_name():
+    assert read_numbers(["cost=0.1", "load=none"], "weight") == {"cost": 0.1, "load": None}
+    assert read_numbers(None, "weight") == {}
+
+
+@pytest.mark.parametrize("wrong", ["cost", "=1", "cost=much"])
+def test_what_is_no_number_is_refused_by_name(wrong):
+    with pytest.raises(InvalidTask, match="weight"):
+        read_numbers([wrong], "weight")

@@ -1,6 +1,7 @@
 """The trainer and the export of the demo model, on models small enough for a test."""
 
 import random
+import re
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ CONVERSATION = Example(
     ),
     "71.5 C",
 )
+
+PLAIN = r"Classify the severity: \S+ [a-z0-9]+ [\d.]+ \S+, warning at [\d.]+, critical at [\d.]+\."
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +190,7 @@ def test_smaller_files_answer_too(tmp_path, vocabulary, weights):
     export(model, vocabulary, path, weights=weights)
     scores = evaluate(path, ["trend"], count=3)
     assert [(score.which, score.asked) for score in scores] == [
+        ("plain", 3),
         ("combinations", 3),
         ("wordings", 3),
     ]
@@ -197,6 +201,12 @@ def test_a_foreign_tokenizer_is_refused(tmp_path, vocabulary):
     model = LanguageModel(Shape(vocabulary=32, width=32, layers=1, heads=2, kv_heads=1))
     with pytest.raises(ValueError, match="with the tokenizer it was trained with"):
         export(model, vocabulary, tmp_path / "x.gguf")
+
+
+def test_the_plain_set_is_of_one_wording_and_of_tasks_about_readings():
+    asked = [example.turns[0][1] for example in set_of("classify", "plain", 20)]
+    assert all(re.fullmatch(PLAIN, text) for text in asked), asked
+    assert set_of("split", "plain", 20) == []
 
 
 def test_evaluation_asks_the_same_prompts_each_time():

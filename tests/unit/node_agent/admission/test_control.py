@@ -184,6 +184,24 @@ def test_predictions_are_judged_by_what_happened(desk):
     assert desk.admission.forecast.judged == 3  # the first was unknown
 
 
+def test_what_is_cut_again_and_again_is_refused_to_those_with_no_more_time(desk):
+    for number in range(3):
+        ticket = desk.admit(f"slow-{number}", within=1000)
+        desk.now += 1000
+        desk.admission.cut(ticket, ran_ms=998)
+        desk.admission.free(ticket, run_ms=None)
+    with pytest.raises(DeadlineExceeded, match="takes"):
+        desk.admit("next", within=1000)
+    desk.admit("patient", within=2000)
+
+
+def test_a_cut_below_the_prediction_teaches_nothing(desk):
+    desk.run(500)
+    ticket = desk.admit("short", within=5000)
+    desk.admission.cut(ticket, ran_ms=400)
+    assert desk.admission.forecast.predict(F.name, WORK, now=desk.now).run_ms == pytest.approx(500)
+
+
 def test_places_follow_what_was_measured():
     wide = spec(concurrency=2)
     desk = Desk(wide)
@@ -213,3 +231,21 @@ def test_what_is_taken_already_survives_another_set_of_functions(desk):
     assert running.spec is F
     desk.end("waiting", 300)
     assert set(desk.admission.functions) == {"g"}
+
+
+def test_the_wait_of_a_call_that_came_now_is_told_in_advance(desk):
+    assert desk.admission.wait_ms(F) == 0
+    desk.pool.start = 250.0
+    assert desk.admission.wait_ms(F) == 250
+    desk.pool.start = None
+    assert desk.admission.wait_ms(F) is None
+
+
+def test_it_stands_behind_all_that_waits_and_needs_no_start_of_its_own(desk):
+    desk.run(400)
+    desk.pool.start = 250.0
+    desk.admit("a")
+    desk.admit("b")
+    told = desk.admission.wait_ms(F)
+    assert told == desk.admit("c", within=60_000).wait_ms
+    assert told == 250 + 400 + 400  # "a" starts an instance, "b" gets its place

@@ -139,3 +139,55 @@ def test_the_work_of_a_call_is_what_it_reads_and_may_write():
     chat = work_of(Request(id="1", input={}, text=None, options=options))
     assert chat.input_bytes > 1000
     assert chat.max_tokens == 7
+
+
+def cut(forecast, ran_ms, times, start=0):
+    for at in range(start, start + times):
+        predicted_ms = forecast.predict("f", work(), info=INFO, now=at).run_ms
+        forecast.learn_cut("f", work(), ran_ms=ran_ms, predicted_ms=predicted_ms, now=at)
+
+
+def test_a_function_that_was_only_ever_cut_takes_longer_than_that():
+    forecast = Forecast()
+    cut(forecast, 1000, times=3)
+    found = forecast.predict("f", work(), now=3)
+    assert found.run_ms == pytest.approx(1500)
+    assert found.sure
+
+
+def test_a_cut_that_was_to_be_expected_changes_nothing():
+    forecast = Forecast()
+    for at in range(10):
+        forecast.learn("f", work(), run_ms=900, now=at)
+    cut(forecast, 50, times=20, start=10)
+    assert forecast.predict("f", work(), now=30).run_ms == pytest.approx(900)
+    cut(forecast, 50, times=1, start=59_000)
+    assert not forecast.predict("f", work(), now=61_000).sure  # nor does it keep it fresh
+
+
+def test_repeated_cuts_raise_what_whole_runs_had_shown_but_one_does_not_take_over():
+    forecast = Forecast()
+    for at in range(10):
+        forecast.learn("f", work(), run_ms=100, now=at)
+    cut(forecast, 2000, times=1, start=10)
+    assert forecast.predict("f", work(), now=11).run_ms < 400
+    cut(forecast, 2000, times=20, start=11)
+    assert forecast.predict("f", work(), now=31).run_ms >= 2000
+
+
+def test_a_cut_run_makes_the_guess_by_tokens_count_for_less():
+    """Its figures say nothing of one that never came to its end, however often."""
+    forecast = Forecast()
+    spent = {"usage": {"input_tokens": 10, "output_tokens": 10}}
+    timing = {"timing": {"prefill_ms": 10.0, "decode_ms": 90.0}}
+    for at in range(10):
+        forecast.learn("f", work(), run_ms=100, now=at, **spent, **timing)
+    cut(forecast, 2000, times=30, start=10)
+    assert forecast.predict("f", work(), now=40).run_ms >= 2000
+
+
+def test_a_cut_below_the_calibration_leaves_that():
+    forecast = Forecast()
+    idea = forecast.predict("f", work(), info=INFO, now=0).run_ms
+    cut(forecast, idea / 4, times=3)
+    assert forecast.predict("f", work(), info=INFO, now=3).run_ms == pytest.approx(idea)

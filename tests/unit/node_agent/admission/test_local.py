@@ -18,6 +18,7 @@ from capability_schemas.functions import FunctionSpec
 from capability_schemas.task import TaskPolicy
 from node_agent.admission.calls import CALLER, Caller, CallGraph
 from node_agent.admission.control import Admission
+from node_agent.admission.forecast import Work
 from node_agent.admission.local import NodeFunctions
 from node_agent.admission.queue import AdmissionQueue, Entry
 from node_agent.pool.pool import InstancePool
@@ -87,7 +88,9 @@ class Node:
         self.runtime = make_runtime()
         self.queue = AdmissionQueue(limit=1)
         self.pool = InstancePool(runtimes={"fake": self.runtime}, resident=lambda _pid: None)
-        admission = Admission(queue=self.queue, pool=self.pool, clock=lambda: round(clock() * 1000))
+        self.admission = admission = Admission(
+            queue=self.queue, pool=self.pool, clock=lambda: round(clock() * 1000)
+        )
         self.local = NodeFunctions(
             admission=admission,
             queue=self.queue,
@@ -175,6 +178,8 @@ async def test_a_call_ends_with_its_time(node):
     with pytest.raises(DeadlineExceeded):
         await node.ask("outer", left_ms=20)
     assert node.queue.running == 0
+    forecast = node.admission.forecast
+    assert forecast.predict("brief", Work(input_bytes=10), now=0).run_ms >= 1
 
 
 async def test_a_call_without_a_final_is_a_failure(node):

@@ -1,5 +1,7 @@
 """What the declaration of an agent may say, and what is wrong with it in words."""
 
+import re
+
 import pytest
 
 from capability_schemas.capability import CapabilityPolicy
@@ -70,6 +72,28 @@ def test_names_of_tools_fit_what_models_take():
 def test_a_wrong_option_is_named(options, words):
     with pytest.raises(ConfigurationError, match=f"function helper: .*{words}"):
         agent_options(agent(**options))
+
+
+def test_all_wrong_options_are_named_at_once():
+    with pytest.raises(ConfigurationError) as caught:
+        agent_options(agent(modle="x", max_turns=0, tools=[{"use": "add", "approve": "maybe"}]))
+    assert re.findall(r"options\.[a-z_.0-9]+: ", caught.value.message) == [
+        "options.tools.0.approve: ",
+        "options.max_turns: ",
+        "options.modle: ",
+    ]
+    with pytest.raises(ConfigurationError) as caught:
+        agent_options(agent(model="helper", tools=["add", "mesh:helper"]))
+    assert caught.value.message == (
+        "function helper: options.model: an agent is no model; "
+        "options.tools.1: an agent is no tool of its own"
+    )
+    with pytest.raises(ConfigurationError) as caught:
+        check(agent(tools=["add", "subtract"]), function("chat"), function("add"))
+    assert re.findall(r"options\.[a-z.0-9]+: ", caught.value.message) == [
+        "options.model: ",
+        "options.tools.1: ",
+    ]
 
 
 def test_what_an_agent_names_must_be_there():

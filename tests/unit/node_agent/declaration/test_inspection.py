@@ -1,23 +1,29 @@
 """What a check finds beyond what reading finds."""
 
+from pathlib import Path
 from textwrap import dedent
 
 import pytest
 
+import foam.models
 from capability_schemas.errors import NotFound, Unavailable
 from node_agent.declaration.inspection import DeclaredFunctions, inspect_declaration
 from node_agent.declaration.reader import read_declaration
 from node_agent.runtimes.base import Request, RuntimeContext
 
+MODEL = Path(foam.models.__file__).parent / "foam-tiny-2.6m-q8_0.gguf"
+
 
 @pytest.fixture
 def found(tmp_path):
-    def inspect(content):
+    def inspect(content, **machine):
         path = tmp_path / "node.toml"
         path.write_text(dedent(content).lstrip())
         declaration = read_declaration(path, thorough=True)
         assert declaration.problems == ()
-        problems = inspect_declaration(declaration, source=str(path), context=RuntimeContext())
+        problems = inspect_declaration(
+            declaration, source=str(path), context=RuntimeContext(), **machine
+        )
         return [
             (problem.line, problem.field, problem.warning, problem.message) for problem in problems
         ]
@@ -79,6 +85,35 @@ def test_words_that_routing_has_too_few_of_are_warned_of(found, tmp_path):
     assert description[:3] == (1, "description", True)
     assert examples[:3] == (1, "examples", True)
     assert examples[3].startswith("1 given; fewer than 3 route poorly")
+
+
+LARGE = f"""
+    [defaults]
+    description = "Do a thing that is worth words."
+    examples = ["one", "two", "three"]
+    model = "{MODEL}"
+
+    [[function]]
+    name = "write"
+    runtime = "llama_cpp"
+
+    [[function]]
+    name = "ask"
+    runtime = "openai"
+    options = {{ base_url = "http://127.0.0.1:1/v1" }}
+
+    [[function]]
+    name = "odd"
+    runtime = "abacus"
+    """
+
+
+def test_a_model_larger_than_the_machine_is_warned_of_with_the_figures(found):
+    large, unknown = found(LARGE, total=lambda: 1_500_000)
+    assert large[1:3] == ("model", True)
+    assert f"{MODEL} is 3 MB, this machine has 2 MB of memory" in large[3]
+    for total in (None, 10**12):
+        assert found(LARGE, total=lambda total=total: total) == [unknown]
 
 
 AGENT = """

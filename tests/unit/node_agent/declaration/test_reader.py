@@ -294,6 +294,12 @@ def test_code_that_does_not_import_is_a_configuration_error(tmp_path, code, prob
         load_declaration(path)
 
 
+@pytest.mark.parametrize(("source", "kind"), [(".", "folder"), ("/dev/null", "no declaration")])
+def test_what_can_be_no_declaration_is_told_what_can(source, kind):
+    with pytest.raises(ConfigurationError, match=rf"is (a |){kind}: name a node file \(\.toml\)"):
+        load_declaration(source)
+
+
 @pytest.mark.parametrize("source", ["missing.toml", "missing.py", "no_such_module_at_all"])
 def test_a_missing_source_is_a_configuration_error(source):
     with pytest.raises(ConfigurationError, match=r"missing|no_such_module"):

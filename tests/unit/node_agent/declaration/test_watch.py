@@ -7,8 +7,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from capability_schemas.errors import ConfigurationError
+from capability_schemas.problem import Problem
 from node_agent.declaration import watch as watch_module
-from node_agent.declaration.problem import Problem
 from node_agent.declaration.reader import Declaration
 from node_agent.declaration.sources import stamp_of
 from node_agent.declaration.watch import SourceWatch

@@ -14,12 +14,13 @@ from node_agent.runtimes.plumbing import LogTap
 from node_agent.runtimes.python import PythonRuntime
 
 WORKSHOP = Path(__file__).parents[3] / "data" / "functions" / "workshop.py"
+SURENESS = WORKSHOP.with_name("sureness.py")
 
 
 @asynccontextmanager
-async def running(name, *, grace_s=5.0, **fields):
+async def running(name, *, module=WORKSHOP, grace_s=5.0, **fields):
     runtime = PythonRuntime(RuntimeContext(cancel_grace_s=grace_s))
-    spec = FunctionSpec(name=name, description="d", entry=f"{WORKSHOP}:{name}", **fields)
+    spec = FunctionSpec(name=name, description="d", entry=f"{module}:{name}", **fields)
     instance = await runtime.start(spec, died=lambda _: None)
     try:
         yield instance
@@ -47,6 +48,30 @@ async def test_every_kind_of_function_runs(name, value, text, pieces, output):
     async with running(name) as instance:
         answers = await call(instance, value, text)
     assert answers == [*map(Piece, pieces), Final(output=output)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "pieces", "output"),
+    [
+        ("judge", {"text": "it"}, [], "judged it"),
+        ("aloud", {}, ["well, ", "perhaps"], "well, perhaps"),
+        ("aloud_async", {}, ["well, ", "perhaps"], "well, perhaps"),
+    ],
+)
+async def test_a_function_may_say_how_sure_it_is(name, value, pieces, output):
+    async with running(name, module=SURENESS) as instance:
+        answers = await call(instance, {**value, "sure": 0.25})
+    assert answers == [*map(Piece, pieces), Final(output=output, confidence=0.25)]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("chatter", "more after its Answer"), ("boast", "use 0 to 1")]
+)
+async def test_an_answer_that_is_none_fails_its_call_only(name, said):
+    async with running(name, module=SURENESS) as instance:
+        with pytest.raises(ExecutionFailed, match=said):
+            await call(instance)
+        assert instance.alive
 
 
 async def test_async_functions_share_one_process(tmp_path):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from node_agent.functions import InvocationContext, function
+from node_agent.functions import Answer, InvocationContext, function
 from node_agent.worker.base import InvocationError, Request
 from node_agent.worker.describe import input_schema, output_schema
 from node_agent.worker.python_host import Signature, load_entry
@@ -73,6 +73,13 @@ def returns() -> Generator[str, None, bool]:
 
 def silent(): ...
 def anything() -> Any: ...
+def sure() -> Answer[int]: ...
+def sure_at_times() -> str | Answer[str]: ...
+def sure_of_anything() -> Answer: ...
+
+
+def thinks_aloud() -> Iterator[str | Answer[None]]:
+    yield ""
 
 
 @pytest.mark.parametrize(
@@ -84,6 +91,10 @@ def anything() -> Any: ...
         (returns, {"type": "boolean"}),
         (silent, None),
         (anything, None),
+        (sure, {"type": "integer"}),
+        (sure_at_times, {"type": "string"}),
+        (sure_of_anything, None),
+        (thinks_aloud, {"type": "string"}),
     ],
 )
 def test_the_return_annotation_becomes_the_output(target, schema):
@@ -125,6 +136,12 @@ def test_inputs_that_do_not_fit_are_invalid_tasks(value):
 def test_a_wrong_entry_says_what_is_wrong(entry):
     with pytest.raises(InvocationError):
         load_entry(entry)
+
+
+@pytest.mark.parametrize("confidence", [-0.1, 1.01, float("nan")])
+def test_a_confidence_is_a_share(confidence):
+    with pytest.raises(ValueError, match="use 0 to 1"):
+        Answer("x", confidence)
 
 
 def test_the_decorator_returns_the_function_itself():

@@ -1,4 +1,4 @@
-"""What is wrong with a declaration, so exactly that it can be mended without a search."""
+"""What is wrong with a file that a person wrote, so exactly that it is mended without a search."""
 
 import difflib
 from collections.abc import Iterable

@@ -1,0 +1,232 @@
+"""The gates: what an offer must pass, each with the reason when it does not. Pure.
+
+A gate is never waived, in no mode and in no fallback. Those of policy look at what the registry
+attests, never at what a node claims. They come in three stages, the cheap and final ones first; in
+a large fleet an offer that fails a stage is not taken to the next.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Final
+
+from capability_schemas.capability import CatalogRecord
+from capability_schemas.errors import InvalidTask
+from capability_schemas.functions import check_input, effective_input
+from router.breaker import Breakers
+from router.candidates import Candidate, Offer, Request
+from router.finish import UNKNOWN, Finish, predict_finish
+
+POLICY_GATES: Final = ("zones", "data", "grants", "local", "cost", "rules")
+FIT_GATES: Final = ("version", "skills", "schema", "size", "context")
+PASSING_GATES: Final = ("memory", "liveness", "open", "capacity", "breaker", "deadline")
+"""Gates that a node fails for the moment only."""
+
+GATES: Final = (*POLICY_GATES, *FIT_GATES, *PASSING_GATES)
+
+MOST_TOKEN_BYTES: Final = 6.0
+"""Bytes a token stands for at the most, over a whole request. Tokenizers of language models take
+3.2 to 3.9 characters of English for one (Llama 2 and 3: arXiv 2407.21783, section 3.2), fewer of
+code and of other languages; what has more tokens than fit even so is too long for certain."""
+
+USUAL_TOKEN_BYTES: Final = 3.0
+"""The cautious estimate: a request that fits only if its tokens are longer may not fit."""
+
+_AFTER_POLICY: Final = frozenset((*FIT_GATES, *PASSING_GATES))
+_AFTER_FIT: Final = frozenset(PASSING_GATES)
+_TIME: Final = frozenset({"deadline"})
+_NONE: Final[frozenset[str]] = frozenset()
+
+
+class Gatekeeper:
+    """Judges the offers for one request; what is the same for all of them is worked out once.
+
+    Args:
+        request: What is asked.
+        now: UTC milliseconds.
+        breakers: Who is left alone for not answering; nobody when None.
+    """
+
+    def __init__(self, request: Request, *, now: int, breakers: Breakers | None = None) -> None:
+        self._request = request
+        self._task = request.task
+        self._policy = policy = request.task.policy
+        self._zones = None if policy.zones is None else frozenset(policy.zones)
+        self._grants = frozenset(policy.grants)
+        self._skills = frozenset(request.task.skills)
+        self._now = now
+        self._breakers = breakers
+        self._mismatches: dict[str, str | None] = {}
+
+    def judge(self, offer: Offer, *, thorough: bool = True) -> Candidate:
+        """Take an offer through the gates.
+
+        Args:
+            offer: What is judged.
+            thorough: Whether to look at every gate even when an earlier stage has decided.
+        """
+        record = offer.record
+        failed = self._failed_policy(record)
+        if failed and not thorough:
+            return Candidate(offer, failed, _AFTER_POLICY, UNKNOWN)
+        failed |= self._failed_fit(record)
+        if failed and not thorough:
+            return Candidate(offer, failed, _AFTER_FIT, UNKNOWN)
+        failed |= self._failed_moment(offer)
+        if failed and not thorough:
+            return Candidate(offer, failed, _TIME, UNKNOWN)
+        finish = predict_finish(record, offer.node)
+        failed |= self._failed_deadline(finish)
+        return Candidate(offer, failed, _NONE, finish)
+
+    def plainly_fails(self, gate: str, offer: Offer) -> bool:
+        """Tell at next to no cost whether an offer fails a gate; false where that takes more.
+
+        Args:
+            gate: One of the gates.
+            offer: What is judged.
+        """
+        record, node = offer.record, offer.node
+        match gate:
+            case "zones":
+                return self._zones is not None and self._zones.isdisjoint(record.policy.zones)
+            case "grants":
+                return not self._grants.issubset(record.policy.grants)
+            case "skills":
+                return not self._skills.issubset(record.skills)
+            case "liveness":
+                return not node.live
+            case "open":
+                return not node.open
+            case "capacity":
+                return node.full
+            case _:
+                return False
+
+    def context_missing(self, record: CatalogRecord) -> float:
+        """Return the share of the request's tokens, 0 to 1, that may not fit into the context."""
+        have = record.resources.context_tokens
+        need = self._size_bytes / USUAL_TOKEN_BYTES
+        return max(0.0, 1.0 - have / need) if have is not None and need else 0.0
+
+    @cached_property
+    def _size_bytes(self) -> int:
+        """Size of text and input as JSON."""
+        return len(self._task.model_dump_json(include={"text", "input"}).encode())
+
+    def _failed_policy(self, record: CatalogRecord) -> dict[str, str]:
+        failed: dict[str, str] = {}
+        policy, attested = self._policy, record.policy
+        if self._zones is not None and self._zones.isdisjoint(attested.zones):
+            wanted = _words(policy.zones or ())
+            failed["zones"] = f"stands in {_words(attested.zones)}, not in {wanted}"
+        if policy.data is not None and policy.data not in attested.data:
+            failed["data"] = f"not cleared for {policy.data} data, only for {_words(attested.data)}"
+        missing = self._grants.difference(attested.grants)
+        if missing:
+            failed["grants"] = f"lacks {_words(sorted(missing))}"
+        if policy.local_only and attested.external:
+            failed["local"] = "hands the task to a service outside the site"
+        if policy.max_cost is not None and record.cost.money > policy.max_cost:
+            failed["cost"] = (
+                f"costs {record.cost.money:g}, at most {policy.max_cost:g} allowed:"
+                f" {record.cost.money - policy.max_cost:g} too dear"
+            )
+        refusal = self._request.effect.refusal(record)
+        if refusal is not None:
+            failed["rules"] = refusal
+        return failed
+
+    def _failed_fit(self, record: CatalogRecord) -> dict[str, str]:
+        failed: dict[str, str] = {}
+        function, resources = self._request.function, record.resources
+        if function is not None and not function.admits(record.version):
+            failed["version"] = f"{record.version} is not in {function.range}"
+        missing = self._skills.difference(record.skills)
+        if missing:
+            failed["skills"] = f"lacks {_words(sorted(missing))}"
+        mismatch = self._mismatch(record)
+        if mismatch is not None:
+            failed["schema"] = mismatch
+        limit = resources.max_input_bytes
+        if limit is not None and self._size_bytes > limit:
+            failed["size"] = (
+                f"input of {self._size_bytes} bytes, takes {limit}:"
+                f" {self._size_bytes - limit} too many"
+            )
+        context = resources.context_tokens
+        if context is not None and self._size_bytes > context * MOST_TOKEN_BYTES:
+            least = self._size_bytes / MOST_TOKEN_BYTES
+            failed["context"] = (
+                f"at least {least:.0f} tokens, the context holds {context}:"
+                f" {least - context:.0f} too many"
+            )
+        return failed
+
+    def _mismatch(self, record: CatalogRecord) -> str | None:
+        """Return why the input does not fit the schema; equal schemas are checked once.
+
+        Nodes that offer one function bring equal schemas in objects of their own. They are told
+        apart by their text, not by ``==``: to Python 1 and true are equal.
+        """
+        schema = record.input_schema
+        if schema is None:
+            return None
+        text = repr(schema)
+        if text not in self._mismatches:
+            try:
+                check_input(effective_input(self._task.text, self._task.input, schema), schema)
+                self._mismatches[text] = None
+            except InvalidTask as error:
+                self._mismatches[text] = error.message
+        return self._mismatches[text]
+
+    def _failed_moment(self, offer: Offer) -> dict[str, str]:
+        failed: dict[str, str] = {}
+        record, node, now = offer.record, offer.node, self._now
+        if not node.live:
+            failed["liveness"] = "silent" if node.silent else (node.presence or "never heard of")
+        elif record.expires_at is not None and record.expires_at <= now:
+            late_ms = now - record.expires_at
+            failed["liveness"] = f"the lease of the capability ran out {late_ms} ms ago"
+        if node.presence == "draining":
+            failed["open"] = "draining"
+        elif node.cordoned:
+            failed["open"] = "cordoned"
+        if node.full and node.load is not None:
+            failed["capacity"] = (
+                f"all {node.load.capacity} places and the queue of {node.load.queue_limit} are"
+                " taken"
+            )
+        lacking = _memory_lacking(offer)
+        if lacking is not None:
+            failed["memory"] = lacking
+        blocked = (
+            self._breakers.blocked(record.node, record.function, now) if self._breakers else None
+        )
+        if blocked is not None:
+            failed["breaker"] = blocked
+        return failed
+
+    def _failed_deadline(self, finish: Finish) -> dict[str, str]:
+        left_ms = max(0, self._request.deadline - self._now)
+        if finish.least_ms <= left_ms:
+            return {}
+        figures = f"wait {finish.least_wait_ms:.0f}, run {finish.least_run_ms:.0f}"
+        return {
+            "deadline": f"done in {finish.least_ms:.0f} ms at the soonest ({figures}),"
+            f" {left_ms} ms are left"
+        }
+
+
+def _memory_lacking(offer: Offer) -> str | None:
+    load, need = offer.node.load, offer.record.resources.memory_bytes
+    if load is None or load.memory_free_bytes is None or need is None:
+        return None
+    if offer.node.function(offer.record.function).instances or need <= load.memory_free_bytes:
+        return None
+    free = load.memory_free_bytes
+    return f"needs {need} bytes, {free} are free: {need - free} too few"
+
+
+def _words(names: Sequence[str]) -> str:
+    return ", ".join(names) if names else "none"

@@ -1,0 +1,119 @@
+"""Why nobody gets a task: of all reasons the one that the client can do most about. Pure.
+
+In this order: nobody is meant, the policy forbids, nobody fits, everybody who could is away, busy
+or too slow at the moment. Each names the nearest misses.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from capability_schemas.errors import (
+    DeadlineExceeded,
+    FoamError,
+    InvalidTask,
+    NoCapableNode,
+    Overloaded,
+    PolicyDenied,
+)
+from router.candidates import Candidate, Request, short
+from router.gates import FIT_GATES, PASSING_GATES, POLICY_GATES
+
+_INPUT_GATES: Final = frozenset({"schema", "size", "context"})
+_AWAY_GATES: Final = frozenset({"liveness", "open", "breaker"})
+_BUSY_GATES: Final = frozenset({"capacity", "memory"})
+_LEAST_RETRY_MS: Final = 500
+_MOST_RETRY_MS: Final = 60_000
+
+
+def why_nobody(
+    request: Request, judged: Sequence[Candidate], *, threshold: float, nearest: int
+) -> FoamError:
+    """Return the error for a task that nobody gets.
+
+    Args:
+        request: What was asked.
+        judged: Everything that was found, judged, with verdicts; none of it passes.
+        threshold: Lowest similarity that counts as an answer.
+        nearest: Near misses to name.
+    """
+    by_sim = sorted(judged, key=lambda one: -one.offer.sim)
+    misses = _misses(by_sim, nearest)
+    relevant = [one for one in by_sim if one.offer.sim >= threshold]
+    if not relevant:
+        near = f"; the nearest is {_name(by_sim[0])}" if by_sim else ""
+        return NoCapableNode(
+            f"nobody offers this: no similarity reaches {threshold:.3f}{near}", nearest=misses
+        )
+    allowed = [one for one in relevant if not one.failed.keys() & set(POLICY_GATES)]
+    if not allowed:
+        return _denied(relevant, misses)
+    able = [one for one in allowed if not one.failed.keys() & set(FIT_GATES)]
+    if able:
+        return _momentary(able, misses)
+    in_range = [one for one in allowed if not one.failed.keys() - _INPUT_GATES - set(PASSING_GATES)]
+    if request.function is not None and in_range:
+        return _refused_input(in_range[0], misses)
+    return NoCapableNode(f"nobody fits: {allowed[0].verdict}", nearest=misses)
+
+
+def _denied(relevant: Sequence[Candidate], misses: list[dict[str, Any]]) -> FoamError:
+    only_rules = all(one.failed.keys() & set(POLICY_GATES) == {"rules"} for one in relevant)
+    whose = "routing rules exclude" if only_rules else "policy of the task excludes"
+    return PolicyDenied(f"the {whose} every node that could: {relevant[0].verdict}", nearest=misses)
+
+
+def _momentary(able: Sequence[Candidate], misses: list[dict[str, Any]]) -> FoamError:
+    """Everyone who could is away, busy or too slow at the moment."""
+    there = [one for one in able if not one.failed.keys() & _AWAY_GATES]
+    if not there:
+        return NoCapableNode(
+            f"every node that could is away: {able[0].verdict}", retryable=True, nearest=misses
+        )
+    busy = [
+        one
+        for one in there
+        if one.failed.keys() & _BUSY_GATES or ("deadline" in one.failed and one.finish.wait_ms)
+    ]
+    if busy:
+        soonest = min(one.finish.wait_ms for one in busy)
+        return Overloaded(
+            f"every node that could is busy: {busy[0].verdict}",
+            retry_after_ms=int(min(_MOST_RETRY_MS, max(_LEAST_RETRY_MS, soonest))),
+            nearest=misses,
+        )
+    quickest = min(there, key=lambda one: one.finish.least_ms)
+    return DeadlineExceeded(f"nobody can do it in time: {quickest.verdict}", nearest=misses)
+
+
+def _refused_input(one: Candidate, misses: list[dict[str, Any]]) -> FoamError:
+    record = one.offer.record
+    gate = next(gate for gate in FIT_GATES if gate in one.failed)
+    why = one.failed[gate]
+    return InvalidTask(
+        f"{record.function} {record.version} does not take this input: {why}",
+        field=why.partition(":")[0] if gate == "schema" else "input",
+        nearest=misses,
+    )
+
+
+def _misses(by_sim: Sequence[Candidate], nearest: int) -> list[dict[str, Any]]:
+    """Name the nearest; many nodes that miss with one function for one reason are one miss."""
+    misses: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in by_sim:
+        if len(misses) >= nearest:
+            break
+        record = one.offer.record
+        misses.setdefault(
+            (record.function, one.verdict),
+            {
+                "function": record.function,
+                "node": record.node,
+                "score": short(one.offer.sim),
+                "reason": one.verdict,
+            },
+        )
+    return list(misses.values())
+
+
+def _name(one: Candidate) -> str:
+    return f"{one.offer.record.function} with {one.offer.sim:.3f}"

@@ -1,0 +1,157 @@
+"""What a router does by itself, between tasks: it gets informed, fits itself, keeps its house."""
+
+import asyncio
+import gc
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from broker.session.base import Session
+from capability_schemas.errors import Overloaded
+from router.catalogue import Fleet
+from router.dispatch import Dispatcher
+from router.ledger import Ledger
+from router.meaning import Meaning
+from router.replies import ReplyDesk
+from router.settings import RouterSettings
+from router.steering import SteeringDesk
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+_PRUNE_EVERY: Final = 60
+_SAVE_EVERY: Final = 10 * _PRUNE_EVERY
+_MANY_RECORDS: Final = 5_000
+_TENDED: Final = 16
+"""Turns of a few milliseconds that each sweep gives to the index."""
+
+
+class Upkeep:
+    """The loops of a router; each runs until it is cancelled. Owned by the event loop.
+
+    Args:
+        session: Whether the router hears anybody at all.
+        fleet: Nodes and records.
+        meaning: Encoder and search.
+        steering: Calibrates, and follows the rules.
+        dispatcher: Live tasks.
+        replies: Outcomes that a full disk refused.
+        ledger: Journal.
+        settings: Intervals.
+        clock: UTC milliseconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        session: Session,
+        fleet: Fleet,
+        meaning: Meaning,
+        steering: SteeringDesk,
+        dispatcher: Dispatcher,
+        replies: ReplyDesk,
+        ledger: Ledger,
+        settings: RouterSettings,
+        clock: Callable[[], int],
+    ) -> None:
+        self._session = session
+        self._fleet = fleet
+        self._meaning = meaning
+        self._steering = steering
+        self._dispatcher = dispatcher
+        self._replies = replies
+        self._ledger = ledger
+        self._settings = settings
+        self._clock = clock
+        self._catalogue_changed = asyncio.Event()
+        self._heard = 0
+        self._spared = 0
+
+    def heard(self) -> None:
+        """Take note that something was heard of the mesh."""
+        self._heard += 1
+
+    def catalogue_changed(self) -> None:
+        """Take note that a record came or went."""
+        self._catalogue_changed.set()
+        self._spare_collector()
+
+    async def get_informed(self) -> None:
+        """Have nodes chosen once the mesh is known.
+
+        A persistent session hands over the tasks that waited for it before the catalogue, which
+        is sent again on the subscriptions: judged at once, they would find nobody.
+        """
+        loop = asyncio.get_running_loop()
+        latest = loop.time() + self._settings.settle_ms / 1000
+        while (left_s := latest - loop.time()) > 0:
+            heard = self._heard
+            await asyncio.sleep(min(left_s, self._settings.quiet_ms / 1000))
+            if heard == self._heard and self._fleet.records:
+                break
+        self._dispatcher.be_informed()
+        _log.info("router.informed", functions=len(self._fleet.records))
+
+    async def sweep(self) -> None:
+        """Look for silent nodes and keep the ledger in order, until cancelled."""
+        rounds = 0
+        while True:
+            await asyncio.sleep(self._settings.sweep_s)
+            rounds += 1
+            now = self._clock()
+            if self._session.connected:
+                for node in self._fleet.silenced(now):
+                    self._dispatcher.node_gone(node, "its heartbeats stopped")
+            else:
+                self._fleet.wake_all(now)
+            self._dispatcher.note_progress()
+            await self._replies.save_again()
+            await self._steering.follow_rules()
+            for _ in range(_TENDED):
+                if not self._meaning.maintain():
+                    break
+                await asyncio.sleep(0)
+            if rounds % _PRUNE_EVERY == 0:
+                try:
+                    await self._ledger.prune(now - int(self._settings.retention_s * 1000))
+                    if rounds % _SAVE_EVERY == 0:
+                        await self._steering.save()
+                except Overloaded as error:
+                    _log.warning("ledger.unpruned", error=error.message)
+
+    async def calibrate(self) -> None:
+        """Fit the threshold anew when the catalogue has come to rest, until cancelled."""
+        while True:
+            await self._catalogue_changed.wait()
+            self._catalogue_changed.clear()
+            await asyncio.sleep(self._settings.calibration_delay_s)
+            if self._catalogue_changed.is_set() or not self._meaning.needs_calibration:
+                continue
+            try:
+                await self._steering.calibrate()
+            except Overloaded as error:
+                _log.warning("calibration.postponed", error=error.message)
+                self._catalogue_changed.set()
+
+    async def embed_records(self) -> None:
+        """Embed what the registry embedded in another space, until cancelled."""
+        while True:
+            try:
+                embedded = await self._meaning.embed_missing()
+            except Exception as error:  # noqa: BLE001  # supervision boundary: the model's library
+                _log.error("records.not_embedded", exc_info=error)
+                continue
+            if embedded:
+                self._catalogue_changed.set()
+
+    def _spare_collector(self) -> None:
+        """Keep the garbage collector from walking a large catalogue again and again.
+
+        A full collection over a hundred thousand records stops the router for more than a second.
+        Records hold no cycles; those that go are freed all the same.
+        """
+        count = len(self._fleet.records)
+        if count >= _MANY_RECORDS and count > 1.2 * self._spared:
+            gc.collect(1)
+            gc.freeze()
+            self._spared = count

@@ -1,0 +1,226 @@
+"""Gates: who may run a task at all, and why the others may not."""
+
+import math
+from typing import Any
+
+import pytest
+
+from capability_schemas.errors import (
+    DeadlineExceeded,
+    InvalidTask,
+    NoCapableNode,
+    Overloaded,
+    PolicyDenied,
+)
+from capability_schemas.functions import check_input
+from capability_schemas.node import FunctionLoad
+from capability_schemas.task import Task, TaskPolicy
+from router import gates
+from router.breaker import Breakers
+from router.candidates import Request
+from router.gates import MOST_TOKEN_BYTES, Gatekeeper
+from support.offers import FixedEffect, busy, chosen, load, nodes, offer, problem
+
+
+def gate(selection: Any, name: str) -> str:
+    told: str = selection.explanation["candidates"][0]["gates"][name]
+    return told
+
+
+@pytest.mark.parametrize(
+    ("policy", "attested", "name", "says"),
+    [
+        ({"zones": ["hall-3"]}, {"zones": ["hall-4"]}, "zones", "in hall-4, not in hall-3"),
+        ({"zones": ["hall-3"]}, {}, "zones", "in none, not in hall-3"),
+        ({"zones": []}, {"zones": ["hall-3"]}, "zones", "not in none"),
+        ({"data": "private"}, {"data": ["public"]}, "data", "for private data, only for public"),
+        ({"grants": ["pii", "x"]}, {"grants": ["x"]}, "grants", "lacks pii"),
+        ({"local_only": True}, {"external": True}, "local", "outside the site"),
+    ],
+)
+def test_policy_is_judged_by_what_is_attested_and_never_waived(
+    policy: dict[str, Any], attested: dict[str, Any], name: str, says: str
+) -> None:
+    denied = offer("a", 0.9, policy=attested)
+    assert isinstance(problem(denied, task={"policy": policy}), PolicyDenied)
+    selection = chosen(denied, task={"policy": policy})
+    assert says in gate(selection, name)
+    assert selection.explanation["candidates"][0]["terms"]["alpha"] == 0
+    assert isinstance(problem(denied, task={"policy": policy}, function="echo"), PolicyDenied)
+
+
+def test_a_price_above_the_limit_is_a_policy_matter() -> None:
+    dear = offer("a", cost={"money": 3.0})
+    error = problem(dear, task={"policy": {"max_cost": 1}})
+    assert isinstance(error, PolicyDenied)
+    assert "costs 3, at most 1 allowed: 2 too dear" in error.message
+    cheap = offer("b", 0.7, cost={"money": 0.5})
+    assert nodes(chosen(dear, cheap, task={"policy": {"max_cost": 1}})) == ["b"]
+
+
+def test_rules_exclude_in_their_own_words() -> None:
+    effect = FixedEffect(refusals={"a": "rule night-shift forbids it"})
+    assert nodes(chosen(offer("a", 0.9), offer("b"), effect=effect)) == ["b"]
+    error = problem(offer("a", 0.9), effect=effect)
+    assert isinstance(error, PolicyDenied)
+    assert "routing rules exclude" in error.message
+    assert "rule night-shift forbids it" in error.message
+
+
+def test_all_skills_are_needed() -> None:
+    able, other = offer("a", skills=["ocr", "german"]), offer("b", 0.9, skills=["ocr"])
+    assert nodes(chosen(able, other, task={"skills": ["ocr", "german"]})) == ["a"]
+    assert isinstance(problem(other, task={"skills": ["german"]}), NoCapableNode)
+
+
+def test_a_version_range_is_a_gate() -> None:
+    assert nodes(chosen(offer("a"), offer("b", version="2.0.0"), function="echo@>=2")) == ["b"]
+    assert isinstance(problem(offer("a"), function="echo@>=3"), NoCapableNode)
+
+
+SCHEMA = {"type": "object", "properties": {"rpm": {"type": "number"}}, "required": ["rpm"]}
+
+
+def test_a_named_function_says_what_is_wrong_with_the_input() -> None:
+    error = problem(offer(input_schema=SCHEMA), function="echo", task={"input": {"rpm": "fast"}})
+    assert isinstance(error, InvalidTask)
+    assert error.detail["field"] == "input.rpm"
+
+
+def test_by_meaning_a_schema_that_does_not_fit_passes_the_task_on() -> None:
+    assert nodes(chosen(offer("a", 0.9, input_schema=SCHEMA), offer("b", 0.8))) == ["b"]
+
+
+def test_equal_schemas_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+
+    def counting(value: Any, schema: Any) -> None:
+        checked.append(schema)
+        check_input(value, schema)
+
+    monkeypatch.setattr(gates, "check_input", counting)
+    fleet = [offer(f"n{place}", input_schema=dict(SCHEMA)) for place in range(20)]
+    assert len(chosen(*fleet, task={"input": {"rpm": 1}}).choices) == 20
+    assert len(checked) == 1
+
+
+def test_schemas_that_python_calls_equal_are_told_apart() -> None:
+    number, truth = {"properties": {"x": {"const": 1}}}, {"properties": {"x": {"const": True}}}
+    assert number == truth
+    fleet = offer("a", input_schema=number), offer("b", input_schema=truth)
+    assert nodes(chosen(*fleet, task={"input": {"x": True}})) == ["b"]
+
+
+def test_input_too_long_for_the_function() -> None:
+    small = offer(resources={"max_input_bytes": 10})
+    error = problem(small, function="echo", task={"text": "x" * 99})
+    assert isinstance(error, InvalidTask)
+    assert "too many" in error.message
+
+
+def test_only_what_is_too_long_for_certain_fails_for_its_context() -> None:
+    narrow = offer("a", resources={"context_tokens": 1000})
+    wide = offer("b", resources={"context_tokens": 100_000})
+    certain = {"text": "x" * math.ceil(1000 * MOST_TOKEN_BYTES + 1)}
+    assert nodes(chosen(narrow, wide, task=certain)) == ["b"]
+    error = problem(narrow, task=certain, function="echo")
+    assert isinstance(error, InvalidTask)
+    assert "the context holds 1000" in error.message
+    doubtful = {"text": "x" * 4500}
+    assert nodes(chosen(narrow, task=doubtful)) == ["a"]
+    assert nodes(chosen(narrow, wide, task=doubtful))[0] == "b"
+    fitting = chosen(narrow, task={"text": "x" * 2500}).explanation["candidates"][0]
+    assert fitting["terms"]["fit"] == 1
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        {"presence": "offline"},
+        {"presence": None},
+        {"silent": True},
+        {"presence": "draining"},
+        {"presence": "sleeping"},
+        {"cordoned": True},
+    ],
+)
+def test_a_node_that_is_away_or_closed_gets_nothing(view: dict[str, Any]) -> None:
+    error = problem(offer("a", 0.9, view))
+    assert isinstance(error, NoCapableNode)
+    assert error.retryable
+
+
+def test_an_expired_lease_is_no_offer() -> None:
+    assert isinstance(problem(offer(expires_at=0)), NoCapableNode)
+
+
+def test_full_nodes_are_overloaded_with_a_time() -> None:
+    slow = FunctionLoad(queued=2, concurrency=1, total_ms=800, instances=1)
+    view = load({"echo": slow}, running=1, capacity=1, queued=2, queue_limit=2)
+    error = problem(offer("a", 0.9, view))
+    assert isinstance(error, Overloaded)
+    assert error.retry_after_ms == 1600
+
+
+def test_memory_counts_for_a_function_that_is_not_running() -> None:
+    need: dict[str, Any] = {"resources": {"memory_bytes": 100}}
+    cold, warm = FunctionLoad(instances=0), FunctionLoad(instances=1)
+    tight = {"memory_free_bytes": 50}
+    error = problem(offer("a", 0.9, load({"echo": cold}, **tight), **need))
+    assert isinstance(error, Overloaded)
+    assert "needs 100 bytes, 50 are free: 50 too few" in error.message
+    assert nodes(chosen(offer("a", 0.9, load({"echo": warm}, **tight), **need))) == ["a"]
+
+
+def test_who_does_not_answer_is_left_alone() -> None:
+    breakers = Breakers()
+    for _ in range(3):
+        breakers.learn("a", "echo", False, 0)
+    assert nodes(chosen(offer("a", 0.9), offer("b"), breakers=breakers)) == ["b"]
+    error = problem(offer("a", 0.9), breakers=breakers)
+    assert isinstance(error, NoCapableNode)
+    assert error.retryable
+    assert "3 invocations in a row were lost" in error.message
+    assert nodes(chosen(offer("a", 0.9), breakers=breakers, now=1_000)) == ["a"]
+
+
+def test_what_cannot_be_done_in_time_is_not_begun() -> None:
+    long = offer("a", 0.9, busy(total_ms=900, least_ms=500))
+    error = problem(long, deadline=400)
+    assert isinstance(error, DeadlineExceeded)
+    assert "500 ms at the soonest (wait 0, run 500), 400 ms are left" in error.message
+    assert nodes(chosen(long, deadline=600)) == ["a"]
+
+
+def test_a_wait_that_nothing_shortens_is_an_overload() -> None:
+    held = offer("a", 0.9, busy(wait_ms=700, total_ms=900))
+    error = problem(held, deadline=400)
+    assert isinstance(error, Overloaded)
+    assert error.retry_after_ms == 700
+
+
+def test_who_waits_at_the_node_is_overtaken_by_what_is_more_urgent() -> None:
+    """Nodes serve the nearest deadline first: the queue alone refuses nothing here."""
+    queue = offer("a", 0.9, busy(queued=3, total_ms=200))
+    idle = offer("b", 0.9, busy(total_ms=200))
+    assert nodes(chosen(queue, deadline=400)) == ["a"]
+    assert nodes(chosen(queue, idle, deadline=400)) == ["b", "a"]
+
+
+def test_of_a_time_to_the_first_output_half_is_sure() -> None:
+    slow = offer("a", 0.9, resources={"first_ms": 500})
+    assert isinstance(problem(slow, deadline=200), DeadlineExceeded)
+    assert nodes(chosen(slow, deadline=300)) == ["a"]
+
+
+def test_nothing_known_refuses_nothing() -> None:
+    assert nodes(chosen(offer("a"), deadline=1)) == ["a"]
+
+
+def test_a_gate_that_was_not_reached_is_not_called_passed() -> None:
+    request = Request(Task(text="x", policy=TaskPolicy(zones=("y",))), None, deadline=10)
+    one = Gatekeeper(request, now=0).judge(offer(), thorough=False)
+    assert set(one.failed) == {"zones"}
+    told = one.describe(gates.GATES)["gates"]
+    assert told["deadline"] == "not looked at"
+    assert told["data"] == "pass"

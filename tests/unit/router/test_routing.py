@@ -1,0 +1,220 @@
+"""One decision from its parts: rules, search, offers, selection, and what is learnt of it."""
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capability_schemas.capability import CapabilityPolicy, CatalogRecord, Cost
+from capability_schemas.errors import NoCapableNode, PolicyDenied
+from capability_schemas.node import NodeLoad, NodeState
+from capability_schemas.task import FunctionRef, Task, TaskPolicy
+from registry.encoders import EncoderThread
+from registry.search import CapabilitySearch
+from router.catalogue import Fleet
+from router.events import Choice
+from router.meaning import Meaning
+from router.routing import TaskRouting, Wanted
+from router.rules import RuleBook, RuleFile
+from router.selection import Selection
+from router.settings import RouterSettings
+from router.whatif import Supposition
+from support.capabilities import bare_record, make_record
+from support.encoders import WordEncoder
+
+WORDS = WordEncoder()
+NOW = 1_000_000
+
+
+class World:
+    """A router's decisions over a fleet of the test's making."""
+
+    def __init__(self, encoder: EncoderThread, path: Path) -> None:
+        self.fleet = Fleet()
+        self.rules = RuleFile(path / "rules.toml")
+        self.meaning = Meaning(search=CapabilitySearch(space=WORDS.space), encoder=encoder)
+        self.routing = TaskRouting(
+            meaning=self.meaning, fleet=self.fleet, settings=RouterSettings(), rules=self.rules
+        )
+
+    def offer(self, record: CatalogRecord, *, busy: int = 0) -> None:
+        self.fleet.admit(record)
+        self.meaning.upsert(record)
+        self.fleet.hear_state(NodeState(node=record.node, state="birth", epoch=1, at=1), NOW)
+        load = NodeLoad(node=record.node, epoch=1, at=1, capacity=4, queue_limit=4, running=busy)
+        self.fleet.hear_load(load, NOW)
+
+    async def select(self, client: str = "pump-7", **task: Any) -> Selection:
+        wanted = wanted_of(client, **task)
+        return self.routing.select(wanted, await self.routing.embed(wanted), NOW)
+
+    async def explain(self, supposed: Supposition | None = None, **task: Any) -> dict[str, Any]:
+        wanted = wanted_of(**task)
+        query = await self.routing.embed(wanted)
+        more = {} if supposed is None else {"supposed": supposed}
+        return self.routing.explain(wanted, query, NOW, candidates=64, **more)
+
+
+def wanted_of(client: str = "pump-7", **fields: Any) -> Wanted:
+    task = Task(**fields)
+    function = FunctionRef.parse(task.function) if task.function else None
+    return Wanted(client, task, function, NOW + task.timeout_ms)
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    async with EncoderThread(encoder=WORDS) as encoder:
+        yield World(encoder, tmp_path)
+
+
+async def test_a_session_stays_with_its_node(world: World) -> None:
+    for node in ("a", "b", "c"):
+        world.offer(make_record(WORDS, node))
+    wanted = wanted_of(function="echo", session="s")
+    before = world.routing.select(wanted, None, NOW)
+    assert before.choices[0].node == "a"
+    world.routing.remember(wanted, next(one for one in before.choices if one.node == "c"), NOW)
+    assert world.routing.select(wanted, None, NOW).choices[0].node == "c"
+    stranger = wanted_of("pump-8", function="echo", session="s")
+    assert world.routing.select(stranger, None, NOW).choices[0].node == "a"
+
+
+async def test_what_may_not_run_does_not_crowd_out_what_may(world: World) -> None:
+    for number in range(30):
+        text = f"echo this text number {number}"
+        world.offer(
+            make_record(
+                WORDS, f"n{number}", f"echo_{number}", description=text, examples=(text, text)
+            )
+        )
+    granted = CapabilityPolicy(grants=("actuate",))
+    world.offer(
+        make_record(
+            WORDS,
+            "granted",
+            "repeat",
+            description="echo words that somebody has said before",
+            examples=("say this text again", "echo what I told you"),
+            policy=granted,
+        )
+    )
+    policy = TaskPolicy(grants=("actuate",))
+    selection = await world.select(text="echo this text", policy=policy)
+    assert [choice.node for choice in selection.choices] == ["granted"]
+    told = await world.explain(text="echo this text", policy=policy)
+    assert told["demands"] == [["grant:actuate"]]
+    assert len(told["candidates"]) > 5
+    assert told["chosen"] == ["granted", "repeat"]
+    assert len(selection.explain()["candidates"]) <= 16
+
+
+async def test_when_nobody_may_the_nearest_are_named(world: World) -> None:
+    world.offer(make_record(WORDS, "a"))
+    selection = await world.select(text="echo this text", policy=TaskPolicy(zones=("hall-9",)))
+    assert isinstance(selection.problem, PolicyDenied)
+    assert selection.problem.detail["nearest"][0]["node"] == "a"
+
+
+async def test_rules_narrow_the_policy_and_hold_for_named_functions_too(world: World) -> None:
+    world.offer(make_record(WORDS, "a", policy=CapabilityPolicy(external=True)))
+    world.offer(make_record(WORDS, "b", cost=Cost(money=3.0)))
+    world.rules.book = RuleBook.parse(
+        '[[rule]]\nname = "stay"\nwhen = { client = "pump-*" }\n'
+        'policy = { local_only = true }\nroute = "cheapest"\n'
+    )
+    for task in ({"text": "echo this text"}, {"function": "echo"}):
+        selection = await world.select(**task)
+        assert [choice.node for choice in selection.choices] == ["b"]
+        assert selection.explain()["prefer"] == "cheapest"
+        assert selection.explain()["rules"]["matched"] == ["stay"]
+        assert (await world.select("gauge-1", **task)).choices[0].node == "a"
+    own = wanted_of(function="echo", policy=TaskPolicy(max_cost=5.0))
+    assert world.routing.policy(own) == TaskPolicy(max_cost=5.0, local_only=True)
+    fastest = await world.select(function="echo", prefer="fastest")
+    assert fastest.explain()["prefer"] == "fastest"
+
+
+@pytest.mark.parametrize("task", [{"function": "echo"}, {"text": "echo this text"}])
+async def test_of_thousands_of_nodes_few_are_looked_at(world: World, task: dict[str, Any]) -> None:
+    template = make_record(WORDS, "n")
+    for number in range(2_000):
+        price = Cost(money=float(abs(number - 1_234)))
+        made = template.model_copy(update={"node": f"n{number:04}", "cost": price})
+        world.offer(made, busy=0 if number % 50 == 0 else 3)
+    plain = await world.select(**task)
+    assert plain.explain()["looked_at"] < 100
+    assert plain.explain()["more"]
+    assert world.fleet.node(plain.choices[0].node).busy == 0
+    assert (await world.select(prefer="cheapest", **task)).choices[0].node == "n1234"
+    wanted = wanted_of(session="s", **task)
+    world.routing.remember(wanted, Choice("n0777", "echo", "1.0.0", 1.0), NOW)
+    session = await world.select(session="s", **task)
+    assert "n0777" in {choice.node for choice in session.choices}
+
+
+async def test_those_away_are_passed_over_to_the_last_that_may(world: World) -> None:
+    template = make_record(WORDS, "n")
+    for number in range(400):
+        world.offer(template.model_copy(update={"node": f"n{number:04}"}))
+        if number != 399:
+            world.fleet.node(f"n{number:04}").cordoned = True
+    selection = await world.select(function="echo")
+    assert [choice.node for choice in selection.choices] == ["n0399"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "hint"), [("ecko", "did you mean echo?"), ("zzz", "offers the function zzz")]
+)
+async def test_an_unknown_name_is_answered_with_what_it_may_mean(
+    world: World, asked: str, hint: str
+) -> None:
+    world.offer(bare_record("a"))
+    world.offer(bare_record("b"))
+    selection = await world.select(function=asked)
+    assert isinstance(selection.problem, NoCapableNode)
+    assert hint in selection.problem.message
+    assert selection.problem.detail["nearest"][0]["node"] == "a"
+    assert selection.explain()["candidates"] == []
+
+
+async def test_outcomes_change_later_decisions(world: World) -> None:
+    for node in ("a", "b"):
+        world.offer(make_record(WORDS, node))
+    for _ in range(8):
+        world.routing.learn("a", "echo", "failed", NOW)
+    assert (await world.select(function="echo")).choices[0].node == "b"
+    told = await world.explain(function="echo")
+    weighted = {row["node"]: row["weighted"]["reputation"] for row in told["candidates"]}
+    assert weighted["a"] < 0 == weighted["b"]
+    for verdict in ("refused", "unsure"):
+        world.routing.learn("b", "echo", verdict, NOW)  # type: ignore[arg-type]  # a literal
+    assert (await world.explain(function="echo")) == told
+    for _ in range(3):
+        world.routing.learn("b", "echo", "lost", NOW)
+    assert [one.node for one in (await world.select(function="echo")).choices] == ["a"]
+    told = await world.explain(function="echo")
+    gates = {row["node"]: row["gates"]["breaker"] for row in told["candidates"]}
+    assert "lost" in gates["b"]
+
+
+async def test_a_supposition_changes_what_is_told_and_nothing_else(world: World) -> None:
+    for node in ("a", "b"):
+        world.offer(make_record(WORDS, node))
+    before = await world.explain(text="echo this text")
+    supposed = Supposition(gone=("a",), cost={"b": 2.0}, weights={"cost": 0.5})
+    then = await world.explain(supposed, text="echo this text")
+    assert (before["chosen"], then["chosen"]) == (["a", "echo"], ["b", "echo"])
+    (kept,) = [row for row in then["candidates"] if row["node"] == "b"]
+    assert kept["weighted"]["cost"] == -0.5
+    assert await world.explain(text="echo this text") == before
+
+
+async def test_weights_hold_from_the_next_decision_on(world: World) -> None:
+    world.offer(make_record(WORDS, "a"), busy=3)
+    world.offer(make_record(WORDS, "b", cost=Cost(money=1.0)))
+    change: Callable[..., Any] = world.routing.weights.changed
+    world.routing.weights = change({"load": 0.5, "cost": 0.0})
+    assert (await world.select(function="echo")).choices[0].node == "b"
+    world.routing.weights = change({"load": 0.0, "cost": 0.5})
+    assert (await world.select(function="echo")).choices[0].node == "a"
