@@ -82,6 +82,8 @@ class BrokerTraits:
             nobody can take over the session of another identity.
         revokes_at_once: Connections of a removed identity are cut on reload.
         limits_packets: Enforces ``packet_limit_bytes``; otherwise every receiver has to.
+        tls: Can listen with TLS.
+        certificates: Takes the identity from a client's certificate; others want a password.
     """
 
     mqtt5: bool
@@ -93,6 +95,8 @@ class BrokerTraits:
     binds_client_id: bool
     revokes_at_once: bool
     limits_packets: bool
+    tls: bool
+    certificates: bool
 
 
 class BrokerEngine(Protocol):
@@ -105,8 +109,13 @@ class BrokerEngine(Protocol):
         """``mqtt://host:port`` of the running broker."""
         ...
 
+    @property
+    def tls_port(self) -> int:
+        """TCP port of the listener with TLS, 0 where there is none."""
+        ...
+
     async def reload_access(self) -> None:
-        """Make changed credentials count, for connected clients too."""
+        """Make changed credentials, and certificate files, count, for connected clients too."""
         ...
 
     async def wait(self) -> int:
@@ -290,6 +299,7 @@ class ChildEngine:
     """
 
     name = "broker"
+    traits: BrokerTraits
 
     def __init__(
         self, *, settings: EngineSettings, credentials: CredentialStore, topics: Topics
@@ -365,6 +375,14 @@ class ChildEngine:
         self.settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self.settings.port:
             check_port(self.settings.host, self.settings.port)
+        tls = self.settings.tls
+        if tls is not None:
+            if not self.traits.tls:
+                raise ConfigurationError(
+                    f"the {self.name} broker is not run with TLS by FOAM: use embedded or mosquitto"
+                )
+            if tls.port:
+                check_port(tls.host, tls.port)
         self.credentials.refresh()
         try:
             async with asyncio.timeout(_READY_TIMEOUT_S):
@@ -408,6 +426,8 @@ class ForeignEngine(ChildEngine):
         """Start the child on the port asked for, or on a free one, and wait until it answers."""
         for attempt in range(_PORT_TRIES):
             port = self.settings.port or free_port(self.settings.host)
+            tls = self.settings.tls
+            self._tls_port = 0 if tls is None else tls.port or free_port(tls.host)
             self._write_access()
             await self._child.start(self._command(port))
             while self._child.is_running:

@@ -3,9 +3,11 @@
 Own configuration, port and data folder; nothing of the system's installation is touched. Access is
 a password file and an access file compiled from the one table, read again on SIGHUP.
 
-What it does not do: bind a client id to an identity (a device may take over the session of another
-client id; its rights stay its own). Its dynamic security plugin can, at the price of rules that
-live in the broker.
+With TLS it shows its certificate and checks passwords as without.
+
+What it does not do: take identities from certificates, as we run it; bind a client id to an
+identity (a device may take over the session of another client id; its rights stay its own). Its
+dynamic security plugin can, at the price of rules that live in the broker.
 """
 
 import os
@@ -36,6 +38,8 @@ class MosquittoBroker(ForeignEngine):
         binds_client_id=False,
         revokes_at_once=True,
         limits_packets=True,
+        tls=True,
+        certificates=False,
     )
 
     @staticmethod
@@ -71,6 +75,7 @@ class MosquittoBroker(ForeignEngine):
         lines = [
             "per_listener_settings false",
             f"listener {port} {settings.host}",
+            *self._tls_lines(),
             "allow_anonymous false",
             f"password_file {passwords}",
             f"acl_file {acl}",
@@ -95,3 +100,15 @@ class MosquittoBroker(ForeignEngine):
             # Started by root it keeps the rights its parent has anyway; run FOAM as a user.
             lines.append("user root")
         return "\n".join(lines) + "\n"
+
+    def _tls_lines(self) -> list[str]:
+        tls = self.settings.tls
+        if tls is None:
+            return []
+        return [
+            f"listener {self.tls_port} {tls.host}",
+            f"cafile {tls.ca_file}",
+            f"certfile {tls.cert_file}",
+            f"keyfile {tls.key_file}",
+            "tls_version tlsv1.2",  # at least
+        ]

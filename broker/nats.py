@@ -50,6 +50,8 @@ class NatsBroker(ForeignEngine):
         binds_client_id=False,
         revokes_at_once=True,
         limits_packets=False,
+        tls=False,
+        certificates=False,
     )
 
     def __init__(

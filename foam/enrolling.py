@@ -46,7 +46,7 @@ from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode, encode
 from foam.mesh import Identity
 
-__all__ = ["Papers", "enroll", "store_papers", "tls_files"]
+__all__ = ["Papers", "enroll", "store_papers"]
 
 _ASK_AGAIN_S: Final = 5.0
 _CONNECT_S: Final = 10.0
@@ -232,15 +232,6 @@ def _checked(
 def _facts() -> dict[str, str]:
     """What an operator would like to know who decides."""
     return {"host": platform.node()[:256], "system": f"{platform.system()} {platform.machine()}"}
-
-
-def tls_files(folder: Path, identity: str) -> TlsSettings:
-    """Return where the TLS files of an enrolled member are."""
-    return TlsSettings(
-        ca_file=folder / f"{identity}.tls.ca",
-        cert_file=folder / f"{identity}.tls.crt",
-        key_file=folder / f"{identity}.tls.key",
-    )
 
 
 def store_papers(papers: Papers, folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """A member of a mesh as its own process sees it: who it is, and where it connects."""
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -9,10 +9,11 @@ from pydantic import SecretStr
 
 from broker.access.policy import Role
 from broker.session.settings import BrokerUrl
+from broker.tls import TlsSettings
 from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.errors import ConfigurationError, NotFound
 from capability_schemas.topics import DEFAULT_SITE
-from foam.mesh import Identity, MeshFolder, MeshRecord
+from foam.mesh import Identity, MeshFolder, MeshRecord, tls_files
 from foam.settings import Settings
 
 __all__ = ["Member"]
@@ -29,6 +30,7 @@ class Member:
         site: Site level of the topics.
         username: Name to log on with.
         password: Its password.
+        tls: Its certificate files, and whom it trusts, where it was enrolled.
         is_new: Whether it was made just now, so that a running broker may not know it yet.
     """
 
@@ -38,6 +40,7 @@ class Member:
     site: str
     username: str | None
     password: SecretStr | None
+    tls: TlsSettings = field(default_factory=TlsSettings)
     is_new: bool = False
 
     @classmethod
@@ -93,6 +96,9 @@ class Member:
             username, password = url.username, url.password
         if settings.username is not None:
             username, password = settings.username, settings.password
+        tls = tls_files(where, identity)
+        if settings.ca is not None:
+            tls = tls.model_copy(update={"ca_file": settings.ca})
         site = (
             settings.site or identity.site or (record.site if record is not None else DEFAULT_SITE)
         )
@@ -103,5 +109,6 @@ class Member:
             site=site,
             username=username,
             password=password,
+            tls=tls,
             is_new=is_new and (record is None or record.own_broker),
         )

@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError, field_se
 
 from broker.access.credentials import CredentialStore, write_private
 from broker.access.policy import Role
+from broker.tls import TlsSettings
 from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.errors import ConfigurationError, Conflict, NotFound
 from capability_schemas.ids import Identifier, check_identifier
@@ -133,6 +134,8 @@ class MeshRecord(_Stored):
         device: Credentials to ask with.
         admin: Credentials to administrate with.
         own_broker: Whether ``foam`` runs the broker (and may write its access rules).
+        public: Where members on other machines connect, with TLS.
+        certificates: Whether the broker knows members by their certificates.
     """
 
     broker: str
@@ -142,6 +145,8 @@ class MeshRecord(_Stored):
     device: Person
     admin: Person
     own_broker: bool = True
+    public: tuple[str, ...] = ()
+    certificates: bool = False
 
 
 class MeshFolder:
@@ -345,6 +350,18 @@ class MeshFolder:
         """Say where the mesh is, for other terminals."""
         _write(self._record, record.model_dump_json(indent=1))
 
+    def public_brokers(self) -> tuple[str, ...]:
+        """Return where members on other machines connect; empty where that is not known."""
+        with contextlib.suppress(NotFound):
+            return self.record().public
+        return ()
+
+    def takes_certificates(self) -> bool:
+        """Tell whether the broker of this mesh knows members by their certificates."""
+        with contextlib.suppress(NotFound):
+            return self.record().certificates
+        return False
+
     def record(self) -> MeshRecord:
         """Read where the mesh is.
 
@@ -374,6 +391,21 @@ def load_key(identity: Identity, folder: Path) -> SigningKey:
     if identity.signing_key is None:
         raise ConfigurationError(f"identity {identity.id} ({identity.role}) has no signing key")
     return SigningKey.load(folder / identity.signing_key)
+
+
+def tls_files(folder: Path, identity: Identity) -> TlsSettings:
+    """Return the TLS files beside an identity file, as far as it has them.
+
+    Args:
+        folder: Folder of the identity file.
+        identity: Whose.
+    """
+    if not identity.tls:
+        return TlsSettings()
+    trusted, own = folder / f"{identity.id}.tls.ca", folder / f"{identity.id}.tls.crt"
+    if not own.exists():
+        return TlsSettings(ca_file=trusted)
+    return TlsSettings(ca_file=trusted, cert_file=own, key_file=folder / f"{identity.id}.tls.key")
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 A value is taken from, in this order: the command line (or a keyword argument), the environment, the
 default.
 Environment variables are named ``FOAM_`` plus the field name in capitals: ``FOAM_DATA``,
-``FOAM_URL``, ``FOAM_USERNAME``, ``FOAM_PASSWORD``, ``FOAM_SITE``, ``FOAM_ENCODER``,
+``FOAM_URL``, ``FOAM_USERNAME``, ``FOAM_PASSWORD``, ``FOAM_CA``, ``FOAM_SITE``, ``FOAM_ENCODER``,
 ``FOAM_ENCODER_BACKEND``, ``FOAM_MODEL``, ``FOAM_WATCH``, ``FOAM_MODELS``, ``FOAM_MODELS_BUDGET``,
 ``FOAM_HUB``, ``FOAM_HUB_TOKEN``, ``FOAM_OFFLINE``, ``FOAM_RULES``, ``FOAM_LOG_LEVEL``. A variable
 that looks like a misspelling of one of these is refused: ``FOAM_PASWORD`` must not silently mean
@@ -50,6 +50,8 @@ class Settings(BaseModel):
         username: Authenticated name to use with ``url``; it is also the ``{client}`` level of the
             topics.
         password: Password of ``username``.
+        ca: PEM file of the authorities to trust at a broker with TLS; None: those that the identity
+            was enrolled with, else the system's.
         site: Level ``{site}`` of every topic; None means the site that the data folder names, or
             ``local``.
         encoder: Folder of the exported ONNX encoder; None means the default folder of
@@ -75,6 +77,7 @@ class Settings(BaseModel):
     url: str | None = None
     username: Identifier | None = None
     password: SecretStr | None = None
+    ca: Path | None = None
     site: Identifier | None = None
     encoder: Path | None = None
     encoder_backend: Literal["onnx", "sentence_transformers"] = "onnx"

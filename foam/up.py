@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from broker.access.policy import Role
 from broker.lifecycle import ProcessEnd
 from broker.session.settings import BrokerUrl
 from capability_schemas.errors import ConfigurationError, FoamError
+from foam.listening import Listeners
 from foam.logging import configure_logging
 from foam.mesh import ADMIN_ID, DEVICE_ID, REGISTRY_ID, ROUTER_ID, MeshFolder, MeshRecord, Person
 from foam.nodefile import NodeHead
@@ -43,8 +44,7 @@ class UpPlan:
 
     Attributes:
         broker: Name of an engine of `foam.wiring.ENGINES`, a broker URL, or None to choose.
-        host: Address the broker listens on.
-        port: Its port; 0 takes a free one.
+        listeners: Where a broker of our own listens.
         site: Site level of the topics.
         nodes: Declarations of the nodes to run.
         policy: When crashed children are restarted; the default when None.
@@ -52,8 +52,7 @@ class UpPlan:
     """
 
     broker: str | None
-    host: str
-    port: int
+    listeners: Listeners
     site: str
     nodes: tuple[Path, ...]
     policy: RestartPolicy | None = None
@@ -127,9 +126,12 @@ class _Up:
         external = self._external()
         person = external_person(external) if external is not None else None
         people = await asyncio.to_thread(self._make_identities, names, person)
-        url = str(external) if external is not None else await self._start_broker()
+        facts: Facts = {"url": str(external)} if external else await self._start_broker()
+        url = str(facts["url"])
         record = MeshRecord(
             broker=url,
+            public=tuple(facts.get("public", ())),
+            certificates=bool(facts.get("certificates", False)),
             site=self._plan.site,
             device=people[0],
             admin=people[1],
@@ -189,16 +191,18 @@ class _Up:
 
         return person(DEVICE_ID), person(ADMIN_ID)
 
-    async def _start_broker(self) -> str:
+    async def _start_broker(self) -> Facts:
         engine, reason = choose_engine(self._plan.broker)
         self._say(f"broker: {engine} ({reason})")
 
         def command(facts: Facts | None) -> Sequence[str]:
-            port = self._plan.port
-            if port == 0 and facts is not None:
-                port = BrokerUrl.parse(str(facts["url"])).port
-            arguments = ("--engine", engine, "--host", self._plan.host, "--port", str(port))
-            return self._command(("broker", *arguments, "--site", self._plan.site))
+            listeners = self._plan.listeners
+            if facts is not None:  # it was up before: whoever knows it finds it where it was
+                listeners = replace(listeners, port=BrokerUrl.parse(str(facts["url"])).port)
+                for public in facts.get("public", ())[:1]:
+                    listeners = replace(listeners, tls_port=BrokerUrl.parse(str(public)).port)
+            arguments = ("--engine", engine, *listeners.arguments(), "--site", self._plan.site)
+            return self._command(("broker", *arguments))
 
         child = self._supervisor.add(
             ChildSpec(
@@ -209,7 +213,9 @@ class _Up:
             )
         )
         facts = await child.wait_ready()
-        return str(facts["url"])
+        for public in facts.get("public", ()):
+            self._say(f"broker: with TLS at {public}")
+        return facts
 
     def _add(
         self,
@@ -285,6 +291,7 @@ class _Up:
     ) -> None:
         facts = {
             "broker": record.broker,
+            "public": list(record.public),
             "site": record.site,
             "device": record.device.shown(),
             "admin": record.admin.shown(),

@@ -32,6 +32,7 @@ from capability_schemas.errors import (
 )
 from capability_schemas.ids import now_ms
 from capability_schemas.topics import DEFAULT_SITE, Topics
+from foam.listening import BrokerPapers, Listeners, own_names
 from foam.member import Member
 from foam.mesh import REGISTRY_ID, ROUTER_ID, MeshFolder, load_key
 from foam.nodefile import NodeHead, place_problems, placed
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from node_agent.declaration import Declaration
     from node_agent.declaration.watch import SourceWatch
     from registry.encoders.thread import EncoderThread
+    from registry.store.audit import AuditLog
 
 __all__ = [
     "ENGINES",
@@ -63,6 +65,7 @@ _WAITING_AFTER_S: Final = 3.0
 _WAITING_AGAIN_S: Final = 30.0
 _ACCESS_POLL_S: Final = 0.5
 _ACCESS_TRIES: Final = 5
+_PAPERS_POLL_S: Final = 60.0
 _WATCH_S: Final = 1.0
 """How often a node looks for edits of its declaration, seconds."""
 
@@ -81,6 +84,7 @@ def _session(
             client_id=member.identity.id,
             username=member.username,
             password=member.password,
+            tls=member.tls,
             clean=clean,
         ),
         will=will,
@@ -124,15 +128,14 @@ async def _wait_for_access(member: Member) -> None:
 
 
 async def run_broker(
-    settings: Settings, *, engine: str, host: str, port: int, status: ProcessStatus
+    settings: Settings, *, engine: str, listeners: Listeners, status: ProcessStatus
 ) -> int:
     """Run a broker over the identities of the data folder until told to end.
 
     Args:
         settings: Data folder and site.
         engine: One of `ENGINES`.
-        host: Address to listen on.
-        port: Port; 0 takes a free one.
+        listeners: Where to listen.
         status: Where readiness is reported.
 
     Raises:
@@ -144,14 +147,28 @@ async def run_broker(
     folder = MeshFolder(settings.data).prepare()
     store = CredentialStore(folder.credentials_file)
     passwords = folder.passwords() if engine == "nats" else {}
+    site = settings.site or DEFAULT_SITE
+    papers: BrokerPapers | None = None
+    if listeners.tls_host is not None:
+        names = dict.fromkeys((*own_names(listeners.tls_host), *listeners.names))
+        papers = BrokerPapers(folder, site=site, names=list(names))
+        await asyncio.to_thread(papers.refresh)
 
     async def assemble(process: Process) -> Mapping[str, Any]:
         made = _engine(
-            engine, folder, host=host, port=port, site=settings.site, passwords=passwords
+            engine, folder, listeners=listeners, papers=papers, site=site, passwords=passwords
         )
         runner = await process.enter(_EngineRunner(made))
-        process.spawn(_follow_access(store, made, passwords, folder), name="access")
-        return {"url": runner.engine.url, "engine": engine}
+        process.spawn(_follow_access(store, made, passwords, folder, papers), name="access")
+        return {
+            "url": runner.engine.url,
+            "engine": engine,
+            "certificates": papers is not None and made.traits.certificates,
+            "public": [
+                f"mqtts://{f'[{name}]' if ':' in name else name}:{runner.engine.tls_port}"
+                for name in (papers.names if papers is not None else ())
+            ],
+        }
 
     return await run_process(Process(name="broker", assemble=assemble, status=status))
 
@@ -187,15 +204,22 @@ def _engine(
     name: str,
     folder: MeshFolder,
     *,
-    host: str,
-    port: int,
-    site: str | None,
+    listeners: Listeners,
+    papers: BrokerPapers | None,
+    site: str,
     passwords: Mapping[str, str],
 ) -> "BrokerEngine":
     from broker.engine import EngineSettings
 
-    settings = EngineSettings(data_dir=folder.broker_data, host=host, port=port)
-    credentials, topics = folder.credentials(), Topics(site=site or DEFAULT_SITE)
+    settings = EngineSettings(
+        data_dir=folder.broker_data,
+        host=listeners.host,
+        port=listeners.port,
+        tls=papers.listener(listeners.tls_host, listeners.tls_port)
+        if papers is not None and listeners.tls_host is not None
+        else None,
+    )
+    credentials, topics = folder.credentials(), Topics(site=site)
     if name == "mosquitto":
         from broker.mosquitto import MosquittoBroker
 
@@ -220,13 +244,23 @@ def engine_available(name: str) -> bool:
 
 
 async def _follow_access(
-    store: Any, engine: "BrokerEngine", passwords: dict[str, str], folder: MeshFolder
+    store: Any,
+    engine: "BrokerEngine",
+    passwords: dict[str, str],
+    folder: MeshFolder,
+    papers: BrokerPapers | None,
 ) -> None:
-    """Have the broker read its access files again when the credentials change."""
+    """Have the broker read its access and certificate files again when they change."""
+    looked_at = asyncio.get_running_loop().time()
     while True:
         await asyncio.sleep(_ACCESS_POLL_S)
+        now = asyncio.get_running_loop().time()
         try:
-            if not await asyncio.to_thread(store.refresh):
+            changed = await asyncio.to_thread(store.refresh)
+            if papers is not None and now - looked_at > _PAPERS_POLL_S:
+                looked_at = now
+                changed = await asyncio.to_thread(papers.refresh) or changed
+            if not changed:
                 continue
             if passwords:
                 passwords.update(await asyncio.to_thread(folder.passwords))
@@ -259,9 +293,13 @@ async def run_registry(
     Raises:
         FoamError: It cannot start or go on.
     """
+    from broker.access.authority import Authority
+    from broker.events import EventSource
     from registry.admission import ALL_DATA, Identity
+    from registry.enrollment import EnrollmentDesk, EnrollmentService
     from registry.service import RegistryService
     from registry.store import SqliteStore
+    from registry.store.audit import AuditLog
 
     member = await asyncio.to_thread(
         Member.resolve,
@@ -273,6 +311,22 @@ async def run_registry(
     folder = MeshFolder(settings.data).prepare()
     credentials = folder.credentials()
 
+    key = load_key(member.identity, member.folder)
+    topics = Topics(site=member.site)
+
+    def desk() -> EnrollmentDesk:
+        with_tls = folder.authority.exists()
+        return EnrollmentDesk(
+            path=folder.enrollment_file,
+            site=member.site,
+            registry_id=member.identity.id,
+            key=key,
+            credentials=credentials,
+            authority=Authority(folder.authority, site=member.site) if with_tls else None,
+            brokers=lambda: folder.public_brokers() or (member.url,),
+            certificates=folder.takes_certificates(),
+        )
+
     def enrolled(node: str) -> Identity | None:
         credentials.refresh()
         known = credentials.identities().get(node)
@@ -283,22 +337,53 @@ async def run_registry(
     async def assemble(process: Process) -> Mapping[str, Any]:
         encoder = await _encoder(process, settings)
         store = await process.enter(SqliteStore(path=folder.registry_database))
+        trail = await process.hold(_AuditTrail(AuditLog(folder.audit_trail, key=key)))
         session = _session(member)
         await _connect(process, session, member.url)
+        events = EventSource(
+            session=session,
+            topics=topics,
+            source=member.identity.id,
+            component="registry",
+            clock=now_ms,
+        )
+        enrollment = EnrollmentService(
+            session=session,
+            topics=topics,
+            desk=await asyncio.to_thread(desk),
+            trail=trail,
+            emit=events.emit,
+            registry_id=member.identity.id,
+        )
+        await process.enter(enrollment)
         await process.enter(
             RegistryService(
                 session=session,
-                topics=Topics(site=member.site),
+                topics=topics,
                 store=store,
                 encoder=encoder,
-                key=load_key(member.identity, member.folder),
+                key=key,
                 identities=enrolled,
                 registry_id=member.identity.id,
+                verbs=enrollment.verbs,
             )
         )
         return {"id": member.identity.id}
 
     return await run_process(Process(name=member.identity.id, assemble=assemble, status=status))
+
+
+class _AuditTrail:
+    """The audit trail as an async context, for its file is opened at once."""
+
+    def __init__(self, log: "AuditLog") -> None:
+        self._log = log
+
+    async def __aenter__(self) -> "AuditLog":
+        return self._log.__enter__()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._log.__exit__()
 
 
 class _IndexThread:

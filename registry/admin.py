@@ -26,6 +26,9 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 _HISTORY_LIMIT: Final = 1_000
 
+Verb = Callable[[dict[str, Any], str], Awaitable[Any]]
+"""A verb of another part of the registry: arguments, and who asks."""
+
 
 class RegistryAdmin:
     """Answers requests on ``admin/{registry}/{client}``.
@@ -51,7 +54,7 @@ class RegistryAdmin:
         counts: Counter[str],
         registry_id: str,
         clock: Callable[[], int],
-        more: Mapping[str, Callable[[dict[str, Any], str], Awaitable[Any]]] | None = None,
+        more: Mapping[str, Verb] | None = None,
     ) -> None:
         self._session = session
         self._topics = topics

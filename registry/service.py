@@ -12,7 +12,7 @@ tried again and published only when it is kept.
 import asyncio
 import hashlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import structlog
@@ -32,7 +32,7 @@ from capability_schemas.node import NodeState
 from capability_schemas.signing import SigningKey, sign, verify
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode, encode
-from registry.admin import RegistryAdmin
+from registry.admin import RegistryAdmin, Verb
 from registry.admission import (
     Admitted,
     Identities,
@@ -76,6 +76,7 @@ class RegistryService(Service):
         identities: looks nodes up.
         registry_id: identity of this registry.
         settings: limits and intervals.
+        verbs: further verbs for administrators, which are told who asks.
         clock: UTC milliseconds.
     """
 
@@ -90,6 +91,7 @@ class RegistryService(Service):
         identities: Identities,
         registry_id: str,
         settings: RegistrySettings | None = None,
+        verbs: Mapping[str, Verb] | None = None,
         clock: Callable[[], int] = now_ms,
     ) -> None:
         super().__init__(service_id=registry_id)
@@ -125,6 +127,7 @@ class RegistryService(Service):
             counts=self.counts,
             registry_id=registry_id,
             clock=clock,
+            more=verbs,
         )
 
     async def _on_start(self) -> None:

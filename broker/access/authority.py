@@ -109,6 +109,39 @@ def read_request(pem: str, identity: str) -> _PublicKey:
     return _strong(key)
 
 
+@dataclass(frozen=True, slots=True)
+class CertificateFacts:
+    """What a certificate says of itself.
+
+    Attributes:
+        names: Names, addresses and URIs that it is good for.
+        not_before: Begin of its validity, UTC milliseconds.
+        not_after: End of its validity, UTC milliseconds.
+    """
+
+    names: frozenset[str]
+    not_before: int
+    not_after: int
+
+    def left(self, now: int) -> float:
+        """Return the share of its time that is left, 1 to below 0."""
+        return (self.not_after - now) / max(1, self.not_after - self.not_before)
+
+
+def read_certificate(pem: str) -> CertificateFacts | None:
+    """Read a certificate; None when it is none, or names nothing."""
+    try:
+        found = x509.load_pem_x509_certificate(pem.encode())
+        named = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (ValueError, x509.ExtensionNotFound):
+        return None
+    return CertificateFacts(
+        names=frozenset(str(entry.value) for entry in named),
+        not_before=round(found.not_valid_before_utc.timestamp() * 1000),
+        not_after=round(found.not_valid_after_utc.timestamp() * 1000),
+    )
+
+
 def check_certificate(pem: str, *, key: str, identity: str) -> None:
     """Make sure that a certificate that was granted is for our own key and name.
 

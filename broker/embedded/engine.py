@@ -24,6 +24,8 @@ class EmbeddedBroker(ChildEngine):
         binds_client_id=True,
         revokes_at_once=True,
         limits_packets=True,
+        tls=True,
+        certificates=True,
     )
 
     @staticmethod

@@ -74,7 +74,7 @@ def create(
     as_json: JsonOption = False,
 ) -> None:
     """Make a join token; it is shown once, alone on standard output."""
-    given = {
+    given: dict[str, Any] = {
         "names": name,
         "zones": zone,
         "grants": grant,
@@ -82,7 +82,7 @@ def create(
         "approve": approve,
         "replace": replace,
     }
-    args = {field: value for field, value in given.items() if value}
+    args: dict[str, Any] = {field: value for field, value in given.items() if value}
 
     def draw(answer: dict[str, Any]) -> None:
         sys.stderr.write(f"token {answer['id']}, good until {_time(answer['expires_at'])}\n")
@@ -114,9 +114,9 @@ def _milliseconds(text: str) -> int:
 def list_tokens(settings: Settings, *, as_json: JsonOption = False) -> None:
     """List the tokens that may still be used; their secrets are not known any more."""
 
-    def draw(rows: Any) -> None:
+    def draw(answer: dict[str, Any]) -> None:
         table = new_table("token", "role", "uses left", "good until", "for", "made by")
-        for row in rows:
+        for row in answer["tokens"]:
             table.add_row(
                 row["id"],
                 row["role"],
@@ -229,9 +229,9 @@ def _token_text(given: str) -> str:
 def enrollments(settings: Settings, *, as_json: JsonOption = False) -> None:
     """List newcomers that wait for a decision."""
 
-    def draw(rows: Any) -> None:
+    def draw(answer: dict[str, Any]) -> None:
         table = new_table("id", "role", "asked", "host", "system", "key", "token")
-        for row in rows:
+        for row in answer["enrollments"]:
             facts = row.get("facts") or {}
             table.add_row(
                 row["id"],
@@ -309,9 +309,9 @@ def show_audit(
 ) -> None:
     """Show the latest entries, newest last."""
 
-    def draw(rows: Any) -> None:
+    def draw(answer: dict[str, Any]) -> None:
         table = new_table("number", "when", "who", "what", "whom", "more")
-        for row in reversed(rows):
+        for row in reversed(answer["entries"]):
             table.add_row(
                 str(row["number"]),
                 _time(row["at"]),

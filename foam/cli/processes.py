@@ -12,6 +12,7 @@ from capability_schemas.errors import ConfigurationError, FoamError
 from foam.cli.app import app, run_async
 from foam.cli.codes import CODES_EPILOG, exit_code
 from foam.cli.connection import DataOption, SiteOption, connected, process_settings
+from foam.listening import DEFAULT_TLS_PORT, Listeners
 from foam.settings import Settings, load_settings
 from foam.status import ProcessStatus
 
@@ -28,7 +29,31 @@ __all__ = [
 _DEFAULT_PORT: Final = 1883
 
 SupervisedOption = Annotated[bool, typer.Option("--supervised", hidden=True)]
-HostOption = Annotated[str, typer.Option("--host", help="Address the broker listens on.")]
+HostOption = Annotated[
+    str,
+    typer.Option(
+        "--host",
+        help="Address the broker listens on: with TLS, unless it is loopback, and without it on "
+        "127.0.0.1.",
+    ),
+]
+TlsPortOption = Annotated[
+    int, typer.Option("--tls-port", help="Port with TLS; 0 takes a free one.", min=0, max=65535)
+]
+TlsNameOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tls-name",
+        help="Further name or address that clients reach the broker by; may be repeated.",
+    ),
+]
+TlsOption = Annotated[bool, typer.Option("--tls", help="Listen with TLS on loopback too.")]
+PlainOption = Annotated[
+    bool,
+    typer.Option(
+        "--plain", help="No TLS on an address that others reach: only on a network you trust."
+    ),
+]
 PortOption = Annotated[
     int, typer.Option("--port", help="Its port; 0 takes a free one.", min=0, max=65535)
 ]
@@ -46,6 +71,10 @@ def up(
     *,
     port: PortOption = _DEFAULT_PORT,
     host: HostOption = "127.0.0.1",
+    tls: TlsOption = False,
+    tls_port: TlsPortOption = DEFAULT_TLS_PORT,
+    tls_name: TlsNameOption = None,
+    plain: PlainOption = False,
     data: DataOption = None,
     broker: Annotated[
         str | None,
@@ -77,8 +106,9 @@ def up(
     settings = load_settings(data=data, site=site)
     plan = UpPlan(
         broker=broker,
-        host=host,
-        port=port,
+        listeners=Listeners.of(
+            host, port, tls_port=tls_port, names=tls_name or (), plain=plain, tls=tls
+        ),
         site=settings.site or "local",
         nodes=tuple(path.absolute() for path in node) if node else _named_nodes(nodes),
         supervised=supervised,
@@ -102,8 +132,15 @@ def broker(
     engine: Annotated[
         str | None, typer.Option("--engine", help="embedded, mosquitto or nats.")
     ] = None,
-    host: HostOption = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", help="Address the broker listens on without TLS.")
+    ] = "127.0.0.1",
     port: PortOption = _DEFAULT_PORT,
+    tls_host: Annotated[
+        str | None, typer.Option("--tls-host", help="Address it listens on with TLS.")
+    ] = None,
+    tls_port: TlsPortOption = DEFAULT_TLS_PORT,
+    tls_name: TlsNameOption = None,
     data: DataOption = None,
     site: SiteOption = None,
     supervised: SupervisedOption = False,
@@ -117,7 +154,14 @@ def broker(
 
     async def main() -> int:
         name, _ = choose_engine(engine)
-        return await run_broker(settings, engine=name, host=host, port=port, status=status)
+        listeners = Listeners(
+            host=host,
+            port=port,
+            tls_host=tls_host,
+            tls_port=tls_port,
+            names=tuple(tls_name or ()),
+        )
+        return await run_broker(settings, engine=name, listeners=listeners, status=status)
 
     run_reporting(main(), status)
 

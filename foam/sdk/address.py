@@ -1,10 +1,11 @@
 """Which mesh to talk to, and as whom."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydantic import SecretStr
 
 from broker.session.settings import BrokerUrl
+from broker.tls import TlsSettings
 from capability_schemas.errors import ConfigurationError, NotFound
 from capability_schemas.ids import is_identifier
 from foam.mesh import ROUTER_ID, MeshFolder, MeshRecord, Person
@@ -24,6 +25,7 @@ class MeshAddress:
         username: Name to log on with; None at a broker that asks for none.
         password: Its password.
         router: Router that answers administration.
+        tls: How to check a broker with TLS.
     """
 
     url: str
@@ -32,6 +34,7 @@ class MeshAddress:
     username: str | None
     password: SecretStr | None
     router: str = ROUTER_ID
+    tls: TlsSettings = field(default_factory=TlsSettings)
 
 
 def external_person(url: BrokerUrl) -> Person | None:
@@ -93,4 +96,5 @@ def find_mesh(settings: Settings, *, admin: bool = False) -> MeshAddress:
         username=person.username if person is not None else None,
         password=person.password if person is not None else None,
         router=own.router if own is not None else ROUTER_ID,
+        tls=TlsSettings(ca_file=settings.ca),
     )

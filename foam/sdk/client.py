@@ -212,6 +212,7 @@ class MeshClient:
                 client_id=f"{self.client}-{secrets.token_hex(4)}",
                 username=address.username,
                 password=address.password,
+                tls=address.tls,
             )
         )
         self._inbox = ReplyInbox(session=self._session, topics=self._topics, client=self.client)

@@ -79,7 +79,8 @@ class EnrollmentDesk:
         key: Signs passports and replies.
         credentials: Who may log on at the broker; members are written there.
         authority: Signs certificates; None where the site has no TLS: everybody gets a password.
-        brokers: Where members connect to.
+        brokers: Tells where members connect to.
+        certificates: Whether the broker takes certificates; else everybody gets a password.
         clock: UTC milliseconds.
 
     Raises:
@@ -95,7 +96,8 @@ class EnrollmentDesk:
         key: SigningKey,
         credentials: CredentialStore,
         authority: Authority | None,
-        brokers: Sequence[str],
+        brokers: Callable[[], Sequence[str]],
+        certificates: bool = True,
         clock: Callable[[], int] = now_ms,
     ) -> None:
         self._site = site
@@ -109,6 +111,7 @@ class EnrollmentDesk:
             key=key,
             authority=authority,
             brokers=brokers,
+            certificates=certificates,
             clock=clock,
         )
         self._book = EnrollmentBook(path)

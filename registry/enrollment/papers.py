@@ -29,7 +29,8 @@ class PaperOffice:
         registry_id: Who vouches.
         key: Signs passports.
         authority: Signs certificates; None where the site has no TLS.
-        brokers: Where members connect to.
+        brokers: Tells where members connect to.
+        certificates: Whether the broker takes certificates; else everybody gets a password.
         clock: UTC milliseconds.
     """
 
@@ -40,14 +41,16 @@ class PaperOffice:
         registry_id: str,
         key: SigningKey,
         authority: Authority | None,
-        brokers: Sequence[str],
+        brokers: Callable[[], Sequence[str]],
+        certificates: bool = True,
         clock: Callable[[], int],
     ) -> None:
         self._site = site
         self._registry_id = registry_id
         self._key = key
         self._authority = authority
-        self._brokers = tuple(brokers)
+        self._brokers = brokers
+        self._certificates = certificates
         self._clock = clock
 
     def certify(self, request: EnrollRequest, role: Role) -> Certificate | None:
@@ -62,7 +65,7 @@ class PaperOffice:
         """
         if role in SIGNING_ROLES and request.public_key is None:
             raise ProtocolError(f"a {role.value} needs a signing key: public_key is missing")
-        if request.csr is None:
+        if request.csr is None or not self._certificates:
             return None
         if self._authority is None:
             raise AccessDenied("this site signs no certificates: leave the signing request out")
@@ -112,7 +115,7 @@ class PaperOffice:
                 "site": self._site,
                 "certificate": certificate.pem if certificate is not None else None,
                 "authority": self._authority.bundle if self._authority is not None else None,
-                "brokers": self._brokers,
+                "brokers": tuple(self._brokers()),
                 "passport": passport,
                 "registries": {self._registry_id: self._key.public},
                 "sealed": sealed,

@@ -6,7 +6,7 @@ holds a token can have it work only so often.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
@@ -27,11 +27,9 @@ from capability_schemas.errors import (
 )
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode, encode, first_problem
+from registry.admin import Verb
 from registry.enrollment.desk import Answer, EnrollmentDesk
 from registry.store.audit import AuditLog
-
-Verb = Callable[[dict[str, Any], str], Awaitable[Any]]
-"""Answers an operator: arguments, and who asks."""
 
 _QUEUE: Final = 1_000
 _PER_SECOND: Final = 5.0
@@ -198,10 +196,11 @@ class EnrollmentService(Service):
 
     async def _tokens(self, args: dict[str, Any], _client: str) -> Any:
         _only(args, set())
-        return [
+        rows = [
             {"id": name, **token.model_dump(mode="json", exclude={"proof_key"})}
             for name, token in sorted(self._desk.tokens().items())
         ]
+        return {"tokens": rows[:_PAGE], "more": len(rows[_PAGE:])}
 
     async def _token_revoke(self, args: dict[str, Any], client: str) -> Any:
         _only(args, {"token"})
@@ -225,7 +224,7 @@ class EnrollmentService(Service):
                     "public_key": request.public_key,
                 }
             )
-        return rows
+        return {"enrollments": rows[:_PAGE], "more": len(rows[_PAGE:])}
 
     async def _approve(self, args: dict[str, Any], client: str) -> Any:
         _only(args, {"id"})
@@ -258,7 +257,7 @@ class EnrollmentService(Service):
         limit = min(_PAGE, _whole(args, "limit", 50))
         before = _whole(args, "before", 0) or None
         entries = await self._run(lambda: self._trail.latest(limit, before=before))
-        return [entry.describe() for entry in entries]
+        return {"entries": [entry.describe() for entry in entries]}
 
 
 def _only(args: dict[str, Any], known: set[str]) -> None:

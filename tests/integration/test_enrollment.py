@@ -25,8 +25,8 @@ from capability_schemas.errors import (
 )
 from capability_schemas.signing import SigningKey
 from capability_schemas.topics import TopicKind, Topics
-from foam.enrolling import enroll, store_papers, tls_files
-from foam.mesh import Identity
+from foam.enrolling import enroll, store_papers
+from foam.mesh import Identity, tls_files
 from registry.enrollment import EnrollmentDesk, EnrollmentService
 from registry.store.audit import AuditLog, verify_trail
 
@@ -67,15 +67,12 @@ class Mesh:
     def session(self, path, **changes):
         """A session of an enrolled member, made from its files alone."""
         member = Identity.read(path)
-        tls = tls_files(path.parent, member.id)
-        if member.password is not None:
-            tls = TlsSettings(ca_file=tls.ca_file)
         fields = {
             "urls": (self.url,),
             "client_id": member.id,
             "username": member.username,
             "password": member.password,
-            "tls": tls,
+            "tls": tls_files(path.parent, member),
         }
         return MqttSession(settings=SessionSettings(**fields | changes))
 
@@ -123,7 +120,7 @@ async def mesh(tmp_path):
             key=KEY,
             credentials=credentials,
             authority=authority,
-            brokers=["mqtts://broker.test:8883"],
+            brokers=lambda: ["mqtts://broker.test:8883"],
         )
         trail = stack.enter_context(AuditLog(tmp_path / "audit.sqlite", key=KEY))
         service = EnrollmentService(
@@ -192,7 +189,7 @@ async def test_an_operator_lets_a_newcomer_in(mesh, eventually):
     told: list[str] = []
     joining = asyncio.create_task(mesh.join(token, waiting=told.append))
     await eventually(lambda: bool(mesh.desk.waiting))
-    waiting = await mesh.service.verbs["enrollments"]({}, "admin-1")
+    waiting = (await mesh.service.verbs["enrollments"]({}, "admin-1"))["enrollments"]
     assert [row["id"] for row in waiting] == ["edge-1"]
     assert waiting[0]["facts"]["host"]
     await eventually(lambda: bool(told))

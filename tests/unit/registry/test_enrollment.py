@@ -42,7 +42,7 @@ class Site:
             key=REGISTRY,
             credentials=self.credentials,
             authority=self.authority if tls else None,
-            brokers=["mqtts://broker.test:8883"],
+            brokers=lambda: ["mqtts://broker.test:8883"],
             clock=self.clock,
         )
 
