@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
@@ -46,7 +46,14 @@ from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode, encode
 from foam.mesh import Identity
 
-__all__ = ["Papers", "enroll", "store_papers"]
+__all__ = [
+    "Papers",
+    "enroll",
+    "renewal_request",
+    "renewed",
+    "store_papers",
+    "store_renewal",
+]
 
 _ASK_AGAIN_S: Final = 5.0
 _CONNECT_S: Final = 10.0
@@ -229,6 +236,111 @@ def _checked(
     return Papers(reply, password, key, tls_key if reply.certificate is not None else None)
 
 
+def renewal_request(
+    identity: Identity, key: SigningKey, *, site: str, clock: Callable[[], int] = now_ms
+) -> tuple[EnrollRequest, str | None]:
+    """Make the request of a member for new papers, signed with the key that is known of it.
+
+    Args:
+        identity: The member.
+        key: Its signing key.
+        site: Its site.
+        clock: UTC milliseconds.
+
+    Returns:
+        The request, and the new TLS key (PEM) that it asks a certificate for, if it has one.
+    """
+    tls_key, csr = make_key_and_request(identity.id) if identity.tls else (None, None)
+    request = EnrollRequest(
+        nonce=new_uuid7(),
+        id=identity.id,
+        role=identity.role.value,
+        site=site,
+        at=clock(),
+        public_key=key.public,
+        csr=csr,
+        facts=_facts(),
+    )
+    return sign(request, key), tls_key
+
+
+def renewed(
+    payload: bytes, request: EnrollRequest, tls_key: str | None, identity: Identity
+) -> Papers | None:
+    """Check the answer to a renewal.
+
+    Args:
+        payload: As received.
+        request: What was asked.
+        tls_key: The key the certificate is for.
+        identity: Who asked; its registries are believed, and nobody else.
+
+    Returns:
+        The papers; None when the message is no answer to this request.
+
+    Raises:
+        AccessDenied: The registry refused.
+        ProtocolError: The answer is no grant of a registry that we know.
+    """
+    reply: EnrollReply = decode(EnrollReply, payload, limit_bytes=ENROLL_LIMIT_BYTES)
+    if reply.nonce != request.nonce:
+        return None
+    if not any(_is_by(payload, public) for public in identity.registries.values()):
+        raise BadSignature("the answer is not signed by a registry that we know")
+    if reply.status == "refused":
+        raise AccessDenied(f"the registry refused: {reply.reason}", retryable=reply.retryable)
+    passport = reply.passport
+    if passport is None or passport.public_key != request.public_key:
+        raise BadSignature("the answer holds no passport for our key")
+    if reply.certificate is not None:
+        check_certificate(reply.certificate, key=tls_key or "", identity=request.id)
+    return Papers(reply, None, None, tls_key if reply.certificate is not None else None)
+
+
+def _is_by(payload: bytes, public: str) -> bool:
+    try:
+        verify(payload, public)
+    except BadSignature:
+        return False
+    return True
+
+
+def store_renewal(papers: Papers, identity: Identity, folder: Path) -> Identity:
+    """Write renewed papers beside an identity file, and the file itself.
+
+    Args:
+        papers: As ``renewed`` returned them.
+        identity: Whose.
+        folder: Folder of the identity file.
+
+    Returns:
+        The identity as it is now.
+
+    Raises:
+        ConfigurationError: A file cannot be written.
+    """
+    reply = papers.reply
+    made = identity.model_copy(
+        update={
+            "passport": reply.passport,
+            "registries": {**identity.registries, **reply.registries},
+            "renew_at": reply.renew_at,
+        }
+    )
+    try:
+        for name, text in _tls_texts(papers).items():
+            write_private(folder / f"{identity.id}.{name}", text)
+        write_private(
+            folder / f"{identity.id}.json",
+            made.model_dump_json(indent=1, exclude_none=True) + "\n",
+        )
+    except OSError as error:
+        raise ConfigurationError(
+            f"{folder} cannot be written: {error.strerror or error}"
+        ) from error
+    return made
+
+
 def _facts() -> dict[str, str]:
     """What an operator would like to know who decides."""
     return {"host": platform.node()[:256], "system": f"{platform.system()} {platform.machine()}"}
@@ -286,7 +398,11 @@ def store_papers(papers: Papers, folder: Path) -> Path:
     return path
 
 
-def _tls_texts(papers: Papers) -> Mapping[str, Any]:
-    reply = papers.reply
-    found = {"tls.ca": reply.authority, "tls.crt": reply.certificate, "tls.key": papers.tls_key}
-    return {name: text for name, text in found.items() if text is not None}
+def _tls_texts(papers: Papers) -> Mapping[str, str]:
+    """Return what belongs into which file; key and certificate in one, so that they always fit."""
+    reply, found = papers.reply, {}
+    if reply.authority is not None:
+        found["tls.ca"] = reply.authority
+    if papers.tls_key is not None and reply.certificate is not None:
+        found["tls.pem"] = papers.tls_key + reply.certificate
+    return found

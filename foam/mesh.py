@@ -7,7 +7,7 @@
       credentials.json       0600  who may log on, hashed (broker.access.credentials)
       identities/<id>.json   0600  one identity: role, username, password, broker, site
       identities/<id>.key    0600  its Ed25519 signing key (nodes, routers and the registry)
-      identities/<id>.tls.*  0600  its TLS key and certificate, and whom it trusts (if enrolled)
+      identities/<id>.tls.pem, .tls.ca  0600  its TLS key with certificate; whom it trusts
       broker/                      the broker's own files
       enrollment.json        0600  join tokens (not their secrets), who waits, who was revoked
       audit.sqlite           0600  the audit trail
@@ -402,10 +402,10 @@ def tls_files(folder: Path, identity: Identity) -> TlsSettings:
     """
     if not identity.tls:
         return TlsSettings()
-    trusted, own = folder / f"{identity.id}.tls.ca", folder / f"{identity.id}.tls.crt"
+    trusted, own = folder / f"{identity.id}.tls.ca", folder / f"{identity.id}.tls.pem"
     if not own.exists():
         return TlsSettings(ca_file=trusted)
-    return TlsSettings(ca_file=trusted, cert_file=own, key_file=folder / f"{identity.id}.tls.key")
+    return TlsSettings(ca_file=trusted, cert_file=own, key_file=own)
 
 
 def _write(path: Path, text: str) -> None:

@@ -109,6 +109,22 @@ async def _connect(process: Process, session: MqttSession, url: str) -> None:
             return
 
 
+def _keep_papers(process: Process, member: Member, session: MqttSession) -> None:
+    """Have an enrolled member renew its papers as long as it runs."""
+    from foam.renewal import Renewal
+
+    if member.identity.renew_at is None:
+        return
+    renewal = Renewal(
+        identity=member.identity,
+        folder=member.folder,
+        key=load_key(member.identity, member.folder),
+        session=session,
+        topics=Topics(site=member.site),
+    )
+    process.spawn(renewal.keep(), name="papers")
+
+
 async def _wait_for_access(member: Member) -> None:
     """Wait until the running broker has read the access rules of a member made just now.
 
@@ -464,6 +480,7 @@ async def run_router(
         # First the subscriptions: a kept session hands over what waited for it as it connects.
         await router.listen()
         await _connect(process, session, member.url)
+        _keep_papers(process, member, session)
         await process.enter(router)
         return {"id": member.identity.id}
 
@@ -555,6 +572,7 @@ async def run_node(
         if member.is_new:
             await _wait_for_access(member)
         await _connect(process, session, member.url)
+        _keep_papers(process, member, session)
         await process.enter(mesh)
         await process.enter(agents[0])
         if not await agents[0].wait_warm(_WARM_S):

@@ -91,6 +91,12 @@ def _below(kind: TopicKind, *own: str) -> Grant:
     return Grant(Action.SUBSCRIBE, kind, own, subtree=True)
 
 
+_RENEWING: Final = (
+    _publish(TopicKind.ENROLL, "request"),
+    _subscribe(TopicKind.ENROLL_REPLY, "request"),
+)
+"""What a newcomer may with its join token, and a member under its own name to renew its papers."""
+
 _DEVICE: Final = (
     _publish(TopicKind.TASK, "client"),
     _publish(TopicKind.CANCEL, "client"),
@@ -109,6 +115,7 @@ _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
         Role.DEVICE: _DEVICE,
         Role.NODE: (
             *_DEVICE,  # what runs on a node may ask the mesh: the tools of an agent
+            *_RENEWING,
             _publish(TopicKind.CAPABILITY, "node"),
             _publish(TopicKind.NODE_STATE, "node"),
             _publish(TopicKind.NODE_LOAD, "node"),
@@ -122,6 +129,7 @@ _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
             _subscribe(TopicKind.NODE_LOAD),  # of its neighbours, to name one when it is full
         ),
         Role.ROUTER: (
+            *_RENEWING,
             _below(TopicKind.TASK),
             _below(TopicKind.CATALOG),
             _subscribe(TopicKind.NODE_STATE),
@@ -152,16 +160,14 @@ _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
         ),
         Role.ADMIN: (
             *_DEVICE,
+            *_RENEWING,
             *_OBSERVER,
             _publish(TopicKind.ADMIN, "client"),
             _below(TopicKind.CAPABILITY),
             _below(TopicKind.REPORT),
         ),
         Role.OBSERVER: _OBSERVER,
-        Role.ENROLLEE: (
-            _publish(TopicKind.ENROLL, "request"),
-            _subscribe(TopicKind.ENROLL_REPLY, "request"),
-        ),
+        Role.ENROLLEE: _RENEWING,
     }
 )
 

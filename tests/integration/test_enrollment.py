@@ -26,7 +26,8 @@ from capability_schemas.errors import (
 from capability_schemas.signing import SigningKey
 from capability_schemas.topics import TopicKind, Topics
 from foam.enrolling import enroll, store_papers
-from foam.mesh import Identity, tls_files
+from foam.mesh import Identity, load_key, tls_files
+from foam.renewal import Renewal
 from registry.enrollment import EnrollmentDesk, EnrollmentService
 from registry.store.audit import AuditLog, verify_trail
 
@@ -266,3 +267,40 @@ async def test_a_half_written_enrollment_can_be_repeated(mesh):
     assert json.loads(path.read_text())["id"] == "edge-1"
     with pytest.raises(ConfigurationError, match="exists"):
         store_papers(papers, folder)
+
+
+async def test_a_member_renews_its_papers_over_the_session_it_has(mesh, monkeypatch):
+    path = store_papers(await mesh.join(await mesh.token(zones=["hall-3"])), mesh.folder / "new")
+    before = Identity.read(path)
+    serials = mesh.credentials.identities()["edge-1"].serials
+    async with mesh.session(path) as session:
+        await session.wait_connected(20)
+        renewal = Renewal(
+            identity=before,
+            folder=path.parent,
+            key=load_key(before, path.parent),
+            session=session,
+            topics=TOPICS,
+        )
+        await renewal.renew()
+        await mesh.engine.reload_access()
+        await session.publish(TOPICS.build(TopicKind.NODE_STATE, node="edge-1"), b"{}")
+    after = Identity.read(path)
+    assert after == renewal.identity
+    assert after.passport != before.passport
+    assert after.attested == before.attested
+    mesh.credentials.refresh()
+    assert mesh.credentials.identities()["edge-1"].serials[1:] == serials
+    async with mesh.session(path) as session:  # with the new certificate
+        await session.wait_connected(20)
+        thief = Renewal(
+            identity=after,
+            folder=path.parent,
+            key=SigningKey.generate(),
+            session=session,
+            topics=TOPICS,
+        )
+        monkeypatch.setattr("foam.renewal._ANSWER_S", 1.0)
+        with pytest.raises(Unavailable, match="did not answer"):
+            await thief.renew()  # another key than the known one: nobody answers
+    assert Identity.read(path) == after

@@ -77,8 +77,16 @@ PUBLISHED = {
         "report/router-1/x",
         "reply/c/t/x",
         "event/x/k",
+        "enroll/x",
     ),
-    Role.ROUTER: ("invoke/n", "control/n", "reply/c/t/x", "router/x/state", "event/x/k"),
+    Role.ROUTER: (
+        "invoke/n",
+        "control/n",
+        "reply/c/t/x",
+        "router/x/state",
+        "event/x/k",
+        "enroll/x",
+    ),
     Role.REGISTRY: (
         "catalog/n/f",
         "control/n",
@@ -87,13 +95,20 @@ PUBLISHED = {
         "reply/c/t/x",
         "event/x/k",
     ),
-    Role.ADMIN: ("task/x", "task/x/cancel", "task/x/resume", "admin/router-1/x"),
+    Role.ADMIN: ("task/x", "task/x/cancel", "task/x/resume", "admin/router-1/x", "enroll/x"),
     Role.OBSERVER: (),
     Role.ENROLLEE: ("enroll/x",),
 }
 SUBSCRIBED = {
     Role.DEVICE: ("reply/x/#", "reply/x/+/+", "reply/x/t/n"),
-    Role.NODE: ("reply/x/#", "invoke/x", "control/x", "artifact/x/+", "router/+/state"),
+    Role.NODE: (
+        "reply/x/#",
+        "invoke/x",
+        "control/x",
+        "artifact/x/+",
+        "router/+/state",
+        "enroll/x/reply",
+    ),
     Role.ROUTER: (
         "task/#",
         "task/+/cancel",
@@ -104,6 +119,7 @@ SUBSCRIBED = {
         "reply/#",
         "admin/x/+",
         "router/+/state",
+        "enroll/x/reply",
     ),
     Role.REGISTRY: (
         "capability/#",

@@ -1,0 +1,143 @@
+"""Joining a running mesh with nothing but a token, by commands and by the script for fleets."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.foam_process import ROOT, FoamProcess, FoamUp, foam_environment, run_foam
+
+pytestmark = [pytest.mark.e2e, pytest.mark.broker, pytest.mark.encoder]
+
+PLANT = '''
+from foam import function
+
+@function(examples=("how much water is in the tank?", "what does the tank hold?"))
+def tank_volume(level_cm: float) -> dict[str, float]:
+    """Compute how much water a tank holds from its level."""
+    return {"litres": level_cm * 20}
+'''
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A mesh without nodes that listens with TLS."""
+    folder = tmp_path_factory.mktemp("site")
+    mesh = FoamUp(
+        folder / "data",
+        *("--nodes", "none", "--broker", "embedded", "--tls", "--tls-port", "0"),
+        *("--tls-name", "broker.test"),
+    )
+    try:
+        yield mesh.wait_ready()
+    finally:
+        mesh.end()
+
+
+def foam(site, *arguments, **options):
+    done = run_foam(*arguments, "--data", str(site.data), **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode()
+
+
+def make_token(site, *options):
+    return foam(site, "token", "create", *options).strip()
+
+
+def enroll(site, folder, token, *options):
+    return run_foam(
+        *("enroll", "--broker", site.facts["public"][0], "--token", "-", "--data", str(folder)),
+        *options,
+        stdin=token.encode(),
+    )
+
+
+def test_a_node_joins_serves_and_is_thrown_out(site, tmp_path):
+    (tmp_path / "plant.py").write_text(PLANT)
+    token = make_token(site, "--zone", "hall-3")
+    joined = enroll(site, tmp_path / "new", token, "--id", "press-7")
+    assert joined.returncode == 0, joined.stderr
+    paper = Path(joined.stdout.decode().strip())
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in paper.parent.iterdir())
+    again = enroll(site, tmp_path / "new", "not even looked at", "--id", "press-7")
+    assert again.returncode == 0
+    assert Path(again.stdout.decode().strip()) == paper
+    node = FoamProcess(
+        *("node", str(tmp_path / "plant.py"), "--identity", str(paper)),
+        *("--url", site.facts["public"][0], "--data", str(tmp_path / "new")),
+    )
+    try:
+        node.wait_line("FOAM NODE READY")
+        asked = foam(
+            site,
+            "ask",
+            "how much water is in the tank?",
+            "--input",
+            '{"level_cm": 2}',
+            timeout_s=60.0,
+        )
+        assert json.loads(asked) == {"litres": 40.0}
+        foam(site, "admin", "revoke", "press-7")
+        assert node.process.wait(20) != 0
+        node.wait_line("refuses the connection of press-7", where="err")
+    finally:
+        node.end()
+    shown = json.loads(foam(site, "audit", "show", "--json"))["entries"]
+    assert [entry["action"] for entry in reversed(shown)][-3:] == [
+        "enrollment_token_created",
+        "enrollment_granted",
+        "enrollment_revoked",
+    ]
+    assert "whole" in foam(site, "audit", "verify")
+
+
+def test_what_is_wrong_with_a_token_is_said(site, tmp_path):
+    token = make_token(site, "--role", "router")
+    wrong_role = enroll(site, tmp_path / "a", token, "--id", "press-8")
+    assert (wrong_role.returncode, b"for a router, not a node" in wrong_role.stderr) == (13, True)
+    foam(site, "token", "revoke", token.split(".")[1])
+    gone = enroll(site, tmp_path / "b", token, "--id", "press-8", "--timeout", "20")
+    assert gone.returncode == 13
+    assert b"ask for a new one" in gone.stderr
+    cut = enroll(site, tmp_path / "c", token[:40], "--id", "press-8")
+    assert cut.returncode == 20
+    assert token[20:40].encode() not in cut.stderr
+    assert "no join token" not in foam(site, "token", "list")
+
+
+def test_the_script_for_fleets_may_run_twice(site, tmp_path):
+    token = make_token(site)
+    binary = tmp_path / "bin"
+    binary.mkdir()
+    (binary / "foam").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m foam "$@"\n')
+    (binary / "foam").chmod(0o755)
+    environment = foam_environment(
+        FOAM_TOKEN=token, PATH=f"{binary}{os.pathsep}{os.environ['PATH']}"
+    )
+    command = [
+        *("sh", str(ROOT / "deploy" / "enroll-node.sh"), "--no-service"),
+        *("--broker", site.facts["public"][0], "--id", "press-9"),
+        *("--data", str(tmp_path / "fleet")),
+    ]
+    for said in ("has joined mqtts://", "has joined already"):
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert said in done.stderr
+        environment.pop("FOAM_TOKEN", None)
+    assert (tmp_path / "fleet" / "identities" / "press-9.json").exists()
+    without = subprocess.run(
+        [*command[:-1], str(tmp_path / "other")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert without.returncode == 1
+    assert "no join token" in without.stderr
