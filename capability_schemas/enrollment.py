@@ -19,6 +19,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
+import rfc8785
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes, hpke
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -207,9 +208,13 @@ def check_proof(payload: bytes | EnrollRequest | EnrollReply, proof_key: bytes) 
         else payload.model_dump(mode="json", exclude_none=True)
     )
     given = fields.get("proof") if isinstance(fields, dict) else None
-    if not isinstance(given, str) or not hmac.compare_digest(
-        given.encode(), _proof(fields, proof_key).encode()
-    ):
+    try:
+        passes = isinstance(given, str) and hmac.compare_digest(
+            given.encode(), _proof(fields, proof_key).encode()
+        )
+    except (ValueError, rfc8785.CanonicalizationError):  # text that is none (RFC 8259, 8.2)
+        passes = False
+    if not passes:
         raise BadSignature("the sender does not know the join token, or the message was altered")
 
 

@@ -69,7 +69,7 @@ DOORS = {
     "paho": {"broker/session/mqtt.py", "foam/demo/device.py"},
     "py3langid": {"router/rules/language.py"},
     "re2": {"router/rules/patterns.py"},
-    "rfc8785": {"capability_schemas/signing.py"},
+    "rfc8785": {"capability_schemas/enrollment.py", "capability_schemas/signing.py"},
     "rich": {"foam/"},
     "scipy": {"foam/demo/"},
     "semantic_version": {"capability_schemas/"},
