@@ -1,0 +1,91 @@
+"""What every member's process does first: a session, a connection, papers that stay fresh."""
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+from broker.session.mqtt import MqttSession
+from broker.session.settings import SessionSettings
+from capability_schemas.errors import AccessDenied, BrokerUnavailable
+from capability_schemas.topics import Topics
+from foam.member import Member
+from foam.mesh import load_key
+from foam.process import Process
+
+if TYPE_CHECKING:
+    from broker.session.base import WillFactory
+
+ACCESS_POLL_S: Final = 0.5
+"""How often a broker looks whether its credentials have changed, seconds."""
+
+_WAITING_AFTER_S: Final = 3.0
+_WAITING_AGAIN_S: Final = 30.0
+_ACCESS_TRIES: Final = 5
+
+
+def member_session(
+    member: Member, will: "WillFactory | None" = None, *, clean: bool = True
+) -> MqttSession:
+    """Make a member's session; its MQTT client id is the identity (PROTOCOL section 6)."""
+    return MqttSession(
+        settings=SessionSettings(
+            urls=(member.url,),
+            client_id=member.identity.id,
+            username=member.username,
+            password=member.password,
+            tls=member.tls,
+            clean=clean,
+        ),
+        will=will,
+    )
+
+
+async def connect(process: Process, session: MqttSession, url: str) -> None:
+    """Enter the session and wait for the broker, saying so when it takes long.
+
+    Raises:
+        AccessDenied: The broker refuses the identity.
+    """
+    await process.enter(session)
+    patience_s = _WAITING_AFTER_S
+    while True:
+        try:
+            await session.wait_connected(patience_s)
+        except BrokerUnavailable:
+            process.status.waiting(f"the broker {url} does not answer; waiting for it")
+            patience_s = _WAITING_AGAIN_S
+        else:
+            return
+
+
+def keep_papers(process: Process, member: Member, session: MqttSession) -> None:
+    """Have an enrolled member renew its papers as long as it runs."""
+    from foam.renewal import Renewal
+
+    if member.identity.renew_at is None:
+        return
+    renewal = Renewal(
+        identity=member.identity,
+        folder=member.folder,
+        key=load_key(member.identity, member.folder),
+        session=session,
+        topics=Topics(site=member.site),
+    )
+    process.spawn(renewal.keep(), name="papers")
+
+
+async def wait_for_access(member: Member) -> None:
+    """Wait until the running broker has read the access rules of a member made just now.
+
+    A refusal is final for a session, so this asks with sessions of its own. Returns after a bounded
+    number of refusals, and when the broker is not there: the member's own session tells.
+    """
+    for _ in range(_ACCESS_TRIES):
+        await asyncio.sleep(2 * ACCESS_POLL_S)
+        try:
+            async with member_session(member) as session:
+                await session.wait_connected(_WAITING_AFTER_S)
+        except AccessDenied:
+            continue
+        except BrokerUnavailable:
+            pass
+        return
