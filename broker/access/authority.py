@@ -38,6 +38,17 @@ _SKEW: Final = timedelta(minutes=5)
 
 _LEAST_RSA_BITS: Final = 2048
 _CURVES: Final = (ec.SECP256R1, ec.SECP384R1)
+_UNREADABLE: Final = (
+    ValueError,
+    TypeError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""What the library raises for structures that are none."""
+
 _PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublicKey
 
 
@@ -95,7 +106,7 @@ def read_request(pem: str, identity: str) -> _PublicKey:
         key = request.public_key()
         names = [(part.oid, part.value) for part in request.subject]
         extensions = list(request.extensions)
-    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature) as exc:
+    except _UNREADABLE as exc:
         raise ProtocolError(f"signing request cannot be read: {exc}") from exc
     if not sound:
         raise ProtocolError("signing request is not signed with the key it brings")
@@ -133,7 +144,7 @@ def read_certificate(pem: str) -> CertificateFacts | None:
     try:
         found = x509.load_pem_x509_certificate(pem.encode())
         named = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (ValueError, x509.ExtensionNotFound):
+    except (*_UNREADABLE, x509.ExtensionNotFound):
         return None
     return CertificateFacts(
         names=frozenset(str(entry.value) for entry in named),
@@ -158,7 +169,7 @@ def check_certificate(pem: str, *, key: str, identity: str) -> None:
         own = serialization.load_pem_private_key(key.encode(), password=None)
         names = [(part.oid, part.value) for part in certificate.subject]
         fits = certificate.public_key() == own.public_key()
-    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
+    except _UNREADABLE as exc:
         raise BadSignature(f"the certificate cannot be read: {exc}") from exc
     if not fits or names != [(NameOID.COMMON_NAME, identity)]:
         raise BadSignature("the certificate is not for our key and name")
