@@ -28,6 +28,7 @@ from benchmarks import (  # noqa: E402 - the test folders are no installed packa
     cold_start,
     finish_prediction,
     first_token,
+    identities,
     idle_agent,
     routing_quality,
     routing_scale,
@@ -56,6 +57,8 @@ WITHOUT_MESH: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "prediction": finish_prediction.measure,
     "routing_scale": routing_scale.measure,
     "rules": rule_matching.measure,
+    "identities": identities.measure,
+    "joining": identities.measure_joining,
 }
 ONCE = ("footprint", "fifty")
 """Benchmarks that do not depend on the broker run on the first one only."""
