@@ -96,7 +96,7 @@ async def of_size(count: int) -> dict[str, Any]:
             "members": count,
             "broker starts in ms": round(start_ms, 1),
             "one member more, file ms": add_ms,
-            "reload to disconnect ms": round(cut_ms, 1),
+            "revoked to refused ms": round(cut_ms, 1),
             "right asked again us": warm_us,
             "right asked first us": cold_us,
         }
