@@ -15,6 +15,7 @@ none. Each module is one subject:
 ``invocation``  router to node and back
 ``admin``       administration, enrolment, CloudEvents
 ``functions``   declarations of functions; input against schema
+``validation``  JSON Schemas of strangers, checked in bounded work
 ``problem``     what is wrong with a file, with its line
 ``signing``     canonical bytes and Ed25519
 ``export``      JSON Schemas and the AsyncAPI document, written from the above
