@@ -16,6 +16,7 @@ none. Each module is one subject:
 ``admin``       administration, CloudEvents
 ``enrollment``  join tokens, signing requests, grants
 ``functions``   declarations of functions; input against schema
+``validation``  JSON Schemas of strangers, checked in bounded work
 ``problem``     what is wrong with a file, with its line
 ``signing``     canonical bytes and Ed25519
 ``passport``    whose key a key is, vouched for by the registry

@@ -13,7 +13,7 @@ from semantic_version import Version
 
 from capability_schemas.ids import Identifier
 from capability_schemas.task import DataClass, ShortText
-from capability_schemas.wire import WireModel, WirePart
+from capability_schemas.wire import MAX_COUNT, Count, WireModel, WirePart
 
 Utterance = Annotated[str, StringConstraints(min_length=1, max_length=2_000)]
 
@@ -54,12 +54,12 @@ class Resources(WirePart):
         max_input_bytes: Longest input it takes.
     """
 
-    memory_bytes: Annotated[int, Field(ge=0)] | None = None
-    context_tokens: Annotated[int, Field(ge=1)] | None = None
-    concurrency: Annotated[int, Field(ge=1)] = 1
+    memory_bytes: Count | None = None
+    context_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
+    concurrency: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 1
     first_ms: Annotated[float, Field(ge=0)] | None = None
     token_ms: Annotated[float, Field(ge=0)] | None = None
-    max_input_bytes: Annotated[int, Field(ge=1)] | None = None
+    max_input_bytes: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
 
 
 class Cost(WirePart):
@@ -70,8 +70,8 @@ class Cost(WirePart):
         energy_j: Energy, joules.
     """
 
-    money: Annotated[float, Field(ge=0)] = 0.0
-    energy_j: Annotated[float, Field(ge=0)] = 0.0
+    money: Annotated[float, Field(ge=0, le=MAX_COUNT)] = 0.0
+    energy_j: Annotated[float, Field(ge=0, le=MAX_COUNT)] = 0.0
 
 
 class CapabilityPolicy(WirePart):
@@ -114,8 +114,8 @@ class _Capability(WireModel):
     node: Identifier
     function: Identifier
     version: Annotated[str, StringConstraints(max_length=64)]
-    epoch: Annotated[int, Field(ge=0)]
-    revision: Annotated[int, Field(ge=0)]
+    epoch: Count
+    revision: Count
     description: Utterance
     examples: Annotated[tuple[Utterance, ...], Field(max_length=256)] = ()
     skills: Annotated[tuple[ShortText, ...], Field(max_length=128)] = ()
@@ -126,7 +126,7 @@ class _Capability(WireModel):
     cost: Cost = Cost()
     policy: CapabilityPolicy = CapabilityPolicy()
     model: ModelInfo | None = None
-    expires_at: int | None = None
+    expires_at: Count | None = None
     embedding: str | None = None
     space: EncoderSpace | None = None
     signature: str | None = None

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 from pydantic import ConfigDict, Field, StringConstraints, field_validator
 
@@ -12,11 +12,8 @@ from capability_schemas.capability import CapabilityPolicy, Cost, Utterance, che
 from capability_schemas.errors import ConfigurationError, InvalidTask
 from capability_schemas.ids import Identifier
 from capability_schemas.task import ShortText
+from capability_schemas.validation import Bounds, Undecided, first_problem, schema_problem
 from capability_schemas.wire import DEFAULT_LIMIT_BYTES, WirePart
-
-if TYPE_CHECKING:
-    from jsonschema import Draft202012Validator
-
 
 MAX_OUTPUT_BYTES: Final = DEFAULT_LIMIT_BYTES - 64 * 1024
 """Largest output a function may be allowed: with its event around it, it must pass as a message."""
@@ -115,16 +112,6 @@ class FunctionSpec(WirePart):
         return schema
 
 
-@lru_cache(maxsize=1024)
-def _validator(schema: str) -> "Draft202012Validator":
-    # Imported on first use: an idle node with schema-free functions never pays for it. The empty
-    # registry keeps a hostile "$ref" from fetching anything over the network.
-    from jsonschema import Draft202012Validator  # noqa: PLC0415
-    from referencing import Registry  # noqa: PLC0415
-
-    return Draft202012Validator(json.loads(schema), registry=Registry())
-
-
 _TYPES: Final[Mapping[str, frozenset[type]]] = {
     "string": frozenset({str}),
     "integer": frozenset({int}),
@@ -140,6 +127,25 @@ _REMARKS: Final = frozenset({"$schema", "$comment", "title", "description", "def
 
 _canonical: Final = json.JSONEncoder(sort_keys=True).encode
 """One encoder for all: making one takes longer than a schema."""
+
+
+_SCHEMAS_REMEMBERED: Final = 4_096
+_texts: Final[dict[int, tuple[Mapping[str, Any], str]]] = {}
+
+
+def _text_of(schema: Mapping[str, Any]) -> str:
+    """Return the canonical text of a schema, written once for each object that comes by.
+
+    A router shares one object among equal schemas, and asks of the same ones again and again.
+    """
+    known = _texts.get(id(schema))
+    if known is not None:  # the object is kept, so that nothing else can have its identity
+        return known[1]
+    text = _canonical(schema)
+    if len(_texts) >= _SCHEMAS_REMEMBERED:
+        _texts.clear()
+    _texts[id(schema)] = schema, text
+    return text
 
 
 class _Plain(NamedTuple):
@@ -194,16 +200,14 @@ def check_schema(schema: Mapping[str, Any]) -> None:
     Raises:
         ConfigurationError: It is not; the message names the place.
     """
-    from jsonschema import Draft202012Validator  # noqa: PLC0415
-    from jsonschema.exceptions import SchemaError  # noqa: PLC0415
-
     try:
-        # With the checker of formats, or a pattern that is no regular expression would pass.
-        Draft202012Validator.check_schema(
-            schema, format_checker=Draft202012Validator.FORMAT_CHECKER
+        problem = schema_problem(schema)
+    except RecursionError as exc:
+        raise ConfigurationError("not a JSON Schema: it is nested too deeply") from exc
+    if problem is not None:
+        raise ConfigurationError(
+            f"not a JSON Schema at {problem.json_path}: {problem.message[:500]}"
         )
-    except SchemaError as exc:
-        raise ConfigurationError(f"not a JSON Schema at {exc.json_path}: {exc.message}") from exc
 
 
 def effective_input(text: str | None, value: Any, schema: Mapping[str, Any] | None) -> Any:
@@ -225,32 +229,38 @@ def effective_input(text: str | None, value: Any, schema: Mapping[str, Any] | No
     return taken
 
 
-def check_input(value: Any, schema: Mapping[str, Any] | None) -> None:
+def check_input(
+    value: Any, schema: Mapping[str, Any] | None, *, bounds: Bounds | None = None
+) -> None:
     """Check the input of a function against its schema.
 
     Args:
         value: As ``effective_input`` returns it.
         schema: JSON Schema (2020-12); None admits anything.
+        bounds: For whoever did not write the schema: what cannot be decided within them passes, and
+            is left to the node.
 
     Raises:
         InvalidTask: It does not fit; ``detail["field"]`` is the JSON path of the first problem.
     """
     if schema is None:
         return
-    text = _canonical(schema)
+    text = _text_of(schema)
     plain = _plain(text)
     if plain is not None and plain.admits(value):
         return
-    from jsonschema.exceptions import ValidationError, best_match  # noqa: PLC0415
     from referencing.exceptions import Unresolvable  # noqa: PLC0415
 
-    validator = _validator(text)
     try:
-        problem: ValidationError | None = best_match(validator.iter_errors(value))
-    except Unresolvable as exc:
+        problem = first_problem(value, text, bounds=bounds)
+    except Undecided:
+        return
+    except (Unresolvable, RecursionError) as exc:
         raise InvalidTask(f"input schema cannot be resolved: {exc}", field="input") from exc
     except re.error as exc:
         raise InvalidTask(f"input schema has a broken pattern: {exc}", field="input") from exc
+    except ArithmeticError as exc:
+        raise InvalidTask(f"input holds a number too large to check: {exc}", field="input") from exc
     if problem is not None:
         path = "input" + problem.json_path.removeprefix("$")
         raise InvalidTask(f"{path}: {problem.message[:500]}", field=path)

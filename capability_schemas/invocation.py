@@ -1,6 +1,6 @@
 """What routers and nodes say to each other about one run of a function."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
@@ -9,13 +9,19 @@ from capability_schemas.reply import CascadeStep, Usage
 from capability_schemas.task import Share, TaskPolicy
 from capability_schemas.wire import WireModel, WirePart
 
+UNSURE_LIMIT_BYTES: Final = 256 * 1024
+"""Largest answer that a node hands back as unsure; a larger one goes to the client as it is."""
+
+_MAX_COUNT: Final = 2**53
+
 
 class Cascade(WirePart):
     """Terms on which an answer of one step of a cascade counts.
 
     Attributes:
         accept: Least confidence, 0 to 1. An answer below it goes to the router in a report
-            ``unsure`` and nothing to the client; one that carries no confidence counts as sure.
+            ``unsure`` and nothing to the client; one that carries no confidence counts as sure,
+            and so does one of more than ``UNSURE_LIMIT_BYTES``.
         steps: Earlier steps, to be repeated on the result.
     """
 
@@ -120,9 +126,9 @@ class Report(WireModel):
     status: Literal["admitted", "refused", "failed", "unsure", "finished"]
     code: str | None = None
     reason: str = ""
-    retry_after_ms: int | None = None
+    retry_after_ms: Annotated[int, Field(ge=0, le=_MAX_COUNT)] | None = None
     peer: Identifier | None = None
-    seq: Annotated[int, Field(ge=0)] | None = None
+    seq: Annotated[int, Field(ge=0, le=_MAX_COUNT)] | None = None
     queue_ms: float | None = None
     output: Any = None
     confidence: Share | None = None

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from capability_schemas.ids import Identifier
-from capability_schemas.wire import WireModel, WirePart
+from capability_schemas.wire import MAX_COUNT, Count, WireModel, WirePart
 
 Presence = Literal["birth", "draining", "sleeping", "offline"]
 
@@ -30,7 +30,7 @@ class NodeState(WireModel):
 
     node: Identifier
     state: Presence
-    epoch: Annotated[int, Field(ge=0)]
+    epoch: Count
     at: int
     reason: str = ""
     agent: str | None = None
@@ -43,7 +43,7 @@ class RouterState(WireModel):
 
     router: Identifier
     state: Presence
-    epoch: Annotated[int, Field(ge=0)]
+    epoch: Count
     at: int
     reason: str = ""
 
@@ -63,10 +63,10 @@ class FunctionLoad(WirePart):
         degraded: Whether its instances keep crashing.
     """
 
-    running: Annotated[int, Field(ge=0)] = 0
-    queued: Annotated[int, Field(ge=0)] = 0
-    instances: Annotated[int, Field(ge=0)] = 0
-    concurrency: Annotated[int, Field(ge=1)] = 1
+    running: Count = 0
+    queued: Count = 0
+    instances: Count = 0
+    concurrency: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 1
     first_ms: float | None = None
     total_ms: float | None = None
     least_ms: float | None = None
@@ -90,11 +90,11 @@ class NodeLoad(WireModel):
     """
 
     node: Identifier
-    epoch: Annotated[int, Field(ge=0)]
+    epoch: Count
     at: int
-    queued: Annotated[int, Field(ge=0)] = 0
-    running: Annotated[int, Field(ge=0)] = 0
-    queue_limit: Annotated[int, Field(ge=0)] = 0
-    capacity: Annotated[int, Field(ge=0)] = 0
-    memory_free_bytes: int | None = None
+    queued: Count = 0
+    running: Count = 0
+    queue_limit: Count = 0
+    capacity: Count = 0
+    memory_free_bytes: Annotated[int, Field(ge=-MAX_COUNT, le=MAX_COUNT)] | None = None
     functions: dict[Identifier, FunctionLoad] = Field(default_factory=dict)

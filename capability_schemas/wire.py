@@ -3,9 +3,9 @@
 import json
 import math
 from collections.abc import Iterable
-from typing import Any, ClassVar, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from capability_schemas.errors import MalformedPayload, TooLarge
 
@@ -15,6 +15,11 @@ DEFAULT_LIMIT_BYTES = 4 * 1024 * 1024
 
 MAX_DEPTH: Final = 128
 """How deep arrays and objects may stand in each other; deeper ones could not be encoded again."""
+
+MAX_COUNT: Final = 2**53 - 1
+"""Largest number that every JSON reader knows exactly (RFC 8259 section 6)."""
+
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 
 
 class WirePart(BaseModel):

@@ -20,7 +20,7 @@ from capability_schemas.errors import (
     TooLarge,
 )
 from capability_schemas.functions import FunctionSpec
-from capability_schemas.invocation import Invocation, Report
+from capability_schemas.invocation import UNSURE_LIMIT_BYTES, Invocation, Report
 from capability_schemas.reply import CascadeStep, ErrorEvent, Result, Timing, Usage
 from capability_schemas.signing import digest
 from node_agent.runtimes.base import (
@@ -210,6 +210,7 @@ class Execution:
         self._called_at: int | None = None
         self._scope: asyncio.Timeout | None = None
         self._instance: Instance | None = None
+        self._output_bytes = 0
         self.request = Request(
             id=key_of(invocation),
             input=value,
@@ -314,16 +315,17 @@ class Execution:
                     final = item
         if final is None:
             raise InstanceDied("the instance ended a call without a final", status=None)
-        size_bytes = len(to_json(final.output).encode())
+        self._output_bytes = len(to_json(final.output).encode())
         limit_bytes = self.spec.limits.output_bytes
-        if size_bytes > limit_bytes:
-            raise TooLarge("output", size_bytes=size_bytes, limit_bytes=limit_bytes)
+        if self._output_bytes > limit_bytes:
+            raise TooLarge("output", size_bytes=self._output_bytes, limit_bytes=limit_bytes)
         return final
 
     async def _succeed(self, final: FinalPiece) -> Outcome:
         invocation, terms = self.invocation, self.invocation.cascade
         sureness = final.confidence
-        if terms is not None and sureness is not None and sureness < terms.accept:
+        unsure = terms is not None and sureness is not None and sureness < terms.accept
+        if unsure and self._output_bytes <= UNSURE_LIMIT_BYTES:
             return await self._hand_over(final)
         began = self._started_at or self._received_at
         output_digest = digest(final.output)

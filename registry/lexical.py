@@ -17,7 +17,11 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import Stemmer
+
+Rows = npt.NDArray[np.unsignedinteger[Any] | np.intp]
+Weights = npt.NDArray[np.float64]
 
 _WORD: Final = re.compile(r"[^\W_]+")
 _CAMEL: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
@@ -28,6 +32,7 @@ MOST_FOUND: Final = 64
 _ALL_OF: Final = 2
 _FIRST_CAPACITY: Final = 1_024
 _NO_ROW: Final = np.uint32(2**32 - 1)
+_NO_ROWS: Final = np.empty(0, dtype=np.uint32)
 BARE_NAME_WORDS: Final = 8
 """A document with fewer words is only a name: words then mislead more than they help (measured)."""
 
@@ -41,7 +46,8 @@ class Tokenizer:
     def __call__(self, text: str) -> list[str]:
         """Return the stems of a text in order."""
         words = _WORD.findall(_CAMEL.sub(" ", text).replace("_", " ").lower())
-        return [str(stem) for stem in self._stemmer.stemWords(words)]
+        stems: list[str] = self._stemmer.stemWords(words)
+        return stems
 
 
 class LexicalIndex:
@@ -89,13 +95,15 @@ class LexicalIndex:
         if length < BARE_NAME_WORDS:
             return
         row = self._row_of(key)
-        pairs = array("I")
+        known, holders = self._terms, self._holders
+        pairs: list[int] = []
         for word, count in counts.items():
-            term = self._term_of(word)
-            self._holders[term].append(row)
-            pairs.append(term)
-            pairs.append(count)
-        self._contents[row] = pairs.tobytes()
+            term = known.get(word)
+            if term is None:
+                term = self._new_term(word)
+            holders[term].append(row)
+            pairs += (term, count)
+        self._contents[row] = array("I", pairs).tobytes()
         self._lengths[row], self._sizes[row] = length, len(counts)
         self._total_length += length
 
@@ -145,12 +153,14 @@ class LexicalIndex:
             total += weight
             if term is not None:
                 weights[term] = weight
-        rare = [(term, w) for term, w in weights.items() if len(self._holders[term]) <= COMMON]
-        rows = {self._rows[key] for key in among if key in self._rows}
-        rows.update(self._brought_in(rare, limit))
-        ordered = sorted(rows)
-        scores = zip(ordered, self._scores(ordered, weights), strict=True)
-        return {self._keys[row]: score / total for row, score in scores if score > 0.0}
+        known = self._rows
+        chosen = {known[key] for key in among if key in known}
+        chosen.update(self._brought_in(weights, limit).tolist())
+        rows = np.fromiter(chosen, dtype=np.intp, count=len(chosen))
+        scores = self._scores(rows, weights) / total
+        found = np.flatnonzero(scores)
+        keys = [self._keys[row] for row in rows[found].tolist()]
+        return dict(zip(keys, scores[found].tolist(), strict=True))
 
     def coverage_without(self, key: str, part: str) -> float:
         """How much of one part of a document the rest of it covers (leave-one-out).
@@ -177,49 +187,51 @@ class LexicalIndex:
                 score += weight * float(self._saturated(np.float64(count), np.float64(length)))
         return score / total
 
-    def _brought_in(self, rare: list[tuple[int, float]], limit: int) -> list[int]:
-        """Rows of documents that share a rare word, in no order.
+    def _brought_in(self, weights: dict[int, float], limit: int) -> Rows:
+        """Rows of documents that share a rare word, in no order, perhaps some of them twice.
 
         Where there are many: those of the greatest weight of shared words; of equals, those that
         their keys have drawn.
         """
+        holders = [(self._holders[term], weight) for term, weight in weights.items()]
+        rare = [(rows, weight) for rows, weight in holders if len(rows) <= COMMON]
         if not rare:
-            return []
-        sizes = [len(self._holders[term]) for term, _ in rare]
-        rows = np.concatenate(
-            [np.frombuffer(self._holders[term], dtype=np.uint32) for term, _ in rare]
-        )
+            return _NO_ROWS
+        rows = np.concatenate([np.frombuffer(some, dtype=np.uint32) for some, _ in rare])
         if len(rows) <= _ALL_OF * limit:
-            return list(rows.tolist())
-        np.add.at(self._shared, rows, np.repeat([weight for _, weight in rare], sizes))
+            return rows
+        np.add.at(
+            self._shared,
+            rows,
+            np.repeat([weight for _, weight in rare], [len(some) for some, _ in rare]),
+        )
         rows.sort()
         rows = rows[np.flatnonzero(np.diff(rows, prepend=_NO_ROW))]
         shared = self._shared[rows]
         self._shared[rows] = 0.0
         if len(rows) <= limit:
-            return list(rows.tolist())
+            return rows
         edge = np.partition(shared, len(rows) - limit)[len(rows) - limit]
         inside, at_edge = rows[shared > edge], rows[shared == edge]
         places = limit - len(inside)
         if places < len(at_edge):
             at_edge = at_edge[np.argpartition(self._lots[at_edge], places)[:places]]
-        return [*inside.tolist(), *at_edge.tolist()]
+        return np.concatenate([inside, at_edge])
 
-    def _scores(self, rows: list[int], weights: dict[int, float]) -> list[float]:
+    def _scores(self, rows: Rows, weights: dict[int, float]) -> Weights:
         """Weighted sum over the asked terms for each row."""
-        contents = b"".join([self._contents[row] for row in rows])
-        pairs = np.frombuffer(contents, dtype=np.uint32).reshape(-1, 2)
+        contents = b"".join([self._contents[row] for row in rows.tolist()])
+        pairs = np.frombuffer(contents, dtype=np.uint32)
         terms = np.fromiter(weights, dtype=np.intp, count=len(weights))
         self._asked[terms] = np.fromiter(weights.values(), dtype=np.float64, count=len(weights))
-        weight = self._asked[pairs[:, 0]]
+        weight = self._asked[pairs[::2]]
         self._asked[terms] = 0.0
         hits = np.flatnonzero(weight)
-        at = np.array(rows, dtype=np.intp)
-        holder = np.repeat(np.arange(len(at)), self._sizes[at])[hits]
-        saturated = self._saturated(pairs[hits, 1], self._lengths[at][holder])
-        sums = np.bincount(holder, weight[hits] * saturated, minlength=len(at))
-        found: list[float] = sums.tolist()
-        return found
+        # Which document a hit is in: the one whose last pair is the first not before it.
+        holder = np.searchsorted(np.cumsum(self._sizes[rows]), hits, side="right")
+        saturated = self._saturated(pairs[2 * hits + 1], self._lengths[rows[holder]])
+        sums = np.bincount(holder, weight[hits] * saturated, minlength=len(rows))
+        return sums.astype(np.float64, copy=False)
 
     def _idf(self, holders: int) -> float:
         return math.log(1.0 + (len(self._rows) - holders + 0.5) / (holders + 0.5))
@@ -246,10 +258,7 @@ class LexicalIndex:
         self._lots[row] = int.from_bytes(lot, "big")
         return row
 
-    def _term_of(self, word: str) -> int:
-        term = self._terms.get(word)
-        if term is not None:
-            return term
+    def _new_term(self, word: str) -> int:
         if self._unused_terms:
             term = self._unused_terms.pop()
             self._words[term] = word

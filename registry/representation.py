@@ -1,21 +1,21 @@
 """What a search keeps of a record: its words, its vectors, and what filters may ask of it."""
 
+import base64
 import hashlib
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import numpy as np
 
-from capability_schemas.capability import CatalogRecord, EncoderSpace
+from capability_schemas.capability import CapabilityPolicy, CatalogRecord, EncoderSpace
 from registry.encoders.base import Vectors
-from registry.vectors import input_text, readable, unpack_parts, unpack_vector
+from registry.vectors import input_text, readable, unpack_vector
 
 Key = tuple[str, str]
 """``(node, function)``."""
 
-_UNPACKED: Final = 512
 _MOST_SINGLES: Final = 64
 _FEW_KEYS: Final = 32
 _SHARE: Final = 0.3
@@ -31,12 +31,12 @@ class Embedded(NamedTuple):
     Attributes:
         text_id: identity of words and vectors, whoever offers them.
         vector: what stands for it, float32, length 1.
-        parts: packed single vectors; None where only ``vector`` is known.
+        parts: int8 rows of the single vectors; None where only ``vector`` is known.
     """
 
     text_id: str
     vector: Vectors
-    parts: str | None
+    parts: bytes | None
 
 
 @dataclass(slots=True)
@@ -46,20 +46,22 @@ class Capability:
     Attributes:
         name: function name of the record that brought it.
         examples: its utterances.
-        parts: packed single vectors, if known.
-        keys: who offers it.
+        parts: int8 rows of its single vectors, if known: name and description, then the examples.
         attributes: union over its offers, or more; see ``attributes_of``.
+        keys: who offers it.
         worded: whether its words count; those of a bare name do not.
         ordered: ``keys`` in order, once asked for.
+        share: weight of the nearest single vector beside the mean, once asked for.
     """
 
     name: str
     examples: tuple[str, ...]
-    parts: str | None
-    keys: set[Key] = field(default_factory=set)
+    parts: bytes | None
     attributes: frozenset[str] = frozenset()
+    keys: set[Key] = field(default_factory=set)
     worded: bool = False
     ordered: tuple[Key, ...] | None = None
+    share: float | None = None
 
     def offers(self) -> tuple[Key, ...]:
         """Its keys in order; sorted once after a change."""
@@ -92,12 +94,17 @@ def attributes_of(record: CatalogRecord) -> frozenset[str]:
         ``zone:X``, ``data:X``, ``grant:X`` and ``skill:X`` for each, and ``local`` for one that
         hands nothing to a service outside.
     """
-    policy = record.policy
+    return _attributes(record.policy, record.skills)
+
+
+@lru_cache(maxsize=4_096)
+def _attributes(policy: CapabilityPolicy, skills: tuple[str, ...]) -> frozenset[str]:
+    """The same object for the same policy and skills: fleets have few of them."""
     found = [
         *(f"zone:{one}" for one in policy.zones),
         *(f"data:{one}" for one in policy.data),
         *(f"grant:{one}" for one in policy.grants),
-        *(f"skill:{one}" for one in record.skills),
+        *(f"skill:{one}" for one in skills),
     ]
     return frozenset(found if policy.external else (*found, "local"))
 
@@ -116,12 +123,17 @@ def words_of(record: CatalogRecord) -> list[str]:
     ]
 
 
-def published(record: CatalogRecord, space: EncoderSpace) -> Embedded | None:
+def published(record: CatalogRecord, space: EncoderSpace, words: list[str]) -> Embedded | None:
     """The vectors that the registry put into a record.
+
+    Args:
+        record: the record.
+        space: the space asked for.
+        words: ``words_of`` the record.
 
     Returns:
         None for another space, or an embedding that is not sound. Parts that are not sound, or are
-        more or fewer than the texts, are left out.
+        fewer than the texts, are left out.
     """
     if record.embedding is None or record.space != space:
         return None
@@ -129,43 +141,44 @@ def published(record: CatalogRecord, space: EncoderSpace) -> Embedded | None:
         vector = unpack_vector(record.embedding, space.dimension)
     except ValueError:
         return None
-    identity = text_id(record, record.embedding)
-    rows = (1 + len(record.examples)) * space.dimension
-    parts = record.parts
-    if parts is not None and len(parts) // 4 * 3 < rows:
-        parts = None
-    return Embedded(identity, vector, parts)
+    identity = text_id(record.function, words, record.embedding)
+    rows = 1 + len(record.examples)
+    return Embedded(identity, vector, sound_parts(record.parts, rows, space.dimension))
 
 
-def text_id(record: CatalogRecord, vector: str = "") -> str:
+def text_id(function: str, words: list[str], vector: str = "") -> str:
     """Identity of what is searched: the words and the vector, not who offers it.
 
     Args:
-        record: the record.
+        function: name of the function.
+        words: ``words_of`` the record.
         vector: packed vector; empty for one that was made here of the words.
     """
-    digest = hashlib.sha256()
-    for part in (record.function, *words_of(record), vector):
-        data = part.encode()
-        digest.update(len(data).to_bytes(4, "big"))
-        digest.update(data)
-    return digest.hexdigest()[:32]
+    parts = [part.encode() for part in (function, *words, vector)]
+    # Each with its length before it: no two lists of parts make the same bytes.
+    told = b"".join([piece for part in parts for piece in (len(part).to_bytes(4, "big"), part)])
+    return hashlib.sha256(told).hexdigest()[:32]
 
 
-class Singles(NamedTuple):
-    """Single vectors of a capability, ready to compare.
+def sound_parts(packed: str | None, spoken: int, dimension: int) -> bytes | None:
+    """The int8 rows of packed single vectors; None for what is unsound, or less than is needed.
 
-    Attributes:
-        rows: description and examples, float32, shape ``(n, dimension)``, 64 at most.
-        share: weight of the nearest of them in the score beside the mean, 0 to 0.3.
+    Args:
+        packed: as ``pack_parts`` makes it.
+        spoken: rows needed.
+        dimension: components of a row.
     """
-
-    rows: Vectors
-    share: float
+    if packed is None:
+        return None
+    try:
+        raw = base64.b64decode(packed, validate=True)
+    except ValueError:
+        return None
+    return raw if len(raw) >= spoken * dimension and len(raw) % dimension == 0 else None
 
 
 class SingleVectors:
-    """Single vectors, unpacked when first needed; the most recent 512 capabilities stay unpacked.
+    """Cosines to single vectors.
 
     The nearest single example says more than the mean where there are many examples: with thirty
     for each of 77 near-duplicate intents the right one is first in 89 % of the requests instead of
@@ -178,35 +191,61 @@ class SingleVectors:
 
     def __init__(self, *, dimension: int) -> None:
         self._dimension = dimension
-        self._recent: OrderedDict[str, Singles | None] = OrderedDict()
 
-    def of(self, text_id: str, capability: Capability) -> Singles | None:
-        """The single vectors of a capability; None where they are unknown or unsound."""
-        if capability.parts is None:
-            return None
-        if text_id in self._recent:
-            self._recent.move_to_end(text_id)
-            return self._recent[text_id]
-        made = self._recent[text_id] = self._unpacked(capability)
-        if len(self._recent) > _UNPACKED:
-            self._recent.popitem(last=False)
-        return made
+    def nearest(self, capabilities: Sequence[Capability], vector: Vectors) -> list[float | None]:
+        """Cosine of the nearest single vector of each, of 64 at most.
+
+        Args:
+            capabilities: some few.
+            vector: the request, length 1.
+
+        Returns:
+            None where the single vectors are unknown.
+        """
+        parts = [self._spoken(one) for one in capabilities]
+        known = [part for part in parts if part]
+        if not known:
+            return [None] * len(parts)
+        rows = self._rows(b"".join(known))
+        starts = np.cumsum([0, *(len(part) // self._dimension for part in known[:-1])])
+        best = iter(np.maximum.reduceat(cosines(rows, vector), starts).tolist())
+        return [next(best) if part else None for part in parts]
+
+    def share(self, capability: Capability) -> float:
+        """How much the nearest single vector counts beside the mean, 0 to 0.3."""
+        if capability.share is None:
+            rows = None
+            if len(capability.examples) > _SHARE_FROM:
+                rows = self.all_rows(capability)
+            spoken = 1 + len(capability.examples)
+            capability.share = 0.0 if rows is None else share_of_nearest(rows[:spoken])
+        return capability.share
 
     def all_rows(self, capability: Capability) -> Vectors | None:
         """Every single vector, in the order of the texts; None where unknown or unsound."""
-        if capability.parts is None:
+        if not capability.parts:
             return None
-        try:
-            return unpack_parts(capability.parts, self._dimension)
-        except ValueError:
+        rows = self._rows(capability.parts)
+        lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+        if not lengths.all():
             return None
+        rows /= lengths[:, np.newaxis]
+        return rows
 
-    def _unpacked(self, capability: Capability) -> Singles | None:
-        rows = self.all_rows(capability)
-        spoken = 1 + len(capability.examples)
-        if rows is None or len(rows) < spoken:
-            return None
-        return Singles(rows[: min(spoken, _MOST_SINGLES)], share_of_nearest(rows[:spoken]))
+    def _spoken(self, capability: Capability) -> bytes:
+        count = min(1 + len(capability.examples), _MOST_SINGLES)
+        return (capability.parts or b"")[: count * self._dimension]
+
+    def _rows(self, raw: bytes) -> Vectors:
+        return np.frombuffer(raw, dtype=np.int8).reshape(-1, self._dimension).astype(np.float32)
+
+
+def cosines(rows: Vectors, vector: Vectors) -> Vectors:
+    """Cosines of rows of any length to a vector of length 1; 0 for a row of zeros."""
+    squares = np.einsum("ij,ij->i", rows, rows)
+    near: Vectors = np.einsum("ij,j->i", rows, vector)
+    near /= np.sqrt(np.maximum(squares, np.finfo(np.float32).tiny))
+    return near
 
 
 def share_of_nearest(rows: Vectors) -> float:
@@ -225,11 +264,6 @@ def share_of_nearest(rows: Vectors) -> float:
     mean = rows.mean(axis=0)
     together = float(np.sqrt(np.einsum("i,i->", mean, mean)))
     return _SHARE * many * _ramp(together, _SCATTERED, _TOGETHER)
-
-
-def union(records: Iterable[CatalogRecord]) -> frozenset[str]:
-    """Attributes of any of some records."""
-    return frozenset().union(*(attributes_of(record) for record in records))
 
 
 def _ramp(value: float, low: float, high: float) -> float:

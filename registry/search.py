@@ -8,7 +8,7 @@ milliseconds, whatever the size of the catalogue.
 
 import asyncio
 import heapq
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -27,14 +27,13 @@ from registry.representation import (
     Key,
     attributes_of,
     published,
+    sound_parts,
     text_id,
-    union,
     words_of,
 )
 from registry.vectors import capability_texts, capability_vector, pack_parts
 
-EXACT_LIMIT: Final = 10_000
-_CANDIDATES: Final = 64
+EXACT_LIMIT: Final = 4_000
 _HELD_OUT_PER_CAPABILITY: Final = 4
 _HELD_OUT_LIMIT: Final = 256
 _STEPS_PER_TURN: Final = 4
@@ -81,9 +80,9 @@ class CapabilitySearch:
         self._space = space
         self._exact_limit = exact_limit
         self._background = background
-        self._records: dict[Key, CatalogRecord] = {}
+        self._attributes: dict[Key, frozenset[str]] = {}
         self._text_of: dict[Key, str] = {}
-        self._unembedded: dict[Key, None] = {}
+        self._unembedded: dict[Key, CatalogRecord] = {}
         self._ranking = Ranking(
             index=CapabilityIndex(
                 dimension=space.dimension,
@@ -94,11 +93,11 @@ class CapabilitySearch:
             dimension=space.dimension,
         )
         self._calibration: Calibration | None = None
-        self._exampled = 0.0
+        self._exampled = 0
         self._changed = False
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._attributes)
 
     @property
     def space(self) -> EncoderSpace:
@@ -127,20 +126,21 @@ class CapabilitySearch:
         """Whether the distinct capabilities have changed since the last fit."""
         return self._changed
 
-    def record(self, key: Key) -> CatalogRecord | None:
-        """The record of a key, searchable or not."""
-        return self._records.get(key)
+    def __contains__(self, key: object) -> bool:
+        return key in self._attributes
 
-    def records(self) -> Iterable[CatalogRecord]:
-        """Every record, searchable or not."""
-        return self._records.values()
+    def waiting(self, key: Key) -> CatalogRecord | None:
+        """The record of a key that has no vectors in this space yet; None for any other."""
+        return self._unembedded.get(key)
 
     def unembedded(self) -> list[Key]:
         """Keys whose records have no vectors in this space yet."""
         return list(self._unembedded)
 
     def upsert(self, record: CatalogRecord, *, parts: Vectors | None = None) -> bool:
-        """Store a record in place of an earlier one of its key.
+        """Take up a record in place of an earlier one of its key.
+
+        Of a record that can be found, no more is kept than what finding it takes.
 
         Args:
             record: an admitted record; order and signature are checked by the caller.
@@ -155,19 +155,20 @@ class CapabilitySearch:
             ValueError: ``parts`` has another shape, or a row that is not of length 1.
         """
         key = record.key
-        found = published(record, self._space)
+        words = words_of(record)
+        found = published(record, self._space, words)
         if found is None:
-            found = self._made_here(record, parts)
-        known = text_id(record) if found is None else found.text_id
+            found = self._made_here(record, parts, words)
+        known = text_id(record.function, words) if found is None else found.text_id
         reachable = found is not None or known in self._capabilities
         if self._text_of.get(key) != known or not reachable:
             self._detach(key)
-        self._records[key] = record
+        self._attributes[key] = attributes_of(record)
         if not reachable:
-            self._unembedded[key] = None
+            self._unembedded[key] = record
             return False
         self._unembedded.pop(key, None)
-        self._attach(key, record, known, found)
+        self._attach(record, known, found, words)
         return True
 
     def remove(self, key: Key) -> bool:
@@ -176,10 +177,10 @@ class CapabilitySearch:
         Returns:
             Whether it was there.
         """
-        record = self._records.pop(key, None)
+        known = self._attributes.pop(key, None)
         self._unembedded.pop(key, None)
         self._detach(key)
-        return record is not None
+        return known is not None
 
     def search(self, text: str, vector: Vectors, k: int, *, demands: Demands = ()) -> list[Match]:
         """Rank what is on offer.
@@ -200,7 +201,7 @@ class CapabilitySearch:
         """
         if k < 1 or not self._capabilities:
             return []
-        ranked = self._ranking.rank(text, vector, max(_CANDIDATES, 2 * k), demands=demands)
+        ranked = self._ranking.rank(text, vector, k, demands=demands)
         shift = self._ranking.shift(vector, ranked.nearest)
         return [
             Match(key, score, one.dense, one.lexical, one.text_id)
@@ -283,7 +284,7 @@ class CapabilitySearch:
         inside: list[HeldOut] = []
         for at, example in asked:
             if at in self._capabilities:
-                one = ranking.hold_out(at, example, vectors, _CANDIDATES)
+                one = ranking.hold_out(at, example, vectors)
                 inside += [] if one is None else [one]
             yield
         outside: list[float] = []
@@ -296,7 +297,7 @@ class CapabilitySearch:
         """Spread the sample over the capabilities, the same one for the same catalogue."""
         budget = max(1, _HELD_OUT_LIMIT // max(1, len(self._capabilities)))
         each = min(_HELD_OUT_PER_CAPABILITY, budget)
-        first = heapq.nsmallest(_HELD_OUT_LIMIT, self._capabilities)
+        first = _first(self._capabilities, _HELD_OUT_LIMIT)
         sample = [
             (at, example) for at in first for example in self._capabilities[at].examples[:each]
         ]
@@ -310,9 +311,12 @@ class CapabilitySearch:
 
     @property
     def _share_exampled(self) -> float:
-        return self._exampled / len(self._capabilities) if self._capabilities else 1.0
+        most = ENOUGH_EXAMPLES * len(self._capabilities)
+        return self._exampled / most if most else 1.0
 
-    def _made_here(self, record: CatalogRecord, parts: Vectors | None) -> Embedded | None:
+    def _made_here(
+        self, record: CatalogRecord, parts: Vectors | None, words: list[str]
+    ) -> Embedded | None:
         if parts is None:
             return None
         texts = capability_texts(
@@ -325,15 +329,18 @@ class CapabilitySearch:
             )
         rows = np.stack([checked(row, self._space.dimension) for row in parts])
         vector = capability_vector(rows, len(record.examples))
-        return Embedded(text_id(record), vector, pack_parts(rows))
+        packed = sound_parts(pack_parts(rows), 1 + len(record.examples), self._space.dimension)
+        return Embedded(text_id(record.function, words), vector, packed)
 
-    def _attach(self, key: Key, record: CatalogRecord, at: str, found: Embedded | None) -> None:
+    def _attach(
+        self, record: CatalogRecord, at: str, found: Embedded | None, words: list[str]
+    ) -> None:
+        key = record.key
         capability = self._capabilities.get(at)
-        attributes = attributes_of(record)
+        attributes = self._attributes[key]
         if capability is None and found is not None:
-            capability = Capability(record.function, record.examples, found.parts)
-            capability.attributes = attributes
-            self._ranking.add(at, capability, found.vector, words_of(record))
+            capability = Capability(record.function, record.examples, found.parts, attributes)
+            self._ranking.add(at, capability, found.vector, words)
             self._exampled += _exampled(capability)
             self._changed = True
         if capability is None:
@@ -353,7 +360,8 @@ class CapabilitySearch:
         few = capability.leave(key)
         if capability.keys:
             if few:  # of many, what one of them had may stay: demands need be no sharper
-                self._ranking.describe(at, union(self._records[one] for one in capability.keys))
+                left = (self._attributes[one] for one in capability.keys)
+                self._ranking.describe(at, frozenset().union(*left))
             return
         self._ranking.drop(at)
         self._exampled -= _exampled(capability)
@@ -380,8 +388,17 @@ async def recalibrate(
     return search.calibration
 
 
-def _exampled(capability: Capability) -> float:
-    return min(1.0, len(capability.examples) / ENOUGH_EXAMPLES)
+def _first(names: Collection[str], count: int) -> list[str]:
+    """The first of many hexadecimal digests, in order."""
+    # Digests are spread evenly: what is below a bound is nearly always enough, and a quick sieve.
+    bound = f"{min(0xFFFF_FFFF, 2 * count * 2**32 // max(1, len(names))):08x}"
+    few = [name for name in names if name < bound]
+    return heapq.nsmallest(count, few if len(few) >= count else names)
+
+
+def _exampled(capability: Capability) -> int:
+    """How many examples it counts for; a description is one, and more than enough are enough."""
+    return min(ENOUGH_EXAMPLES, len(capability.examples) + capability.worded)
 
 
 def _name_of(space: EncoderSpace) -> str:

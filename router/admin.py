@@ -217,7 +217,7 @@ class AdminDesk:
             "examples": len(record.examples),
             "skills": list(record.skills),
             "live": view.live and view.open and current,
-            "searchable": record.embedding is not None,
+            "searchable": record.space is not None,
             "cost": record.cost.money,
             "zones": list(record.policy.zones),
             "model": record.model.name if record.model else None,

@@ -32,6 +32,11 @@ class _Breaker:
         """Whether it has opened, and nothing has been answered since."""
         return self.pause_ms > 0
 
+    def pause_left_ms(self, now: int) -> int:
+        """Time until the next try; a clock that was set back does not make it longer."""
+        left_ms = self.open_until - now
+        return left_ms if 0 < left_ms <= self.pause_ms else 0
+
 
 class Breakers:
     """One breaker per function on a node; owned by the router's event loop.
@@ -66,7 +71,7 @@ class Breakers:
             self._breakers.popitem(last=False)
         breaker.lost += 1
         # What was sent before it opened, and is lost too, tells nothing new.
-        if now < breaker.open_until or breaker.lost < self._settings.losses:
+        if breaker.pause_left_ms(now) or breaker.lost < self._settings.losses:
             return
         longest = self._settings.longest_pause_ms
         pause_ms = 2 * breaker.pause_ms if breaker.open else self._settings.pause_ms
@@ -83,7 +88,7 @@ class Breakers:
             now: UTC milliseconds.
         """
         breaker = self._breakers.get((node, function))
-        if breaker is not None and breaker.open and now >= breaker.open_until:
+        if breaker is not None and breaker.open and not breaker.pause_left_ms(now):
             breaker.probe_until = now + self._settings.probe_ms
 
     def blocked(self, node: str, function: str, now: int) -> str | None:
@@ -97,12 +102,10 @@ class Breakers:
         breaker = self._breakers.get((node, function))
         if breaker is None or not breaker.open:
             return None
-        if now < breaker.open_until:
-            return (
-                f"{breaker.lost} invocations in a row were lost, next try in"
-                f" {breaker.open_until - now} ms"
-            )
-        if now < breaker.probe_until:
+        left_ms = breaker.pause_left_ms(now)
+        if left_ms:
+            return f"{breaker.lost} invocations in a row were lost, next try in {left_ms} ms"
+        if 0 < breaker.probe_until - now <= self._settings.probe_ms:
             return f"{breaker.lost} invocations in a row were lost, one is being tried"
         return None
 
@@ -118,7 +121,7 @@ class Breakers:
                 "function": function,
                 "lost": breaker.lost,
                 "pause_ms": breaker.pause_ms,
-                "open_for_ms": max(0, breaker.open_until - now),
+                "open_for_ms": breaker.pause_left_ms(now),
             }
             for (node, function), breaker in self._breakers.items()
             if breaker.open

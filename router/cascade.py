@@ -13,6 +13,7 @@ The next step is always a stronger one: dearer, outside the site, or a larger mo
 that answered last. Another function is asked besides when it may as well be the one meant.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -29,6 +30,25 @@ _LARGER: Final = 1.2
 
 _ROUNDING: Final = 1e-9
 """By so much a sum of prices may miss the limit."""
+
+
+class DraftRoom:
+    """What the drafts of all tasks of a router may take together.
+
+    Args:
+        limit_bytes: Most bytes.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self.held_bytes = 0
+
+    def swap(self, before: int, after: int) -> bool:
+        """Give up some bytes for others; tell whether there is room, else nothing has changed."""
+        if after > before and self.held_bytes - before + after > self._limit_bytes:
+            return False
+        self.held_bytes += after - before
+        return True
 
 
 class Escalation:
@@ -58,6 +78,11 @@ class Escalation:
     def spent(self) -> float:
         """Price of the answers so far."""
         return sum(step.cost for step in self.steps)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the draft is sure enough after all, for a node may hand back what it will."""
+        return self.draft is not None and _sureness(self.draft.step) >= self._accept
 
     def order(self, choices: Sequence[Choice]) -> list[Choice]:
         """Return whom to ask, near and small first; empty when privacy forbids everybody.
@@ -147,6 +172,7 @@ class Escalation:
         """
         try:
             output_digest = digest(report.output)
+            output = json.dumps(report.output, separators=(",", ":"), ensure_ascii=False).encode()
         except (ValueError, RecursionError):
             return False
         step = CascadeStep(
@@ -160,7 +186,7 @@ class Escalation:
         self.steps += (step,)
         self._answered[choice.function] = choice
         if self.draft is None or _sureness(step) >= _sureness(self.draft.step):
-            self.draft = Draft(step, report.output, report.usage, output_digest)
+            self.draft = Draft(step, output, report.usage, output_digest)
         return True
 
     def describe(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from capability_schemas.capability import CatalogRecord
 from capability_schemas.node import FunctionLoad, NodeLoad, NodeState, Presence
 from router.names import NameIndex
+from router.sharing import Sharing
 
 _IDLE = FunctionLoad()
 _LAST = "\uffff"
@@ -99,6 +100,8 @@ class Fleet:
     _keys: list[Key] = field(default_factory=list)
     _by_name: dict[str, dict[str, CatalogRecord]] = field(default_factory=dict)
     _names: NameIndex = field(default_factory=NameIndex)
+    _vectors: dict[Key, int] = field(default_factory=dict)
+    _sharing: Sharing = field(default_factory=Sharing)
 
     @property
     def nodes(self) -> Mapping[str, NodeView]:
@@ -142,16 +145,24 @@ class Fleet:
         if known is None:
             insort(self._keys, record.key)
             self._names.add(record.function)
-        elif record == known or record.order < known.order:
+        elif record.order < known.order or self._is_known(record, known):
             return False
-        self._records[record.key] = record
-        self._by_name.setdefault(record.function, {})[record.node] = record
+        self._vectors.pop(record.key, None)
+        self._keep(record)
         return True
+
+    def lighten(self, key: Key) -> None:
+        """Let go of the vectors of a record, once the search has taken them; unknown is ignored."""
+        record = self._records.get(key)
+        if record is not None and key not in self._vectors:
+            self._vectors[key] = _vectors_of(record)
+            self._keep(self._sharing.lighten(record))
 
     def withdraw(self, key: Key) -> bool:
         """Forget a record; tell whether it was there."""
         if self._records.pop(key, None) is None:
             return False
+        self._vectors.pop(key, None)
         del self._keys[bisect_left(self._keys, key)]
         node, function = key
         offered = self._by_name[function]
@@ -160,6 +171,21 @@ class Fleet:
             del self._by_name[function]
             self._names.discard(function)
         return True
+
+    def _keep(self, record: CatalogRecord) -> None:
+        self._records[record.key] = record
+        self._by_name.setdefault(record.function, {})[record.node] = record
+
+    def _is_known(self, record: CatalogRecord, known: CatalogRecord) -> bool:
+        """Tell whether a record is the one that is kept, be it without its vectors."""
+        vectors = self._vectors.get(record.key)
+        if vectors is None:
+            return record == known
+        return (
+            record.order == known.order
+            and vectors == _vectors_of(record)
+            and self._sharing.lighten(record) == known
+        )
 
     def hear_state(self, state: NodeState, now: int) -> str | None:
         """Take a node's presence.
@@ -224,11 +250,16 @@ class Fleet:
         return gone
 
     def wake_all(self, now: int) -> None:
-        """Restart every heartbeat clock: the router itself was cut off and heard nobody."""
+        """Restart every heartbeat clock: the router itself was cut off, or its clock was set."""
         for view in self._nodes.values():
-            view.seen_at = max(view.seen_at, now)
+            view.seen_at = now
 
     def cordon(self, nodes: Iterable[str], *, closed: bool = True) -> None:
         """Keep new tasks from nodes, or let them in again."""
         for node in nodes:
             self.node(node).cordoned = closed
+
+
+def _vectors_of(record: CatalogRecord) -> int:
+    """Return what tells the vectors of a record from others, for as long as the process runs."""
+    return hash((record.embedding, record.parts))

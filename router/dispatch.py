@@ -15,6 +15,7 @@ from capability_schemas.reply import Accepted
 from capability_schemas.task import FunctionRef, decode_task
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode
+from router.cascade import DraftRoom
 from router.catalogue import Fleet
 from router.entry import Entry
 from router.events import (
@@ -132,6 +133,7 @@ class Dispatcher:
         self._clock = clock
         self._spawn = spawn
         self._patience = ReportPatience(base_ms=settings.report_timeout_ms)
+        self._room = DraftRoom(settings.draft_bytes)
         self._live: dict[Key, LiveTask] = {}
         self._alarms: list[tuple[int, Key]] = []
         self._alarm_set = asyncio.Event()
@@ -162,7 +164,10 @@ class Dispatcher:
                 retry_after_ms=_LIVE_RETRY_MS,
             )
         machine = TaskMachine(
-            deadline=arrival.deadline, settings=self._settings, patience=self._patience
+            deadline=arrival.deadline,
+            settings=self._settings,
+            patience=self._patience,
+            room=self._room,
         )
         live = self._live[arrival.key] = LiveTask(arrival, machine)
         self._spawn(self._start(live), name="task")
@@ -219,6 +224,7 @@ class Dispatcher:
                 next_seq=entry.next_seq,
                 now=now,
                 patience=self._patience,
+                room=self._room,
             )
             live = LiveTask(arrival, machine, noted_seq=entry.next_seq)
             self._live[arrival.key] = live
@@ -362,6 +368,12 @@ class Dispatcher:
 
     def _invoke(self, live: LiveTask, action: Invoke) -> None:
         arrival, choice, now = live.arrival, action.choice, self._clock()
+        objection = (
+            self._routing.objection(live.wanted, choice, now) if action.attempt > 1 else None
+        )
+        if objection is not None:
+            self._feed(live, Uninvoked(objection))
+            return
         # The journal hears of it when the session has written: nobody waits for that.
         asyncio.get_running_loop().call_soon(self._note_route, live, action)
         try:

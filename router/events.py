@@ -1,7 +1,7 @@
 """What can happen to a task, and what its machine can want done: plain values."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from capability_schemas.errors import FoamError
 from capability_schemas.invocation import Cascade, Report
@@ -53,13 +53,13 @@ class Draft:
 
     Attributes:
         step: Whose it is, and how sure.
-        output: The answer.
+        output: The answer as JSON.
         usage: What it consumed.
         digest: Digest of ``output``, as a result carries it.
     """
 
     step: CascadeStep
-    output: Any
+    output: bytes
     usage: Usage | None
     digest: str
 

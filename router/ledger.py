@@ -341,7 +341,9 @@ class Ledger:
             if value is None:
                 db.execute("DELETE FROM memos WHERE name = ?", (name,))
             else:
-                db.execute("INSERT OR REPLACE INTO memos VALUES (?, ?)", (name, json.dumps(value)))
+                # In pieces: json.dumps would keep the event loop waiting until all is written.
+                text = "".join(json.JSONEncoder().iterencode(value))
+                db.execute("INSERT OR REPLACE INTO memos VALUES (?, ?)", (name, text))
 
         await self._ask(work)
 
@@ -419,6 +421,10 @@ class Ledger:
                 db.execute("ROLLBACK")
             if isinstance(exc, sqlite3.Error):
                 self._make_room(db, exc)
+            elif len(jobs) > 1:  # the fault of one of them, which the others shall not bear
+                for job in jobs:
+                    self._transact(db, [job])
+                return
             self._answer(partial(self._refuse, jobs, exc))
             return
         self._answer(partial(self._deliver, jobs, results))

@@ -30,7 +30,7 @@ from capability_schemas.errors import (
     Unavailable,
 )
 from capability_schemas.invocation import Report
-from router.cascade import Escalation, is_stronger
+from router.cascade import DraftRoom, Escalation, is_stronger
 from router.events import (
     Action,
     CancelAsked,
@@ -80,6 +80,7 @@ class TaskMachine:
         deadline: UTC milliseconds.
         settings: Time limits and bounds.
         patience: How long to wait for a report, shared by the tasks of a router.
+        room: What drafts may take, shared likewise.
 
     Attributes:
         phase: Where it stands.
@@ -91,7 +92,12 @@ class TaskMachine:
     """
 
     def __init__(
-        self, *, deadline: int, settings: RouterSettings, patience: ReportPatience | None = None
+        self,
+        *,
+        deadline: int,
+        settings: RouterSettings,
+        patience: ReportPatience | None = None,
+        room: DraftRoom | None = None,
     ) -> None:
         self.deadline = deadline
         self.phase = Phase.RECEIVED
@@ -102,6 +108,8 @@ class TaskMachine:
         self.cascade: Escalation | None = None
         self._settings = settings
         self._patience = patience or ReportPatience(base_ms=settings.report_timeout_ms)
+        self._room = room or DraftRoom(settings.draft_bytes)
+        self._draft_bytes = 0
         self._invoked_at = 0
         self._choice: Choice | None = None
         self._waiting: deque[Choice] = deque()
@@ -128,6 +136,7 @@ class TaskMachine:
         next_seq: int,
         now: int,
         patience: ReportPatience | None = None,
+        room: DraftRoom | None = None,
     ) -> "TaskMachine":
         """Take up a task that an earlier process accepted.
 
@@ -143,8 +152,9 @@ class TaskMachine:
             next_seq: First number the client may not have seen.
             now: UTC milliseconds.
             patience: As for a new machine.
+            room: Likewise.
         """
-        machine = cls(deadline=deadline, settings=settings, patience=patience)
+        machine = cls(deadline=deadline, settings=settings, patience=patience, room=room)
         machine.phase = Phase.INVOKED if node is not None else Phase.ACCEPTED
         machine.node, machine.attempt, machine.next_seq = node, attempt, next_seq
         machine._settle_by = now + settings.settle_ms
@@ -257,10 +267,9 @@ class TaskMachine:
         if event.problem is not None:
             return self._end(exhausted(self._problems) if self._problems else event.problem)
         self._waiting = deque(event.choices)
-        if event.min_confidence is not None and event.choices:
-            self.cascade = self.cascade or Escalation(
-                accept=event.min_confidence, policy=event.policy
-            )
+        if self.cascade is None and event.min_confidence is not None and event.choices:
+            self.cascade = Escalation(accept=event.min_confidence, policy=event.policy)
+        if self.cascade is not None:
             self._waiting = deque(self.cascade.order(event.choices))
             if not self._waiting:
                 return self._end(self.cascade.denied())
@@ -294,6 +303,10 @@ class TaskMachine:
         if not self._holds(report.node, report.attempt):
             return []
         self._hear(now)
+        if report.status in {"refused", "failed", "unsure"} and report.seq is not None:
+            # What it has shown may still be under way, for reports and replies may cross.
+            self.missed += max(0, report.seq - self.next_seq)
+            self.next_seq = max(self.next_seq, report.seq)
         match report.status:
             case "admitted":
                 if self.phase is Phase.INVOKED:
@@ -321,7 +334,23 @@ class TaskMachine:
             and self.cascade.answered(self._choice, report)
         )
         learnt = self._learn("unsure" if kept else "failed", now)
-        return learnt + self._mend(problem_of(report), now)
+        problem = problem_of(report)
+        if kept and self.cascade is not None and (self.cascade.settled or not self._keep()):
+            return learnt + self._end(self._closing or problem)
+        return learnt + self._mend(problem, now)
+
+    def _keep(self) -> bool:
+        """Find room for the draft; tell whether there is any."""
+        draft_bytes = 0 if self._draft is None else len(self._draft.output)
+        kept = self._room.swap(self._draft_bytes, draft_bytes)
+        self._draft_bytes = draft_bytes if kept else self._draft_bytes
+        return kept
+
+    def _leave(self) -> None:
+        """Be over."""
+        self.phase = Phase.ENDED
+        self._room.swap(self._draft_bytes, 0)
+        self._draft_bytes = 0
 
     def _prefer(self, peer: str | None) -> None:
         """Try a node next that another has named, if it was chosen as a candidate itself.
@@ -350,7 +379,7 @@ class TaskMachine:
             return []
         if event.event == "chunk":
             return self._on_chunk(event.seq, event.payload)
-        self.phase = Phase.ENDED
+        self._leave()
         return [
             *self._learn(verdict_on_end(event), now),
             End(seq=event.seq, attempt=self.attempt, payload=event.payload, code=event.code),
@@ -417,9 +446,12 @@ class TaskMachine:
     # ---- the client and the clock
 
     def _on_cancel(self, now: int) -> list[Action]:
+        cancelled = TaskCancelled("the client cancelled the task")
         if self._closing is not None:
+            # In the grace of the deadline there may be a draft, which is not wanted any more.
+            self._closing = cancelled
             return []
-        return self._close(TaskCancelled("the client cancelled the task"), "client", now)
+        return self._close(cancelled, "client", now)
 
     def _close(
         self, error: FoamError, reason: Literal["client", "deadline"], now: int
@@ -501,7 +533,7 @@ class TaskMachine:
 
     def _end(self, error: FoamError) -> list[Action]:
         """End without a node's word: by the draft, where there is one, else by an error."""
-        self.phase = Phase.ENDED
+        self._leave()
         seq, attempt = self.next_seq, max(1, self.attempt)
         draft = self._draft
         if draft is not None and self.cascade and not isinstance(error, TaskCancelled):

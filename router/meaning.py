@@ -156,11 +156,16 @@ class Meaning:
         """Embed the words of a task; cancellation is safe."""
         return await self._serving.encode_one(text)
 
-    def upsert(self, record: CatalogRecord) -> None:
-        """Take a record into the catalogue; one of another space waits to be embedded here."""
-        for side in self._sides():
-            if not side.search.upsert(record):
-                self._unembedded.set()
+    def upsert(self, record: CatalogRecord) -> bool:
+        """Take a record into the catalogue; one of another space waits to be embedded here.
+
+        Returns:
+            Whether every search has it, so that its vectors need not be kept elsewhere.
+        """
+        taken = [side.search.upsert(record) for side in self._sides()]
+        if not all(taken):
+            self._unembedded.set()
+        return all(taken)
 
     def remove(self, key: Key) -> None:
         """Forget a record."""
@@ -240,7 +245,7 @@ class Meaning:
     async def _place(self, side: _Side, records: Sequence[CatalogRecord], rows: Vectors) -> int:
         done = 0
         for step, record in enumerate(records):
-            if side.search.record(record.key) is record:  # else a later one has come meanwhile
+            if side.search.waiting(record.key) is record:  # else a later one has come meanwhile
                 done += side.search.upsert(record, parts=rows)
             if step % _STEP == _STEP - 1:
                 await asyncio.sleep(0)
@@ -251,7 +256,7 @@ class Meaning:
     ) -> dict[tuple[str, ...], list[CatalogRecord]]:
         found: defaultdict[tuple[str, ...], list[CatalogRecord]] = defaultdict(list)
         for step, key in enumerate(side.search.unembedded()):
-            record = side.search.record(key)
+            record = side.search.waiting(key)
             if record is not None and (key, *record.order) not in tried:
                 tried.add((key, *record.order))
                 texts = capability_texts(
@@ -311,6 +316,7 @@ class Meaning:
         finally:
             self._stage, self._next = None, None
         old, self._serving = self._serving, side
+        self._unembedded.set()  # what came in the last moment was looked for on the old side only
         await self._leave(old)
         return side.search.space
 

@@ -1,5 +1,7 @@
 """What the router writes about a task: to the node it asks and to the client. Pure."""
 
+import json
+
 from capability_schemas.errors import FoamError
 from capability_schemas.invocation import Invocation
 from capability_schemas.reply import ErrorEvent, Result, Routed, Timing
@@ -80,7 +82,7 @@ def _answer(arrival: Arrival, end: End, draft: Draft, now: int) -> Result:
         seq=end.seq,
         # The last attempt, not that of the draft: readers pass over one below what they have seen.
         attempt=end.attempt,
-        output=draft.output,
+        output=json.loads(draft.output),
         node=step.node,
         function=step.function,
         version=step.version,

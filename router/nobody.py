@@ -1,7 +1,7 @@
 """Why nobody gets a task: of all reasons the one that the client can do most about. Pure.
 
-In this order: nobody is meant, the policy forbids, nobody fits, everybody who could is away, busy
-or too slow at the moment. Each names the nearest misses.
+In this order: nobody is meant; everybody who may and could is away, busy or too slow at the moment;
+the policy forbids; nobody fits. Each names the nearest misses.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from capability_schemas.errors import (
     PolicyDenied,
 )
 from router.candidates import Candidate, Request, short
-from router.gates import FIT_GATES, PASSING_GATES, POLICY_GATES
+from router.gates import FIT_GATES, PASSING_GATES, POLICY_GATES, may_be_meant
 
 _INPUT_GATES: Final = frozenset({"schema", "size", "context"})
 _AWAY_GATES: Final = frozenset({"liveness", "open", "breaker"})
@@ -26,7 +26,12 @@ _MOST_RETRY_MS: Final = 60_000
 
 
 def why_nobody(
-    request: Request, judged: Sequence[Candidate], *, threshold: float, nearest: int
+    request: Request,
+    judged: Sequence[Candidate],
+    *,
+    threshold: float,
+    floor: float,
+    nearest: int,
 ) -> FoamError:
     """Return the error for a task that nobody gets.
 
@@ -34,6 +39,7 @@ def why_nobody(
         request: What was asked.
         judged: Everything that was found, judged, with verdicts; none of it passes.
         threshold: Lowest similarity that counts as an answer.
+        floor: Similarity below which a candidate does not stand in for the best match.
         nearest: Near misses to name.
     """
     by_sim = sorted(judged, key=lambda one: -one.offer.sim)
@@ -44,12 +50,14 @@ def why_nobody(
         return NoCapableNode(
             f"nobody offers this: no similarity reaches {threshold:.3f}{near}", nearest=misses
         )
-    allowed = [one for one in relevant if not one.failed.keys() & set(POLICY_GATES)]
-    if not allowed:
-        return _denied(relevant, misses)
-    able = [one for one in allowed if not one.failed.keys() & set(FIT_GATES)]
+    meant = [one for one in relevant if one.offer.sim >= floor and may_be_meant(one)]
+    able = [one for one in meant if not one.failed.keys() - set(PASSING_GATES)]
     if able:
         return _momentary(able, misses)
+    barred = [one for one in meant if not one.failed.keys() & set(FIT_GATES)]
+    allowed = [one for one in relevant if not one.failed.keys() & set(POLICY_GATES)]
+    if barred or not allowed:
+        return _denied(barred or relevant, misses)
     in_range = [one for one in allowed if not one.failed.keys() - _INPUT_GATES - set(PASSING_GATES)]
     if request.function is not None and in_range:
         return _refused_input(in_range[0], misses)

@@ -7,13 +7,13 @@ that was a guess.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
 
 from capability_schemas.task import Preference
 from router.candidates import Candidate, Request
-from router.gates import PASSING_GATES
+from router.gates import may_be_meant
 from router.reputation import Reputation
 from router.score import Scales, Scorer, tasks_of
 from router.settings import Weights
@@ -27,6 +27,9 @@ _ORDINARY: Final = 5
 _LEISURE_MS: Final = 5_000
 """Time left, besides twice the predicted finish, in which a poor trial can be made good."""
 
+_KNOWN: Final = 25.0
+"""Outcomes, the prior's among them, after which a node is known: trials of a poor one end there."""
+
 Rank = tuple[float | bool | tuple[str, str], ...]
 
 
@@ -38,9 +41,11 @@ class Ranking:
         ranked: Best first.
         competing: How many of them are within the window.
         explored: Whose turn exploration made it, if it did.
+        floor: Similarity below which a candidate is too poor a substitute for the best match.
     """
 
     ranked: list[Candidate]
+    floor: float
     competing: int = 0
     explored: Candidate | None = None
 
@@ -54,7 +59,7 @@ def rank(
     window: float,
     now: int,
 ) -> Ranking:
-    """Put those that pass in order, without poor substitutes for busy nodes.
+    """Put those that pass in order, without poor substitutes for what is busy or forbidden.
 
     Args:
         request: What is asked.
@@ -64,15 +69,15 @@ def rank(
         window: Similarity below the best within which terms decide.
         now: UTC milliseconds.
     """
-    able = [one for one in relevant if not one.failed.keys() - set(PASSING_GATES)]
-    floor = max((one.offer.sim for one in able), default=0.0) - weights.substitute
+    best = max((one.offer.sim for one in relevant if may_be_meant(one)), default=0.0)
+    floor = best - weights.substitute
     passing = []
-    for one in able:
+    for one in relevant:
         if one.failed:
             continue
         if one.offer.sim < floor:
             one.verdict = (
-                f"no substitute: {floor + weights.substitute - one.offer.sim:.3f} less similar than"
+                f"no substitute: {best - one.offer.sim:.3f} less similar than"
                 f" the best match, {weights.substitute:.3f} is the most"
             )
             continue
@@ -81,7 +86,7 @@ def rank(
     for one in relevant:
         scorer.weigh(one, scales)
     if not passing:
-        return Ranking([])
+        return Ranking([], floor)
     edge = max(one.standing for one in passing) - window
     order = _order(request.task.prefer, scales, request.deadline - now)
     near = sorted((one for one in passing if one.standing >= edge), key=order)
@@ -89,7 +94,7 @@ def rank(
         (one for one in passing if one.standing < edge),
         key=lambda one: (-one.standing, *order(one)),
     )
-    return Ranking([*near, *far], competing=len(near))
+    return Ranking([*near, *far], floor, competing=len(near))
 
 
 def _order(prefer: Preference, scales: Scales, left_ms: float) -> Callable[[Candidate], Rank]:
@@ -125,9 +130,11 @@ def explore(
     now: int,
     chance: Random,
 ) -> Ranking:
-    """Now and then let a node try that is as similar as the best, drawn by how good it may be.
+    """Now and then let a node try that is as similar as the best and has had little to do.
 
-    Never against a wish (a preference, a session, haste, a high priority), a gate or the meaning.
+    Of several it is drawn by how good each may be. The best does not take part: one that has done
+    well many times would win every draw against one that nothing is known of. Never against a wish
+    (a preference, a session, haste, a high priority), a gate or the meaning.
 
     Args:
         ranking: What it would be otherwise.
@@ -144,28 +151,23 @@ def explore(
         or request.prefer is not None
         or task.min_confidence is not None
     )
-    if wishes or left_ms < _LEISURE_MS or chance.random() >= share:
+    if wishes or left_ms < _LEISURE_MS or chance.random() >= share or not ranking.ranked:
         return ranking
-    competing = ranking.ranked[: ranking.competing]
-    equals = [
-        one
-        for one in competing
-        if abs(one.offer.sim - competing[0].offer.sim) <= _EQUAL
-        and 2 * (one.finish.total_ms or 0.0) + _LEISURE_MS <= left_ms
-    ]
-    if len(equals) < 2:  # noqa: PLR2004  # nobody to choose between
+    best, *others = ranking.ranked[: ranking.competing]
+    drawn, hope = best, -1.0
+    for one in others:
+        record = one.offer.record
+        who = record.node, record.function, now
+        if (
+            abs(one.offer.sim - best.offer.sim) > _EQUAL
+            or 2 * (one.finish.total_ms or 0.0) + _LEISURE_MS > left_ms
+            or sum(reputation.belief(*who, skills=record.skills)) >= _KNOWN
+        ):
+            continue
+        draw = reputation.draw(*who, chance, skills=record.skills)
+        if draw > hope:
+            drawn, hope = one, draw
+    if drawn is best:
         return ranking
-    drawn = max(
-        equals,
-        key=lambda one: reputation.draw(
-            one.offer.record.node,
-            one.offer.record.function,
-            now,
-            chance,
-            skills=one.offer.record.skills,
-        ),
-    )
-    if drawn is ranking.ranked[0]:
-        return ranking
-    others = [one for one in ranking.ranked if one is not drawn]
-    return Ranking([drawn, *others], ranking.competing, explored=drawn)
+    rest = [one for one in ranking.ranked if one is not drawn]
+    return replace(ranking, ranked=[drawn, *rest], explored=drawn)

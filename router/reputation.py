@@ -8,7 +8,7 @@ done with this one yet: the skills of the node set the mean of the prior, not it
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Any, Final, NamedTuple
@@ -38,7 +38,7 @@ class Belief(NamedTuple):
         return self.good / (self.good + self.bad)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Tally:
     good: float
     bad: float
@@ -144,10 +144,20 @@ class Reputation:
         Args:
             now: UTC milliseconds, to leave out what has faded; None keeps it.
         """
-        return {
+        return self.snapshotting(now)()
+
+    def snapshotting(self, now: int | None = None) -> Callable[[], dict[str, Any]]:
+        """Return what makes the snapshot of this moment, in any thread: large books take a while.
+
+        Args:
+            now: As for ``snapshot``.
+        """
+        # Tallies are replaced, never changed.
+        functions, skills = list(self._functions.items()), list(self._skills.items())
+        return lambda: {
             "version": 1,
-            "functions": self._rows(self._functions, now),
-            "skills": self._rows(self._skills, now),
+            "functions": self._rows(functions, now),
+            "skills": self._rows(skills, now),
         }
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
@@ -176,10 +186,10 @@ class Reputation:
         if len(book) > self._settings.limit:
             book.popitem(last=False)
 
-    def _rows(self, book: _Book, now: int | None) -> list[list[Any]]:
+    def _rows(self, book: Iterable[tuple[_Key, _Tally]], now: int | None) -> list[list[Any]]:
         return [
             [*key, round(tally.good, 4), round(tally.bad, 4), tally.at]
-            for key, tally in book.items()
+            for key, tally in book
             if sum(tally.faded(tally.at if now is None else now, self._half_life_ms)) > _FORGOTTEN
         ]
 

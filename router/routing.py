@@ -15,7 +15,7 @@ from operator import attrgetter
 from typing import Any, Final
 
 from capability_schemas.capability import CatalogRecord
-from capability_schemas.errors import NoCapableNode
+from capability_schemas.errors import FoamError, NoCapableNode, PolicyDenied
 from capability_schemas.task import FunctionRef, Task, TaskPolicy
 from registry.index.base import Demands
 from registry.search import Match
@@ -24,6 +24,7 @@ from router.candidates import Offer, Request
 from router.catalogue import Fleet, Key, NodeView
 from router.events import Choice, Verdict
 from router.finish import predict_finish
+from router.gates import Gatekeeper, Glance, Outlook, glance
 from router.meaning import Meaning, Query
 from router.reputation import Reputation
 from router.rules import NO_RULES, RuleEffect, RuleFile
@@ -37,9 +38,21 @@ _MEANT: Final = 0.6
 _SESSIONS: Final = 10_000
 _UNORDERED: Final = 32
 _ORDERED: Final = 256
-_MISSES_LOOKED_AT: Final = 64
+_SORTED_OUT: Final = 512
+"""Offers kept that fail a glance in one way; more than are looked at to say why."""
+
+_WIDER: Final = 4
+"""So many times as many capabilities are looked at when of the first nobody will do."""
+
+_DEMANDS: Final = 32
+"""Demands of one kind that the search is told of; the gates look at all, be they thousands."""
+
+_HIDDEN: Final = 8
+"""Offers looked at of a capability that the demands keep from being found: they all miss."""
+
 _KEPT_CANDIDATES: Final = 16
 _AS_IT_IS: Final = Supposition()
+_OUTLOOKS: Final = tuple(Outlook)
 
 _Pair = tuple[CatalogRecord, NodeView]
 
@@ -134,7 +147,7 @@ class TaskRouting:
     ) -> dict[str, Any]:
         """Tell what would be chosen, and why; chooses nothing and remembers nothing.
 
-        Those whom the demands of policy and rules keep from being found are told with the others.
+        Some of those whom the demands keep from being found are told with the others.
 
         Args:
             wanted: What would be asked.
@@ -149,6 +162,34 @@ class TaskRouting:
     def policy(self, wanted: Wanted) -> TaskPolicy:
         """Return what a task demands of nodes, by itself and by the rules."""
         return _ruled(wanted.task, self._effect(wanted)).policy
+
+    def objection(self, wanted: Wanted, choice: Choice, now: int) -> FoamError | None:
+        """Return why somebody chosen a while ago may not be asked any more; None when that may be.
+
+        Registry, operator and owner may have changed their minds since. Policy is looked at again,
+        and nothing else: a node that is full by now says so itself.
+
+        Args:
+            wanted: The task.
+            choice: Who was chosen.
+            now: UTC milliseconds.
+        """
+        record = self._fleet.records.get((choice.node, choice.function))
+        if record is None or record.version != choice.version:
+            return NoCapableNode(
+                f"node {choice.node} no longer offers {choice.function} {choice.version}",
+                retryable=True,
+            )
+        effect = self._effect(wanted)
+        request = Request(
+            _ruled(wanted.task, effect), wanted.function, wanted.deadline, effect=effect
+        )
+        failed = [*Gatekeeper(request, now=now).failed_policy(record).values()]
+        if record.policy.external and not choice.external:
+            failed.append("hands the task to a service outside the site by now")
+        if record.cost.money > choice.cost:
+            failed.append(f"costs {record.cost.money:g} by now, {choice.cost:g} was counted on")
+        return PolicyDenied(f"node {choice.node}: {'; '.join(failed)}") if failed else None
 
     def remember(self, wanted: Wanted, choice: Choice, now: int) -> None:
         """Note who was asked: the next task of the session prefers that node.
@@ -203,8 +244,8 @@ class TaskRouting:
         task = _ruled(wanted.task, effect)
         session = self._sessions.get((wanted.client, task.session)) if task.session else None
         request = Request(task, wanted.function, wanted.deadline, prefer=session, effect=effect)
+        look = glance(request, now=now)
         search = query.search if query is not None else self._meaning.search
-
         weights = self.weights.changed(supposed.weights) if supposed.weights else self.weights
 
         def chosen_from(groups: Iterable[Iterable[Offer]]) -> Selection:
@@ -225,19 +266,33 @@ class TaskRouting:
             told: dict[str, Any] = {"rules": effect.describe(), "demands": []}
             if wanted.function is not None and not named:
                 return self._unknown(wanted.function), told
-            return chosen_from([self._offers(named, request, supposed)]), told
-        demands = (*_demands(task), *effect.demands)
-        matches = self._found(query, demands)
-        if everyone and demands:
-            known = {match.key for match in matches}
-            matches += [match for match in self._found(query) if match.key not in known]
-            matches.sort(key=lambda match: (-match.score, match.capability))
-        selection = chosen_from(self._groups(matches, request, supposed))
-        if selection.problem is not None and demands and not everyone:
-            # Nobody whom the demands let through will do: the client is told who comes nearest.
-            nearest = self._groups(self._found(query), request, supposed)
-            selection = chosen_from(islice(group, _MISSES_LOOKED_AT) for group in nearest)
-        return selection, {"demands": [sorted(demand) for demand in demands]}
+            return chosen_from([self._offers(named, request, supposed, look)]), told
+        skills = [frozenset({f"skill:{skill}"}) for skill in task.skills[:_DEMANDS]]
+        demands = (*skills, *_demands(task.policy), *effect.demands)
+
+        def decide(most: int, *, others: bool) -> tuple[Selection, list[Match]]:
+            found = self._found(query, most, demands)
+            matches = found
+            if len(demands) > len(skills):
+                # What is forbidden may be what is meant: then nothing poor stands in for it.
+                matches = _with_hidden(matches, self._found(query, most, skills))
+            if others and skills:
+                matches = _with_hidden(matches, self._found(query, most))
+            selection = chosen_from(self._groups(matches, request, supposed, look))
+            return selection, found
+
+        most = self._settings.candidates
+        selection, found = decide(most, others=everyone)
+        if selection.problem is not None and (
+            skills
+            or (
+                len({match.capability for match in found}) >= most
+                and found[-1].score >= search.calibration.threshold
+            )
+        ):
+            # The next ones may do; else the client is told who comes nearest, whatever its skills.
+            selection, _ = decide(_WIDER * most, others=True)
+        return selection, {"demands": [sorted(demand)[:_DEMANDS] for demand in demands]}
 
     def _effect(self, wanted: Wanted) -> RuleEffect:
         return (
@@ -249,24 +304,23 @@ class TaskRouting:
             return []
         return [(node, function.name) for node in self._fleet.named(function.name)]
 
-    def _found(self, query: Query, demands: Demands = ()) -> list[Match]:
-        return query.search.search(
-            query.text, query.vector, self._settings.candidates, demands=demands
-        )
+    def _found(self, query: Query, most: int, demands: Demands = ()) -> list[Match]:
+        return query.search.search(query.text, query.vector, most, demands=demands)
 
     def _groups(
-        self, matches: Sequence[Match], request: Request, supposed: Supposition
+        self, matches: Sequence[Match], request: Request, supposed: Supposition, look: Glance
     ) -> Iterator[Iterator[Offer]]:
         """Yield the offers of one capability after the other, each made when it is asked for."""
         for _, same in groupby(matches, key=attrgetter("capability")):
             found = list(same)
-            yield self._offers([match.key for match in found], request, supposed, found[0])
+            yield self._offers([match.key for match in found], request, supposed, look, found[0])
 
     def _offers(
         self,
         keys: list[Key],
         request: Request,
         supposed: Supposition,
+        look: Glance,
         match: Match | None = None,
     ) -> Iterator[Offer]:
         """Yield what nodes offer of one capability, the most promising first.
@@ -275,27 +329,47 @@ class TaskRouting:
             keys: Of records of the same words, so that one match holds for all of them.
             request: What is asked.
             supposed: What is to be supposed of the mesh.
+            look: Sorts out what plainly fails.
             match: How it was found; None when it was named.
         """
         how = (match.score, match.dense, match.lexical, match.capability) if match else ()
-        first, others = self._most_promising(keys, request)
-        pairs = list(self._seen(first, supposed))
-        if len(pairs) > _UNORDERED:
-            pairs.sort(key=partial(_promise, request))
-        for record, view in chain(pairs, self._seen(others, supposed)):
+        shut: dict[Outlook, list[_Pair]] = {outlook: [] for outlook in _OUTLOOKS}
+
+        def open_ones() -> Iterator[_Pair]:
+            records, nodes = self._fleet.records, self._fleet.nodes
+            for key in self._in_turn(keys, request):
+                record = records.get(key)
+                if record is None:
+                    continue
+                view = nodes.get(record.node) or self._fleet.node(record.node)
+                if supposed is not _AS_IT_IS:
+                    record, view = supposed.see(record, view)
+                outlook = look(record, view)
+                if outlook is Outlook.OPEN:
+                    yield record, view
+                    continue
+                alike = shut[outlook]
+                if len(alike) < _SORTED_OUT:
+                    alike.append((record, view))
+                elif outlook is Outlook.FULL:
+                    return  # hundreds have no place: the others hardly have one, and all may soon
+
+        others = open_ones()
+        first = list(islice(others, _ORDERED))
+        if len(first) > _UNORDERED:
+            first.sort(key=partial(_promise, request))
+        for record, view in chain(first, others, *shut.values()):
             yield Offer(record, view, *how)
 
-    def _most_promising(
-        self, keys: list[Key], request: Request
-    ) -> tuple[Iterable[Key], Iterable[Key]]:
-        """Return some keys that are worth putting in order, and the others.
+    def _in_turn(self, keys: list[Key], request: Request) -> list[Key]:
+        """Return keys with those first that are worth a look.
 
         A selection stops after a few dozen that pass. Of thousands a few hundred are put in order,
         the cheapest where that is asked for, or others each millisecond, so that the time a task
         takes does not grow with the fleet.
         """
         if len(keys) <= _ORDERED:
-            return keys, ()
+            return keys
         records = self._fleet.records
         if request.task.prefer == "cheapest":
             known = [key for key in keys if key in records]
@@ -306,16 +380,7 @@ class TaskRouting:
             session = (request.prefer or "", keys[0][1])
             if session in keys:
                 keys = [session, *(key for key in keys if key != session)]
-        return keys[:_ORDERED], islice(keys, _ORDERED, None)
-
-    def _seen(self, keys: Iterable[Key], supposed: Supposition) -> Iterator[_Pair]:
-        """Yield records and their nodes as they stand, or are supposed to."""
-        records = self._fleet.records
-        for key in keys:
-            record = records.get(key)
-            if record is not None:
-                view = self._fleet.node(record.node)
-                yield (record, view) if supposed is _AS_IT_IS else supposed.see(record, view)
+        return keys
 
     def _unknown(self, function: FunctionRef) -> Selection:
         """Nobody has a function of that name: name those that sound like it."""
@@ -344,8 +409,8 @@ class TaskRouting:
         return Selection(choices=(), problem=problem, explain=lambda: explanation)
 
 
-def _promise(request: Request, pair: _Pair) -> tuple[bool, bool, float, float, str]:
-    """Order first who served the session, then who is free, cheap or quick, as is preferred."""
+def _promise(request: Request, pair: _Pair) -> tuple[bool, float, float, str]:
+    """Order first who served the session, then who is cheap, quick or free, as is preferred."""
     record, view = pair
     first = 0.0
     if request.task.prefer == "cheapest":
@@ -353,8 +418,7 @@ def _promise(request: Request, pair: _Pair) -> tuple[bool, bool, float, float, s
     elif request.task.prefer == "fastest":
         total_ms = predict_finish(record, view).total_ms
         first = math.inf if total_ms is None else total_ms
-    shut = not (view.live and view.open) or view.full
-    return record.node != request.prefer, shut, first, view.busy, record.node
+    return record.node != request.prefer, first, view.busy, record.node
 
 
 def _ruled(task: Task, effect: RuleEffect) -> Task:
@@ -367,11 +431,21 @@ def _ruled(task: Task, effect: RuleEffect) -> Task:
     return task.model_copy(update=changes) if changes else task
 
 
-def _demands(task: Task) -> list[frozenset[str]]:
-    """Return what the search can be told of the demands of a task; the gates look at all of it."""
-    policy = task.policy
-    demands = [frozenset({f"skill:{skill}"}) for skill in task.skills]
-    demands += [frozenset({f"grant:{grant}"}) for grant in policy.grants]
+def _with_hidden(matches: Sequence[Match], others: Sequence[Match]) -> list[Match]:
+    """Return matches with some of each capability that only a search with fewer demands finds."""
+    found = {match.capability for match in matches}
+    hidden = [
+        match
+        for capability, same in groupby(others, key=attrgetter("capability"))
+        if capability not in found
+        for match in islice(same, _HIDDEN)
+    ]
+    return sorted([*matches, *hidden], key=lambda match: (-match.score, match.capability))
+
+
+def _demands(policy: TaskPolicy) -> list[frozenset[str]]:
+    """Return what the search can be told of a policy; the gates look at all of it."""
+    demands = [frozenset({f"grant:{grant}"}) for grant in policy.grants[:_DEMANDS]]
     if policy.zones is not None:
         demands.append(frozenset(f"zone:{zone}" for zone in policy.zones))
     if policy.data is not None:

@@ -36,18 +36,28 @@ class Scales:
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
         costs = [one.offer.record.cost for one in candidates]
-        finishes = [one.finish.total_ms for one in candidates]
-        known = [finish for finish in finishes if finish is not None]
+        known = [
+            one.finish.total_ms - one.finish.wait_ms
+            for one in candidates
+            if one.finish.total_ms is not None
+        ]
         self.money = max((cost.money for cost in costs), default=0.0)
         self.energy = max((cost.energy_j for cost in costs), default=0.0)
-        self.slowest_ms = max(known, default=0.0)
         # Nothing is known of a new node: it is neither favoured nor held back for it.
-        self.usual_ms = sum(known) / len(known) if known else 0.0
+        self.usual_run_ms = sum(known) / len(known) if known else 0.0
+        self.slowest_ms = max((self.finish_ms(one) for one in candidates), default=0.0)
         self.fewest_tasks = min((tasks_of(one.offer.node) for one in candidates), default=0)
 
     def finish_ms(self, one: Candidate) -> float:
-        """Return the expected finish of a candidate, the usual one where it is unknown."""
-        return self.usual_ms if one.finish.total_ms is None else one.finish.total_ms
+        """Return the expected finish of a candidate, after its own queue.
+
+        Where the length of a run is unknown it is what the others need: their queues are not its.
+        """
+        if one.finish.total_ms is not None:
+            return one.finish.total_ms
+        node = one.offer.node
+        turns = 1 + tasks_of(node) // node.capacity
+        return one.finish.wait_ms + turns * self.usual_run_ms
 
 
 def tasks_of(node: NodeView) -> int:

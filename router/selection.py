@@ -6,8 +6,8 @@
 
 ``gates`` says who may, ``score`` how well each would do, ``ranking`` in which order they are tried,
 ``nobody`` why none is. The calibrated threshold holds for the similarity. A candidate that is only
-busy or away is not replaced by one that is much less similar: better a clear ``overloaded`` than an
-answer from the wrong function.
+busy, away or forbidden is not replaced by one that is much less similar: better a clear
+``overloaded`` or ``policy_denied`` than an answer from the wrong function.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ from registry.calibration import Calibration
 from router.breaker import Breakers
 from router.candidates import Candidate, Offer, Request, short
 from router.events import Choice
-from router.gates import FIT_GATES, GATES, POLICY_GATES, Gatekeeper
+from router.gates import GATES, PASSING_GATES, PLAIN_GATES, Gatekeeper, may_be_meant
 from router.nobody import why_nobody
 from router.ranking import Ranking, explore, rank
 from router.reputation import Reputation
@@ -36,13 +36,21 @@ so, and thousands cost no more than these."""
 _SPARE: Final = 4
 """The same for a capability that can only stand in for a better one."""
 
+_FOR_THE_MOMENT: Final = 512
+"""Nodes of one capability found busy, too slow or left alone for the moment, after which the others
+are not asked about: where one in a hundred is free, one is met among these but for six in a
+thousand, and the client tries again."""
+
+_PLAIN: Final = 64
+"""Nodes of one capability that plainly fail and are looked at, to say why."""
+
 _THOROUGH: Final = 64
 """Offers that are taken through every gate, so that the explanation is complete."""
 
 _SHOWN: Final = 64
 """Candidates an explanation shows."""
 
-_NOT_MEANT: Final = frozenset((*POLICY_GATES, *FIT_GATES))
+_MOMENT: Final = frozenset(PASSING_GATES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +106,9 @@ def select(
 
     Args:
         request: What is asked.
-        groups: What was found, by capability, the most similar first; within each the offers that
-            should be looked at first come first. A group is left when enough of it pass, but
-            nobody is named as the answer before all have been looked at.
+        groups: What was found, by capability, the most similar first; within each those in front
+            that are worth most, behind them what ``glance`` sorts out, in the order of ``Outlook``.
+            A group is left when enough of it pass, or none does and the rest is no better.
         calibration: Threshold, window and probability of the search; not used for a named function.
         weights: Weights of the score, where the task brings none of its own.
         nearest: Near misses to name when nobody passes.
@@ -125,7 +133,7 @@ def select(
     problem = (
         None
         if ranking.ranked
-        else why_nobody(request, judged, threshold=threshold, nearest=nearest)
+        else why_nobody(request, judged, threshold=threshold, floor=ranking.floor, nearest=nearest)
     )
     meant = _meanings(request, ranking.ranked, judged, calibration)
     first = meant[0] if meant else Meant()
@@ -175,28 +183,29 @@ def _judge(
     """Return the candidates looked at, and whether some were not."""
     judged: list[Candidate] = []
     kinds: Counter[frozenset[str]] = Counter()
-    # What fails a gate that others fail alone has nothing better to tell than these.
-    told: set[str] = set()
     best, more = 0.0, False
     for group in groups:
-        passed = 0
+        passed = plain = passing = 0
         for looked, offer in enumerate(group):
             relevant = offer.sim >= threshold
             # It stands at its similarity at the most.
             enough = ENOUGH if offer.sim >= best - window else _SPARE
-            if passed >= enough or (not relevant and looked >= _SPARE):
+            if (
+                passed >= enough
+                or plain >= _PLAIN
+                or passing >= _FOR_THE_MOMENT
+                or (not relevant and looked >= _SPARE)
+            ):
                 more = True
                 break
             thorough = len(judged) < _THOROUGH
-            if not thorough and any(gatekeeper.plainly_fails(gate, offer) for gate in told):
-                more = True
-                continue
             one = gatekeeper.judge(offer, thorough=thorough)
-            if one.failed and not thorough:
+            if one.failed:
+                plain += not PLAIN_GATES.isdisjoint(one.failed)
+                passing += _MOMENT.issuperset(one.failed)
                 kind = frozenset(one.failed)
                 kinds[kind] += 1
-                if kinds[kind] > _SPARE:  # there are enough like it to say why
-                    told |= kind if len(kind) == 1 else set()
+                if kinds[kind] > _SPARE and not thorough:  # there are enough like it to say why
                     more = True
                     continue
             scorer.stand(one)
@@ -226,14 +235,14 @@ def _meanings(
 ) -> list[Meant]:
     """Tell for each of those ranked how sure it is that its function is meant.
 
-    Every function that may and can take the task speaks against the others, be it busy or below
-    the threshold; one that may not, or does not fit, cannot be meant.
+    Every function of the kind that is asked for speaks against the others, be it busy, forbidden or
+    below the threshold.
     """
     if request.function is not None or not ranked:
         return [Meant() for _ in ranked]
     rivals: dict[str, Offer] = {}
     for one in judged:
-        if one.failed.keys() & _NOT_MEANT:
+        if not may_be_meant(one):
             continue
         rival = rivals.setdefault(one.offer.record.function, one.offer)
         if one.offer.sim > rival.sim:

@@ -16,7 +16,7 @@ from capability_schemas.admin import ADMIN_LIMIT_BYTES, AdminRequest, decode_adm
 from capability_schemas.capability import CatalogRecord
 from capability_schemas.errors import FoamError, Overloaded, ProtocolError
 from capability_schemas.ids import now_ms
-from capability_schemas.invocation import Report
+from capability_schemas.invocation import UNSURE_LIMIT_BYTES, Report
 from capability_schemas.node import NodeLoad, NodeState, Presence, RouterState
 from capability_schemas.reply import ErrorEvent, Result
 from capability_schemas.task import CancelRequest, ResumeRequest, peek_task_id
@@ -42,6 +42,7 @@ from router.upkeep import Upkeep
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _CONTROL_LIMIT_BYTES: Final = 64 * 1024
+_REPORT_LIMIT_BYTES: Final = UNSURE_LIMIT_BYTES + _CONTROL_LIMIT_BYTES
 _OVERFLOW_RETRY_MS: Final = 1_000
 
 
@@ -405,7 +406,7 @@ class RouterService(Service):
 
     async def _on_report(self, message: Message) -> None:
         node = self._level(message, "node")
-        report = self._read(Report, message, limit_bytes=DEFAULT_LIMIT_BYTES)
+        report = self._read(Report, message, limit_bytes=_REPORT_LIMIT_BYTES)
         if report is None:
             return
         if report.node != node:
@@ -453,7 +454,8 @@ class RouterService(Service):
         if record is None or record.key != key:
             return
         if self.fleet.admit(record):
-            self._meaning.upsert(record)
+            if self._meaning.upsert(record):
+                self.fleet.lighten(key)
             self._upkeep.catalogue_changed()
 
     # ---- administration

@@ -160,6 +160,8 @@ class RouterSettings(BaseModel):
         sweep_s: Interval of liveness checks and housekeeping.
         shown_events: Chunks kept per live task for ``resume``; the oldest go first.
         shown_bytes: Bytes of chunks kept per live task.
+        draft_bytes: Bytes of unsure answers kept for all cascades together. One that finds no room
+            ends its task: the surest answer so far is the result.
         recent_bytes: Bytes of chunks kept for tasks that have ended.
         retention_s: How long an outcome is kept for the same id again.
         retained_tasks: Most outcomes kept; the oldest go first.
@@ -190,6 +192,7 @@ class RouterSettings(BaseModel):
     sweep_s: Annotated[float, Field(gt=0)] = 0.5
     shown_events: Annotated[int, Field(ge=1)] = 4_096
     shown_bytes: Annotated[int, Field(ge=1024)] = 2 * _MIB
+    draft_bytes: Annotated[int, Field(ge=0)] = 64 * _MIB
     recent_bytes: Annotated[int, Field(ge=0)] = 16 * _MIB
     retention_s: Annotated[float, Field(gt=0)] = 3_600.0
     retained_tasks: Annotated[int, Field(ge=1)] = 100_000

@@ -116,7 +116,8 @@ class SteeringDesk:
             Overloaded: The ledger cannot be written.
         """
         if len(self._reputation):
-            await self._ledger.set_memo(_REPUTATION, self._reputation.snapshot(self._clock()))
+            snapshot = await asyncio.to_thread(self._reputation.snapshotting(self._clock()))
+            await self._ledger.set_memo(_REPUTATION, snapshot)
 
     # ---- explain and what if
 

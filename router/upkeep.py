@@ -1,7 +1,6 @@
 """What a router does by itself, between tasks: it gets informed, fits itself, keeps its house."""
 
 import asyncio
-import gc
 from collections.abc import Callable
 from typing import Final
 
@@ -15,13 +14,16 @@ from router.ledger import Ledger
 from router.meaning import Meaning
 from router.replies import ReplyDesk
 from router.settings import RouterSettings
+from router.sharing import CollectorRest
 from router.steering import SteeringDesk
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 _PRUNE_EVERY: Final = 60
 _SAVE_EVERY: Final = 10 * _PRUNE_EVERY
-_MANY_RECORDS: Final = 5_000
+_JUMP_MS: Final = 1_000
+"""Difference between two clocks that is no drift."""
+
 _TENDED: Final = 16
 """Turns of a few milliseconds that each sweep gives to the index."""
 
@@ -65,7 +67,8 @@ class Upkeep:
         self._clock = clock
         self._catalogue_changed = asyncio.Event()
         self._heard = 0
-        self._spared = 0
+        self._rest = CollectorRest()
+        self._offset_ms: float | None = None
 
     def heard(self) -> None:
         """Take note that something was heard of the mesh."""
@@ -74,7 +77,7 @@ class Upkeep:
     def catalogue_changed(self) -> None:
         """Take note that a record came or went."""
         self._catalogue_changed.set()
-        self._spare_collector()
+        self._rest.changed()
 
     async def get_informed(self) -> None:
         """Have nodes chosen once the mesh is known.
@@ -99,11 +102,7 @@ class Upkeep:
             await asyncio.sleep(self._settings.sweep_s)
             rounds += 1
             now = self._clock()
-            if self._session.connected:
-                for node in self._fleet.silenced(now):
-                    self._dispatcher.node_gone(node, "its heartbeats stopped")
-            else:
-                self._fleet.wake_all(now)
+            self.look_for_silent(now, asyncio.get_running_loop().time())
             self._dispatcher.note_progress()
             await self._replies.save_again()
             await self._steering.follow_rules()
@@ -118,6 +117,24 @@ class Upkeep:
                         await self._steering.save()
                 except Overloaded as error:
                     _log.warning("ledger.unpruned", error=error.message)
+
+    def look_for_silent(self, now: int, monotonic_s: float) -> None:
+        """Give up nodes whose heartbeats stopped; none when it was the router that heard nobody.
+
+        That is while it is cut off, and after its clock was set or its machine slept.
+
+        Args:
+            now: UTC milliseconds.
+            monotonic_s: The same moment by a clock that nobody sets.
+        """
+        offset_ms = now - 1000 * monotonic_s
+        known, self._offset_ms = self._offset_ms, offset_ms
+        jumped = known is not None and abs(offset_ms - known) > _JUMP_MS
+        if jumped or not self._session.connected:
+            self._fleet.wake_all(now)
+            return
+        for node in self._fleet.silenced(now):
+            self._dispatcher.node_gone(node, "its heartbeats stopped")
 
     async def calibrate(self) -> None:
         """Fit the threshold anew when the catalogue has come to rest, until cancelled."""
@@ -143,15 +160,3 @@ class Upkeep:
                 continue
             if embedded:
                 self._catalogue_changed.set()
-
-    def _spare_collector(self) -> None:
-        """Keep the garbage collector from walking a large catalogue again and again.
-
-        A full collection over a hundred thousand records stops the router for more than a second.
-        Records hold no cycles; those that go are freed all the same.
-        """
-        count = len(self._fleet.records)
-        if count >= _MANY_RECORDS and count > 1.2 * self._spared:
-            gc.collect(1)
-            gc.freeze()
-            self._spared = count

@@ -28,6 +28,8 @@ the time limit of its function."""
 _POINTLESS: Final = frozenset(
     {
         ErrorCode.INVALID_TASK,
+        ErrorCode.POLICY_DENIED,
+        ErrorCode.UNAUTHORIZED,
         ErrorCode.TOO_LARGE,
         ErrorCode.DEADLINE_EXCEEDED,
         ErrorCode.CANCELLED,

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,9 +65,12 @@ def read_numbers(given: Sequence[str] | None, what: str) -> dict[str, float | No
         if not equals or not name:
             raise InvalidTask(f"{what} is NAME=NUMBER, not {one!r}", field=what)
         try:
-            numbers[name] = None if value.lower() == "none" else float(value)
+            number = None if value.lower() == "none" else float(value)
         except ValueError as exc:
             raise InvalidTask(f"{what} {name}: {value!r} is no number", field=what) from exc
+        if number is not None and not math.isfinite(number):
+            raise InvalidTask(f"{what} {name}: {value!r} is no number", field=what)
+        numbers[name] = number
     return numbers
 
 

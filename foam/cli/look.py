@@ -107,7 +107,8 @@ def print_rich(thing: Any) -> None:
     from rich.console import Console
 
     width = shutil.get_terminal_size(fallback=(_PIPE_COLUMNS, 50)).columns
-    Console(highlight=False, width=width).print(thing)
+    # Patterns like [ab] are no markup.
+    Console(highlight=False, markup=False, width=width).print(thing)
 
 
 def _draw_nodes(answer: dict[str, Any]) -> None:

@@ -93,6 +93,11 @@ def _how(told: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _value(row: Mapping[str, Any]) -> str:
+    """Return the value of a candidate that may be chosen; that of another has no meaning."""
+    return _number(row.get("value")) if row.get("verdict") == "candidate" else ""
+
+
 def _standing(row: Mapping[str, Any]) -> str:
     """Return what made or undid a candidate: the gates it failed, or the terms that count."""
     if row.get("verdict") != "candidate":
@@ -117,7 +122,7 @@ def draw_explanation(told: Mapping[str, Any]) -> None:
             str(row.get("node", "")),
             f"{row.get('function', '')} {row.get('version', '')}",
             _number((row.get("similarity") or {}).get("score")),
-            _number(row.get("value")),
+            _value(row),
             _standing(row),
         )
     if rows:
@@ -178,8 +183,8 @@ def _draw_whatif(answer: dict[str, Any]) -> None:
         table.add_row(
             row["node"],
             f"{row['function']} {row.get('version', '')}",
-            _number(was.get("value")),
-            _number(row.get("value")),
+            _value(was),
+            _value(row),
             _standing(row),
         )
     if then.get("candidates"):
@@ -294,7 +299,7 @@ def whatif(
 def weights(
     settings: Settings,
     changes: Annotated[
-        list[str] | None, typer.Argument(help="Weights to set.", metavar="[NAME=NUMBER]...")
+        list[str] | None, typer.Argument(help="Weights to set.", metavar="NAME=NUMBER")
     ] = None,
     *,
     reset: Annotated[

@@ -39,7 +39,8 @@ from registry.index.snapshot import read_snapshot, write_snapshot
 if TYPE_CHECKING:
     from registry.index.hnsw import Graph
 
-EXACT_LIMIT: Final = 10_000
+EXACT_LIMIT: Final = 4_000
+"""Measured: comparing all of ten thousand takes 0.7 ms, graphs answer in 0.3 ms."""
 _OWN_SHARDS: Final = 8
 _SHARED: Final = "*"
 _FEW: Final = 1_000
@@ -51,7 +52,7 @@ _BEYOND_SHARE: Final = 8
 class CapabilityIndex:
     """Keyed unit vectors with nearest-neighbour search under demands; owned by one thread.
 
-    Compares all while they are few (0.6 ms for ten thousand), and goes through graphs above. With
+    Compares all while they are few (0.25 ms for four thousand), and goes through graphs above. With
     a ``background`` executor no call takes longer than a few milliseconds at a hundred thousand
     vectors: graphs are built and snapshots written there, and the owner's next call puts a finished
     graph in place. Without one, the call that makes a graph necessary builds it.
@@ -174,25 +175,37 @@ class CapabilityIndex:
         Raises:
             ValueError: as for ``upsert``.
         """
+        keys, similarities = self.near(vector, k, demands=demands)
+        return ranked(keys, similarities, k)
+
+    def near(
+        self, vector: npt.NDArray[Any], k: int, *, demands: Demands = NO_DEMANDS
+    ) -> tuple[list[str], Similarities]:
+        """As ``search``, in no order; a few more than k when several are as near as the last."""
         query = checked(vector, self._dimension)
         self._settle()
+        if k < 1 or not self._shards:
+            return [], NOTHING[1]
         allowed = self._sets.admitted(demands) if demands else None
-        shards = list(self._shards.values()) if k > 0 else []
-        # Each is asked for a little more than its share, and again where that may not have been
-        # enough: the nearest of all may lie in one of them.
-        share = min(k, k // len(shards) + _BEYOND_SHARE) if len(shards) > 1 else k
-        found = [shard.search(query, share, allowed) for shard in shards]
-        together = np.concatenate([NOTHING[1], *(near for _, near in found)])
-        edge = np.partition(together, -k)[-k] if len(together) > k > 0 else -np.inf
+        shards = list(self._shards.values())
+        if len(shards) == 1:
+            rows, near = shards[0].search(query, k, allowed)
+            return shards[0].keys(rows), near
+        # Each is asked for a little more than its share, and thoroughly where that may not have
+        # been enough: the nearest of all may lie in one of them.
+        share = min(k, k // len(shards) + _BEYOND_SHARE)
+        found = [shard.search(query, share, allowed, thorough=False) for shard in shards]
+        together = np.concatenate([near for _, near in found])
+        edge = np.partition(together, -k)[-k] if len(together) > k else -np.inf
         keys: list[str] = []
-        kept: list[Similarities] = [NOTHING[1]]
+        kept: list[Similarities] = []
         for shard, part in zip(shards, found, strict=True):
             more = share < k and len(part[1]) >= share and part[1].min() >= edge
             rows, near = shard.search(query, k, allowed) if more else part
             inside = near >= edge
             keys += shard.keys(rows[inside])
             kept.append(near[inside])
-        return ranked(keys, np.concatenate(kept), k)
+        return keys, np.concatenate(kept)
 
     def admits(self, key: str, demands: Demands) -> bool:
         """Whether a key is stored and its attributes meet demands."""
@@ -205,8 +218,7 @@ class CapabilityIndex:
         Raises:
             KeyError: the key is not stored.
         """
-        shard = self._homes[key]
-        return shard.vectors[shard.row(key)].copy()
+        return self._homes[key].vector(key).copy()
 
     def similarities(
         self, keys: Sequence[str], vector: npt.NDArray[Any]
@@ -225,10 +237,7 @@ class CapabilityIndex:
             ValueError: as for ``upsert``.
         """
         query = checked(vector, self._dimension)
-        rows = np.empty((len(keys), self._dimension), dtype=np.float32)
-        for at, key in enumerate(keys):
-            shard = self._homes[key]
-            rows[at] = shard.vectors[shard.row(key)]
+        rows = np.stack([self._homes[key].vector(key) for key in keys])
         found: npt.NDArray[np.float32] = np.einsum("ij,j->i", rows, query)
         return found
 

@@ -22,6 +22,11 @@ M: Final = 16
 EF_CONSTRUCTION: Final = 100
 EF: Final = 64
 """Measured: these find 0.995 of the true ten nearest among 10,000; more links gain nothing."""
+_EF_FEW: Final = 48
+"""Finds 0.995 of the true six nearest among 25,000 in 0.17 instead of 0.2 ms; of 32, 0.955."""
+_USUAL: Final = 25_000
+"""Vectors that these breadths are for; of more the search must be broader by as much: a graph of
+100,000 blended vectors gives 0.88 of the true ten nearest with a breadth of 64."""
 _SEED: Final = 7
 _SPACE: Final = "ip"
 """The inner product of unit vectors is their cosine, and keeps the vectors as they were given."""
@@ -99,12 +104,15 @@ class Graph:
             self._graph.mark_deleted(label)
             self._buried.add(label)
 
-    def search(self, vector: npt.NDArray[np.float32], k: int) -> tuple[Rows, Similarities] | None:
+    def search(
+        self, vector: npt.NDArray[np.float32], k: int, *, thorough: bool = True
+    ) -> tuple[Rows, Similarities] | None:
         """Find the labels nearest to a vector, nearly always all of them.
 
         Args:
             vector: float32, shape ``(dimension,)``, of length 1.
             k: how many; fewer come back when fewer live.
+            thorough: whether nearly all of many are wanted; else some few, in a little less time.
 
         Returns:
             Labels and their cosines, nearest first; None when clustered graves hide the living
@@ -113,7 +121,8 @@ class Graph:
         k = min(k, self.living)
         if k < 1:
             return np.empty(0, dtype=np.intp), np.empty(0, dtype=np.float32)
-        self._graph.set_ef(max(EF, k))
+        breadth = (EF if thorough else _EF_FEW) * max(_USUAL, len(self)) // _USUAL
+        self._graph.set_ef(max(breadth, k))
         try:
             labels, distances = self._graph.knn_query(vector[np.newaxis, :], k=k, num_threads=1)
         except RuntimeError:  # "Cannot return the results in a contiguous 2D array"

@@ -108,14 +108,9 @@ class Shard:
         """Whether a graph serves."""
         return self._graph is not None
 
-    def row(self, key: str) -> int:
-        """Number of a key's row, valid until the next change; KeyError when it is not there."""
-        return self._rows[key]
-
-    @property
-    def vectors(self) -> VectorRows:
-        """The rows, to be read."""
-        return self._vectors
+    def vector(self, key: str) -> Vectors:
+        """A stored vector, not copied; KeyError when the key is not there."""
+        return self._vectors[self._rows[key]]
 
     # ---- changes
 
@@ -353,13 +348,16 @@ class Shard:
 
     # ---- search
 
-    def search(self, query: Vectors, k: int, allowed: Mask | None) -> Found:
+    def search(
+        self, query: Vectors, k: int, allowed: Mask | None, *, thorough: bool = True
+    ) -> Found:
         """Find the nearest admitted rows.
 
         Args:
             query: checked.
             k: how many, at least 1.
             allowed: truth by number of attribute set; None admits everybody.
+            thorough: as for ``Graph.search``.
 
         Returns:
             Rows and their cosines, in no order: the k nearest, and more as near as the last.
@@ -374,7 +372,7 @@ class Shard:
         if k < 1:
             return NOTHING
         if self._graph is not None:
-            found = self._by_graph(self._graph, query, k, allowed, passing)
+            found = self._by_graph(self._graph, query, k, allowed, passing, thorough=thorough)
             if found is not None:
                 return found
         return self._by_comparison(query, k, allowed, passing)
@@ -384,11 +382,18 @@ class Shard:
         return [self._keys[row] or "" for row in rows.tolist()]
 
     def _by_graph(
-        self, graph: "Graph", query: Vectors, k: int, allowed: Mask | None, passing: int
+        self,
+        graph: "Graph",
+        query: Vectors,
+        k: int,
+        allowed: Mask | None,
+        passing: int,
+        *,
+        thorough: bool,
     ) -> Found | None:
         """Ask the graph for so many that enough of them pass; None when comparing is quicker."""
         if allowed is None and not self._graves and not self._waiting:
-            return graph.search(query, k)
+            return graph.search(query, k, thorough=thorough)
         admitted = allowed if allowed is not None else self._everybody
         beside = np.sort(np.fromiter(self._waiting, dtype=np.intp, count=len(self._waiting)))
         beside = beside[admitted[self._numbers[beside]]]
@@ -396,7 +401,7 @@ class Shard:
         sieve = passing / (len(self._rows) + len(self._graves))
         wanted = k if sieve == 1.0 else int(1.25 * k / sieve) + _SLACK
         while wanted * _ROWS_PER_RESULT <= passing:
-            found = graph.search(query, wanted)
+            found = graph.search(query, wanted, thorough=thorough)
             if found is None:
                 return None
             rows, similarities = found

@@ -1,14 +1,19 @@
 """What the rules that apply to a task make of it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final, NamedTuple
 
 from capability_schemas.capability import CatalogRecord
 from capability_schemas.task import Preference, TaskPolicy
 from router.rules.model import MOST_BONUS, Target
 from router.rules.patterns import Globs
+
+_REASONS: Final = 4
+_CHARACTERS: Final = 400
+"""Reasons are kept with every candidate of every task; what matters stands in front."""
 
 
 class Selector:
@@ -22,7 +27,8 @@ class Selector:
 
     def __init__(self, targets: Sequence[Target]) -> None:
         self._kinds = [_Kind(target) for target in targets]
-        self.words = "; or ".join(_in_words(target) for target in targets)
+        words = "; or ".join(_in_words(target) for target in targets)
+        self.words = words if len(words) <= _CHARACTERS else f"{words[:_CHARACTERS]} …"
         self.demands = _demands(self._kinds)
 
     def admits(self, record: CatalogRecord) -> bool:
@@ -138,17 +144,18 @@ class RuleEffect:
             return self.conflict
         if not self.requires and not self.forbids:
             return None
-        reasons = [
-            f"rule {pick.rule} requires {pick.selector.words}"
-            for pick in self.requires
-            if not pick.selector.admits(record)
-        ]
-        reasons += [
-            f"rule {pick.rule} forbids {pick.selector.words}"
-            for pick in self.forbids
-            if pick.selector.admits(record)
-        ]
+        reasons = list(islice(self._refusals(record), _REASONS + 1))
+        if len(reasons) > _REASONS:
+            reasons[_REASONS:] = ["further rules exclude it too"]
         return "; ".join(reasons) or None
+
+    def _refusals(self, record: CatalogRecord) -> Iterator[str]:
+        for pick in self.requires:
+            if not pick.selector.admits(record):
+                yield f"rule {pick.rule} requires {pick.selector.words}"
+        for pick in self.forbids:
+            if pick.selector.admits(record):
+                yield f"rule {pick.rule} forbids {pick.selector.words}"
 
     def bonus(self, record: CatalogRecord) -> float:
         """Return what a capability gains, 0 to 0.1 in all.

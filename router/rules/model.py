@@ -33,8 +33,9 @@ MOST_EXPRESSIONS: Final = 256
 LISTED: Final = 1_000
 """Longest list."""
 
-LOOKED_AT: Final = 16_384
-"""Characters of a text that keywords, expressions and the language are looked for in."""
+LOOKED_AT: Final = 1_048_576
+"""Characters of a text that keywords and expressions are looked for in: those of the largest task
+by default, or a rule could be evaded by padding. That many take a tenth of a second."""
 
 MOST_BONUS: Final = 0.1
 """Of all rules together: it decides between near equals, never against the meaning."""

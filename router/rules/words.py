@@ -7,6 +7,7 @@ from typing import Final
 
 _WORD: Final = re.compile(r"[^\W_]+")
 _BETWEEN: Final = re.compile(r"[\s\-'\u2019/._,:]")
+_SIGNS: Final = {code: " " for code in range(128) if not chr(code).isalnum()}
 _UNSPACED: Final = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -16,6 +17,8 @@ _UNSPACED: Final = re.compile(
 
 def words_of(text: str) -> list[str]:
     """Return the words of a text as they are compared: compatible forms made one, case folded."""
+    if text.isascii():  # the same, several times faster
+        return text.lower().translate(_SIGNS).split()
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 

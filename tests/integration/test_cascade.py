@@ -3,6 +3,7 @@
 import json
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,7 +79,7 @@ class Mesh:
             self.learnt.append((node, verdict))
             learn(node, function, verdict, now, took_ms=took_ms)
 
-        self.router.routing.learn = note
+        self.router.routing.learn = note  # type: ignore[method-assign]  # a spy
         await self.stack.enter_async_context(self.router)
         self.device = await Probe.open(
             self.site.port, DEVICE, username=DEVICE, password=self.site.passwords[DEVICE]
@@ -144,7 +145,10 @@ class Mesh:
 
     async def decision(self):
         """Return what the ledger keeps on the cascade of the task."""
-        _, explanation = await self.ledger.explanation("t")
+        kept = await self.ledger.explanation("t")
+        assert kept is not None
+        _, explanation = kept
+        assert explanation is not None
         assert explanation["chosen"] == explanation["cascade"]["asked"][0] == ["edge-1", "think"]
         return explanation["cascade"]
 
@@ -221,6 +225,40 @@ async def test_the_same_data_leave_when_they_are_public(mesh):
     await mesh.node("edge-2", "aloud", LARGE, external=True)
     events = await mesh.ask(policy={"data": "public"})
     assert (events[-1]["node"], events[-1]["output"]) == ("edge-2", "well, perhaps")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told_why"),
+    [
+        ({"policy": CapabilityPolicy(external=True)}, "outside the site by now"),
+        ({"policy": CapabilityPolicy(data=("public",))}, "not cleared for internal data"),
+        ({"cost": Cost(money=0.9)}, "costs 0.9 by now"),
+        ({"version": "2.0.0"}, "no longer offers"),
+    ],
+)
+async def test_what_has_changed_since_the_choice_counts_at_the_next_step(mesh, changes, told_why):
+    await mesh.node("edge-1", "judge", SMALL)
+    await mesh.node("edge-2", "aloud", LARGE)
+    select, objection = mesh.router.routing.select, mesh.router.routing.objection
+    objections = []
+
+    def select_and_change(*args):
+        selection = select(*args)
+        records = mesh.router.fleet.records
+        records["edge-2", "think"] = records["edge-2", "think"].model_copy(update=changes)
+        return selection
+
+    def noted(*args):
+        objections.append(objection(*args))
+        return objections[-1]
+
+    mesh.router.routing.select, mesh.router.routing.objection = select_and_change, noted
+    events = await mesh.ask(policy={"data": "internal"})
+    assert told(events) == ["accepted", "routed", "result"]
+    assert (events[-1]["node"], events[-1]["confidence"]) == ("edge-1", 0.3)
+    (error,) = objections
+    assert told_why in error.message
+    assert mesh.agents["edge-2"].counters.finished == 0
 
 
 @pytest.mark.parametrize(
@@ -315,6 +353,7 @@ async def test_the_client_library_tells_the_steps(mesh):
         assert [step.node for step in result.cascade or ()] == ["edge-1", "edge-2"]
         assert handle.routed is not None
         assert handle.routed.reason.startswith("step 2 of at most 2")
+        value: Any
         for field, value in (
             ("prefer", "dearest"),
             ("weights", {"cost": 2}),

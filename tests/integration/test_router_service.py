@@ -1,220 +1,24 @@
 """A router over a session in memory, with nodes that do what the test says."""
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from broker.session.base import Message
-from broker.session.memory import MemoryBroker, MemorySession
-from capability_schemas.capability import CatalogRecord
-from capability_schemas.invocation import Invocation, Report
-from capability_schemas.node import NodeLoad, NodeState
 from capability_schemas.topics import TopicKind, Topics
-from capability_schemas.wire import encode
-from registry.encoders import EncoderThread
-from registry.search import CapabilitySearch
-from router import Ledger, RouterService, RouterSettings, router_will
 from support.capabilities import make_record
-from support.encoders import WordEncoder
-
-QUICK = RouterSettings(
-    report_timeout_ms=150,
-    cancel_grace_ms=60,
-    deadline_grace_ms=40,
-    finish_grace_ms=60,
-    settle_ms=60,
-    quiet_ms=10,
-    sweep_s=0.05,
-    calibration_delay_s=3_600,
+from support.scripted_mesh import (
+    QUICK,
+    Mesh,
+    admit,
+    answer,
+    begin,
+    refuse,
+    say_nothing,
 )
-Behaviour = Callable[["ScriptedNode", Invocation], None]
-
-
-def answer(node: "ScriptedNode", invocation: Invocation) -> None:
-    """Admit, stream two chunks, finish."""
-    node.report(invocation, "admitted")
-    if invocation.stream:
-        node.reply(invocation, event="chunk", seq=0, data="hello ")
-        node.reply(invocation, event="chunk", seq=1, data="world")
-    last = 2 if invocation.stream else 0
-    node.reply(invocation, event="result", seq=last, output="hello world", node=node.node)
-    node.report(invocation, "finished", seq=last + 1)
-
-
-def refuse(node: "ScriptedNode", invocation: Invocation) -> None:
-    node.report(invocation, "refused", code="overloaded", reason="full", retry_after_ms=700)
-
-
-def admit(node: "ScriptedNode", invocation: Invocation) -> None:
-    node.report(invocation, "admitted")
-
-
-def begin(node: "ScriptedNode", invocation: Invocation) -> None:
-    node.report(invocation, "admitted")
-    node.reply(invocation, event="chunk", seq=0, data="hel")
-
-
-def say_nothing(node: "ScriptedNode", invocation: Invocation) -> None:
-    """Leave the invocation unanswered."""
-
-
-class ScriptedNode:
-    """A node that answers invocations as told."""
-
-    def __init__(self, session: MemorySession, topics: Topics, behaviour: Behaviour) -> None:
-        self.session = session
-        self.topics = topics
-        self.node = session.client_id
-        self.behaviour = behaviour
-        self.invocations: list[Invocation] = []
-        self.orders: list[dict[str, Any]] = []
-
-    async def start(self) -> None:
-        await self.session.subscribe(
-            self.topics.build(TopicKind.INVOKE, node=self.node), self._on_invoke
-        )
-        await self.session.subscribe(
-            self.topics.build(TopicKind.CONTROL, node=self.node), self._on_control
-        )
-        self.be("birth")
-
-    def be(self, state: Any, epoch: int = 10) -> None:
-        message = NodeState(node=self.node, state=state, epoch=epoch, at=1, load_interval_s=60)
-        topic = self.topics.build(TopicKind.NODE_STATE, node=self.node)
-        self.session.post(topic, encode(message), retain=True)
-
-    def load(self, **fields: Any) -> None:
-        message = NodeLoad(node=self.node, epoch=10, at=1, **fields)
-        self.session.post(self.topics.build(TopicKind.NODE_LOAD, node=self.node), encode(message))
-
-    def report(self, invocation: Invocation, status: Any, **fields: Any) -> None:
-        message = Report(
-            task=invocation.task,
-            client=invocation.client,
-            attempt=invocation.attempt,
-            node=self.node,
-            status=status,
-            **fields,
-        )
-        topic = self.topics.build(TopicKind.REPORT, router=invocation.router, node=self.node)
-        self.session.post(topic, encode(message))
-
-    def reply(self, invocation: Invocation, **fields: Any) -> None:
-        event = {"v": 1, "task": invocation.task, "at": 1, "attempt": invocation.attempt} | fields
-        self.session.post(f"{invocation.reply}/{self.node}", json.dumps(event).encode())
-
-    async def _on_invoke(self, message: Message) -> None:
-        invocation = Invocation.model_validate_json(message.payload)
-        self.invocations.append(invocation)
-        self.behaviour(self, invocation)
-
-    async def _on_control(self, message: Message) -> None:
-        self.orders.append(json.loads(message.payload))
-
-
-class Mesh:
-    """A broker, a router, nodes and one client."""
-
-    def __init__(self, stack: AsyncExitStack, path: Path, topics: Topics) -> None:
-        self.stack = stack
-        self.path = path
-        self.topics = topics
-        self.broker = MemoryBroker()
-        self.words = WordEncoder()
-        self.events: list[tuple[str, dict[str, Any]]] = []
-        self.client: MemorySession
-        self.router: RouterService
-        self._router_life: AsyncExitStack | None = None
-
-    async def session(self, name: str, **options: Any) -> MemorySession:
-        session = MemorySession(broker=self.broker, client_id=name, **options)
-        return await self.stack.enter_async_context(session)
-
-    async def start_client(self, name: str = "pump-7") -> None:
-        self.client = await self.session(name)
-        await self.client.subscribe(
-            self.topics.filter(TopicKind.REPLY, client=name), self._on_reply
-        )
-
-    async def start_router(self, settings: RouterSettings = QUICK) -> RouterService:
-        life = self._router_life = AsyncExitStack()
-        ledger = await life.enter_async_context(
-            Ledger(path=self.path / "router.sqlite", limit_bytes=settings.ledger_bytes)
-        )
-        encoder = await life.enter_async_context(EncoderThread(encoder=self.words))
-        session = MemorySession(
-            broker=self.broker,
-            client_id="router-1",
-            will=router_will(self.topics, "router-1", epoch=1, at=1),
-            clean=False,
-        )
-        self.router = RouterService(
-            session=session,
-            topics=self.topics,
-            search=CapabilitySearch(space=self.words.space),
-            encoder=encoder,
-            ledger=ledger,
-            router_id="router-1",
-            settings=settings,
-        )
-        await self.router.listen()
-        await life.enter_async_context(session)
-        await life.enter_async_context(self.router)
-        await self.broker.settle()
-        return self.router
-
-    async def stop_router(self) -> None:
-        life, self._router_life = self._router_life, None
-        if life is not None:
-            await life.aclose()
-
-    async def node(
-        self, name: str, behaviour: Behaviour = answer, *records: CatalogRecord
-    ) -> ScriptedNode:
-        node = ScriptedNode(await self.session(name), self.topics, behaviour)
-        await node.start()
-        registry = self.client
-        for record in records or (make_record(self.words, name),):
-            topic = self.topics.build(TopicKind.CATALOG, node=name, function=record.function)
-            registry.post(topic, encode(record), retain=True)
-        await self.broker.settle()
-        return node
-
-    def submit(self, **fields: Any) -> None:
-        self.send(json.dumps(fields).encode())
-
-    def send(self, payload: bytes) -> None:
-        self.client.post(self.topics.build(TopicKind.TASK, client="pump-7"), payload)
-
-    def tell(self, kind: TopicKind, **fields: Any) -> None:
-        topic = self.topics.build(kind, client="pump-7")
-        self.client.post(topic, json.dumps(fields).encode())
-
-    def of(self, task: str) -> list[dict[str, Any]]:
-        return [event for _, event in self.events if event["task"] == task]
-
-    def kinds(self, task: str) -> list[str]:
-        return [event["event"] for event in self.of(task)]
-
-    def final(self, task: str) -> dict[str, Any] | None:
-        finals = [event for event in self.of(task) if event["event"] in {"result", "error"}]
-        return finals[0] if finals else None
-
-    async def admin(self, eventually: Any, verb: str, **args: Any) -> dict[str, Any]:
-        ask = f"ask-{len(self.events)}"
-        topic = self.topics.build(TopicKind.ADMIN, target="router-1", client="pump-7")
-        self.client.post(topic, json.dumps({"id": ask, "verb": verb, "args": args}).encode())
-        await eventually(lambda: self.final(ask))
-        reply = self.final(ask)
-        assert reply is not None
-        return reply
-
-    async def _on_reply(self, message: Message) -> None:
-        self.events.append((message.topic, json.loads(message.payload)))
 
 
 @pytest.fixture

@@ -304,6 +304,7 @@ async def test_explain_and_whatif_tell_every_candidate_and_change_nothing(mesh: 
 
     one = await mesh.admin("explain", text=ASKED, limit=1)
     assert (len(one["candidates"]), one["looked_at"]) == (1, 4)
+    args: dict[str, Any]
     for args, error, named in (
         ({"text": ASKED}, InvalidTask, "nothing is supposed"),
         ({"text": ASKED, "gone": ["edge-9"]}, NotFound, "edge-9"),

@@ -81,6 +81,7 @@ async def node(topics, eventually):
         python("judge", cost={"money": 0.5}),
         python("aloud"),
         python("broken"),
+        python("long_winded"),
         python("endless"),
         python("words", "workshop"),
     ]
@@ -139,6 +140,16 @@ async def test_an_answer_without_confidence_counts_as_sure(node):
     (result,) = node.events  # and no piece of it was shown before
     assert result["output"] == "to be "
     assert [step.get("confidence") for step in result["cascade"]] == [None]
+
+
+async def test_an_answer_too_long_to_be_handed_back_goes_to_the_client(node):
+    node.invoke("long_winded", {"times": 26_215})  # of ten bytes: more than 256 KiB with its quotes
+    assert (await node.ended())["status"] == "finished"
+    (result,) = node.events
+    assert (result["confidence"], len(result["output"])) == (0.3, 262_150)
+    assert [step["confidence"] for step in result["cascade"]] == [0.3]
+    node.invoke("long_winded", {"times": 26_000}, task="shorter")
+    assert (await node.ended(2))["status"] == "unsure"
 
 
 async def test_pieces_are_shown_at_once_where_any_answer_will_do(node):

@@ -237,9 +237,7 @@ class OneCascade(OneTask):
         deadline=st.integers(1, 90_000),
         accept=st.sampled_from([0.3, 0.6]),
     )
-    def begin(  # type: ignore[override]  # hypothesis calls it by these names
-        self, nodes: list[Any], deadline: int, accept: float
-    ) -> None:
+    def begin(self, nodes: list[Any], deadline: int, accept: float) -> None:
         self.task = TaskMachine(deadline=deadline, settings=SETTINGS)
         self.known_attempt, self.judged, self.drafted = 0, set(), False
         self.journaled()

@@ -11,6 +11,7 @@ from capability_schemas.task import FunctionRef, Task
 from registry.calibration import Calibration
 from router.candidates import Offer, Request
 from router.catalogue import NodeView
+from router.gates import glance
 from router.rules import NO_RULES, RuleEffect
 from router.selection import Selection, select
 from router.settings import Weights
@@ -92,7 +93,12 @@ def chosen(*offers: Offer, **options: Any) -> Selection:
         "nearest": 3,
         "now": 0,
     }
-    return select(request, by_function(offers), **(defaults | options))
+    look = glance(request, now=(defaults | options)["now"])
+    groups = [
+        sorted(group, key=lambda one: look(one.record, one.node).value)
+        for group in by_function(offers)
+    ]
+    return select(request, groups, **(defaults | options))
 
 
 def problem(*offers: Offer, **options: Any) -> FoamError:

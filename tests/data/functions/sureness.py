@@ -12,9 +12,9 @@ def judge(text: str, sure: float = 0.3) -> Answer[str]:
 
 
 @function
-def long_winded(sure: float = 0.3) -> Answer[str]:
+def long_winded(sure: float = 0.3, times: int = 10_000) -> Answer[str]:
     """Answer at some length."""
-    return Answer("so to say " * 10_000, confidence=sure)
+    return Answer("so to say " * times, confidence=sure)
 
 
 @function

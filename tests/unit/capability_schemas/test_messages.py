@@ -19,6 +19,7 @@ from capability_schemas.errors import (
     error_from_wire,
 )
 from capability_schemas.functions import FunctionSpec, check_input, effective_input
+from capability_schemas.invocation import Report
 from capability_schemas.node import NodeState
 from capability_schemas.reply import Chunk, ErrorEvent, Result, decode_reply
 from capability_schemas.signing import SigningKey, digest, sign, verify
@@ -212,3 +213,15 @@ def test_asyncapi_references_resolve():
     for message in messages.values():
         if "payload" in message:
             assert (export.FOLDER / message["payload"]["$ref"]).is_file()
+
+
+@pytest.mark.parametrize(
+    "field", [{"seq": 2**60}, {"seq": -1}, {"retry_after_ms": -1}, {"confidence": 2.0}]
+)
+def test_a_report_holds_no_number_that_means_nothing(field: dict[str, Any]) -> None:
+    report = {"task": "t", "client": "c", "attempt": 1, "node": "n", "status": "unsure"}
+    decode(Report, json.dumps(report).encode())
+    with pytest.raises(MalformedPayload, match=next(iter(field))):
+        decode(Report, json.dumps(report | field).encode())
+    with pytest.raises(MalformedPayload, match="confidence"):
+        decode(Report, json.dumps(report | {"confidence": float("nan")}).encode())

@@ -1,5 +1,7 @@
 """The gauge: what a node tells of its functions, so that routers can predict a finish."""
 
+from typing import TYPE_CHECKING, cast
+
 import pytest
 
 from capability_schemas.functions import FunctionSpec
@@ -7,11 +9,14 @@ from node_agent.admission.control import Admission
 from node_agent.admission.queue import AdmissionQueue
 from node_agent.gauge import LoadGauge
 
+if TYPE_CHECKING:
+    from node_agent.pool.pool import InstancePool
+
 F = FunctionSpec(name="f", description="d")
 
 
 class FakePool:
-    """What gauge and admission need of `node_agent.pool.InstancePool`."""
+    """What gauge and admission need of `node_agent.pool.pool.InstancePool`."""
 
     def __init__(self):
         self.start = 0.0
@@ -38,8 +43,9 @@ class Node:
     def __init__(self):
         self.now = 0
         self.pool = FakePool()
+        pool = cast("InstancePool", self.pool)
         queue = AdmissionQueue(limit=10)
-        admission = Admission(queue=queue, pool=self.pool, clock=lambda: self.now)
+        admission = Admission(queue=queue, pool=pool, clock=lambda: self.now)
         admission.configure({"f": F}, edited=set())
         self.gauge = LoadGauge(
             node="n",
@@ -48,7 +54,7 @@ class Node:
             queue=queue,
             queue_limit=10,
             admission=admission,
-            pool=self.pool,
+            pool=pool,
             clock=lambda: self.now,
         )
 

@@ -3,6 +3,7 @@ import pytest
 from registry.calibration import (
     DEFAULT_HALF,
     HIGHEST,
+    IN_SCOPE_KEPT,
     LOWEST,
     Calibration,
     HeldOut,
@@ -11,6 +12,11 @@ from registry.calibration import (
     fit_threshold,
     prior,
 )
+from registry.encoders import OnnxEncoder
+from registry.search import CapabilitySearch
+from support.capabilities import make_record
+from support.encoders import exported_folder
+from support.plant_fleet import FUNCTIONS, IN_SCOPE, OUT_OF_SCOPE
 
 
 def threshold(exampled: float, *background: float) -> float:
@@ -33,16 +39,24 @@ def test_without_examples_the_prior_stands() -> None:
 
 
 def test_few_examples_move_it_little_and_many_decide() -> None:
-    few = fit_threshold([0.3] * 5, 0.37)
-    many = fit_threshold([0.3] * 5_000, 0.37)
-    assert 0.36 < few < 0.37
-    assert many == pytest.approx(0.3, abs=0.002)
+    assert 0.30 < fit_threshold([0.5] * 5, 0.30) < 0.31
+    assert fit_threshold([0.5] * 10_000, 0.30) == pytest.approx(0.5, abs=0.003)
 
 
-def test_it_keeps_ninety_five_of_a_hundred() -> None:
+def test_examples_that_score_low_bring_it_down_sooner_than_others_raise_it() -> None:
+    low, high = fit_threshold([0.2] * 20, 0.3), fit_threshold([0.4] * 20, 0.3)
+    assert 0.3 - low > 3 * (high - 0.3) > 0.0
+
+
+def test_one_odd_example_does_not_undo_it() -> None:
+    assert fit_threshold([0.0], 0.3) > 0.25
+
+
+def test_it_keeps_what_it_says_of_many_examples() -> None:
     tops = [0.30 + 0.1 * at / 10_000 for at in range(10_000)]
     fitted = fit_threshold(tops, 0.30)
-    assert sum(top >= fitted for top in tops) / len(tops) == pytest.approx(0.95, abs=0.01)
+    kept = sum(top >= fitted for top in tops) / len(tops)
+    assert kept == pytest.approx(IN_SCOPE_KEPT, abs=0.01)
 
 
 def test_it_stays_in_its_range() -> None:
@@ -56,12 +70,33 @@ def test_half_is_the_median_of_what_says_something() -> None:
     assert fit_half([9.0]) == 1.0
 
 
+@pytest.mark.encoder
+@pytest.mark.parametrize(("size", "examples"), [(10, 4), (10, 2), (10, 0), (4, 4), (4, 0)])
+def test_a_small_fleet_serves_paraphrases_and_refuses_strangers(size: int, examples: int) -> None:
+    encoder = OnnxEncoder(exported_folder())
+    search = CapabilitySearch(space=encoder.space)
+    for function in FUNCTIONS[:size]:
+        said = function._replace(examples=function.examples[:examples])._asdict()
+        search.upsert(make_record(encoder, "edge-1", said.pop("name"), **said))
+    texts = search.calibration_texts()
+    search.calibrate(dict(zip(texts, encoder.encode(texts), strict=True)))
+
+    def taken(text: str) -> bool:
+        (vector,) = encoder.encode([text])
+        return search.search(text, vector, 1)[0].score >= search.threshold
+
+    served = {function.name for function in FUNCTIONS[:size]}
+    kept = [taken(text) for text, name in IN_SCOPE if name in served]
+    assert sum(kept) / len(kept) >= 0.88
+    assert sum(map(taken, OUT_OF_SCOPE)) / len(OUT_OF_SCOPE) <= 0.2
+
+
 class TestProbability:
     def test_it_grows_with_score_and_margin(self) -> None:
         fitted = prior(1.0)
         chances = [fitted.probability(score, 0.1) for score in (0.0, 0.3, 0.6, 1.0)]
         assert chances == sorted(chances)
-        assert fitted.probability(0.6, 0.01) < 0.5 < fitted.probability(0.6, 0.3)
+        assert fitted.probability(0.5, 0.01) < 0.5 < fitted.probability(0.5, 0.3)
 
     def test_it_stays_a_probability(self) -> None:
         for score in (-1e9, 0.0, 1e9):

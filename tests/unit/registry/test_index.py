@@ -286,9 +286,9 @@ class TestShards:
         asked: list[int] = []
         search = Graph.search
 
-        def counted(graph: Graph, vector: Vectors, k: int) -> object:
+        def counted(graph: Graph, vector: Vectors, k: int, *, thorough: bool) -> object:
             asked.append(k)
-            return search(graph, vector, k)
+            return search(graph, vector, k, thorough=thorough)
 
         monkeypatch.setattr(Graph, "search", counted)
         assert {key[0] for key in keys(index, axis(0), 4, {"zone:a"})} == {"a"}
@@ -353,7 +353,7 @@ class TestGraphs:
         index = CapabilityIndex(dimension=D, exact_limit=20)
         rows = vectors(200)
         fill(index, rows)
-        monkeypatch.setattr(Graph, "search", lambda *_: None)
+        monkeypatch.setattr(Graph, "search", lambda *_, **__: None)
         assert keys(index, rows[9], 1) == ["k0009"]
 
     def test_without_the_library_all_are_compared(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def test_removing_one_offer_leaves_the_others(search: CapabilitySearch) -> None:
 def test_a_record_of_another_space_is_known_but_not_compared(search: CapabilitySearch) -> None:
     foreign = make_record(WordEncoder(revision="2"), "edge-3", **PUMP)
     assert not search.upsert(foreign)
-    assert search.record(("edge-3", "pump_check")) == foreign
+    assert search.waiting(("edge-3", "pump_check")) == foreign
     assert ("edge-3", "pump_check") not in [match.key for match in ask(search, "pump")]
     bent = make_record(ENCODER, "edge-3", **PUMP).model_copy(update={"embedding": "junk"})
     assert not search.upsert(bent)
@@ -145,6 +145,21 @@ def test_ranking_is_the_same_once_the_graph_has_taken_over() -> None:
     for at in range(300):
         many.remove(("edge-1", f"f{at}"))
     assert ask(many, "number1") == []
+
+
+def test_the_best_are_those_that_looking_at_all_would_find() -> None:
+    search = CapabilitySearch(space=ENCODER.space)
+    for at in range(300):
+        description = f"does work number{at} with tool{at % 7} on machine{at % 11}"
+        examples = (f"tool{at % 5} please", "work") if at % 3 else ()
+        search.upsert(
+            make_record(ENCODER, function=f"f{at}", description=description, examples=examples)
+        )
+    for at in range(0, 300, 15):
+        text = f"which tool{at % 7} does machine{at % 11} number{at} work with"
+        best = [match.score for match in ask(search, text, 300)[:5]]
+        assert [match.score for match in ask(search, text, 5)] == pytest.approx(best, abs=0.02)
+        assert ask(search, text, 5)[0].key == ask(search, text, 300)[0].key
 
 
 class TestCalibration:

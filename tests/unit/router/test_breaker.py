@@ -109,3 +109,9 @@ def test_the_open_ones_are_described() -> None:
     assert breakers.describe(30) == [
         {"node": "a", "function": "echo", "lost": 3, "pause_ms": 100, "open_for_ms": 70}
     ]
+
+
+def test_a_clock_that_is_set_back_keeps_nothing_shut() -> None:
+    breakers = opened(at=3_600_000)
+    assert is_blocked(breakers, 3_600_050)
+    assert not is_blocked(breakers, 50)

@@ -1,5 +1,6 @@
 """The ladder of a cascade, and the machine that climbs it."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from capability_schemas.errors import (
 from capability_schemas.invocation import Cascade, Report
 from capability_schemas.reply import Usage
 from capability_schemas.task import TaskPolicy
-from router.cascade import Escalation
+from router.cascade import DraftRoom, Escalation
 from router.events import (
     Action,
     CancelAsked,
@@ -215,9 +216,11 @@ class Task(TaskMachine):
         return [action for action in actions if not isinstance(action, Learn)]
 
 
-def begun(*choices: Choice, deadline: int = 10_000, **policy: Any) -> Task:
+def begun(
+    *choices: Choice, deadline: int = 10_000, room: DraftRoom | None = None, **policy: Any
+) -> Task:
     """Return a task in a cascade over the choices, with the first one invoked at 0."""
-    task = Task(deadline=deadline, settings=SETTINGS)
+    task = Task(deadline=deadline, settings=SETTINGS, room=room)
     task.handle(Journaled(), 0)
     chosen = Chosen(choices, min_confidence=0.6, policy=TaskPolicy(**policy))
     (invoke,) = task.handle(chosen, 0)
@@ -249,7 +252,7 @@ def end_of(actions: list[Action]) -> End:
 def assert_drafted(actions: list[Action]) -> None:
     end = end_of(actions)
     assert end.draft is not None
-    assert (end.draft.output, end.code, end.seq) == ("said by small", None, 0)
+    assert (json.loads(end.draft.output), end.code, end.seq) == ("said by small", None, 0)
     assert [step.node for step in end.steps] == ["small"]
 
 
@@ -280,8 +283,9 @@ def test_the_surest_answer_is_the_answer_when_nobody_may_be_asked() -> None:
     task = begun(SMALL, replace(LARGE, finish_ms=None), deadline=1_000)
     end = end_of(task.handle(Reported(unsure(SMALL, usage=usage)), 970))
     assert end.draft is not None
-    assert (end.draft.output, end.draft.usage) == ("said by small", usage)
-    assert end.error is end.payload is None
+    assert (json.loads(end.draft.output), end.draft.usage) == ("said by small", usage)
+    assert end.error is None
+    assert end.payload is None
 
 
 @pytest.mark.parametrize(
@@ -299,7 +303,7 @@ def test_whatever_becomes_of_the_next_step_the_draft_is_the_answer(event: Event)
     task = after_a_draft()
     end = end_of(task.handle(event, 20))
     assert end.draft is not None
-    assert (end.draft.output, end.code) == ("said by small", None)
+    assert (json.loads(end.draft.output), end.code) == ("said by small", None)
     assert end.attempt == 2
 
 
@@ -360,7 +364,7 @@ def test_a_better_draft_at_the_deadline_counts() -> None:
     assert task.handle(Tick(), 1_970) == [CancelNode("large", 2, "deadline")]
     end = end_of(task.handle(Reported(unsure(LARGE, 0.5, attempt=2)), 1_980))
     assert end.draft is not None
-    assert end.draft.output == "said by large"
+    assert json.loads(end.draft.output) == "said by large"
     assert [step.node for step in end.steps] == ["small", "large"]
 
 
@@ -408,6 +412,7 @@ def test_when_every_step_fails_the_last_failure_is_told() -> None:
 def test_as_many_are_asked_as_in_any_task() -> None:
     ladder = [replace(SMALL, node=f"n{size}", strength=1e9 * 2**size) for size in range(9)]
     task = begun(*ladder)
+    invoke: Action | None = None
     for number in range(SETTINGS.attempts - 1):
         (invoke,) = task.handle(Reported(unsure(ladder[number], attempt=number + 1)), 10)
     assert isinstance(invoke, Invoke)
@@ -440,6 +445,58 @@ def test_candidates_chosen_anew_go_on_from_where_the_cascade_stands() -> None:
     (invoke,) = task.handle(Chosen((SMALL, LARGE), min_confidence=0.6), 101)
     assert isinstance(invoke, Invoke)
     assert (invoke.choice.node, invoke.cascade) == ("small", Cascade(accept=0.6))
+
+
+def test_what_was_shown_counts_although_its_chunks_lag_behind_the_report() -> None:
+    task = after_a_draft()
+    end = end_of(task.handle(report("failed", seq=2, code="execution_failed"), 20))
+    assert (end.seq, end.code, end.draft) == (2, "execution_failed", None)
+    assert task.missed == 2
+
+
+def test_a_client_that_cancels_in_the_grace_of_the_deadline_gets_no_draft() -> None:
+    task = after_a_draft(deadline=1_000)
+    task.handle(Tick(), 970)
+    assert task.handle(CancelAsked(), 975) == []
+    assert end_of(task.handle(Tick(), 1_000)).code == "cancelled"
+
+
+def test_an_answer_handed_back_though_it_is_sure_enough_is_the_answer() -> None:
+    task = begun(SMALL, LARGE)
+    end = end_of(task.handle(Reported(unsure(SMALL, 0.6)), 10))
+    assert end.draft is not None
+    assert (end.draft.step.confidence, end.seq) == (0.6, 0)
+
+
+def test_a_cancelled_task_is_cancelled_whatever_is_handed_back() -> None:
+    task = begun(SMALL, LARGE)
+    task.handle(CancelAsked(), 5)
+    assert end_of(task.handle(Reported(unsure(SMALL, 0.9)), 10)).code == "cancelled"
+
+
+def test_drafts_of_all_tasks_together_are_bounded() -> None:
+    room = DraftRoom(20)  # one answer of 15 bytes
+    first, second, third = (begun(SMALL, LARGE, room=room) for _ in range(3))
+    assert isinstance(first.handle(Reported(unsure(SMALL)), 10)[0], Invoke)
+    assert room.held_bytes == 15
+    assert_drafted(second.handle(Reported(unsure(SMALL)), 10))
+    first.handle(Observed("large", "result", 0, 2, b"sure"), 20)
+    assert room.held_bytes == 0
+    assert isinstance(third.handle(Reported(unsure(SMALL)), 30)[0], Invoke)
+    assert_drafted(third.handle(report("failed"), 40))
+    assert room.held_bytes == 0
+
+
+def test_a_surer_draft_takes_the_place_of_the_one_before() -> None:
+    room = DraftRoom(20)
+    task = begun(SMALL, LARGE, CLOUD, room=room)
+    task.handle(Reported(unsure(SMALL)), 10)
+    (invoke,) = task.handle(Reported(unsure(LARGE, 0.4, attempt=2)), 20)
+    assert isinstance(invoke, Invoke)
+    assert room.held_bytes == 15
+    assert json.loads(end_of(task.handle(report("failed", CLOUD, 3), 30)).draft.output) == (  # type: ignore[union-attr]
+        "said by large"
+    )
 
 
 def test_a_restored_cascade_starts_again() -> None:

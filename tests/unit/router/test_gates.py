@@ -1,5 +1,6 @@
 """Gates: who may run a task at all, and why the others may not."""
 
+import json
 import math
 from typing import Any
 
@@ -91,12 +92,18 @@ def test_by_meaning_a_schema_that_does_not_fit_passes_the_task_on() -> None:
     assert nodes(chosen(offer("a", 0.9, input_schema=SCHEMA), offer("b", 0.8))) == ["b"]
 
 
+@pytest.mark.parametrize("schema", [{"$ref": "#"}, {"properties": {"text": {"pattern": "(a+)+$"}}}])
+def test_a_schema_made_to_be_slow_harms_its_own_offer_only(schema: dict[str, Any]) -> None:
+    task = {"text": "a" * 50 + "b"}
+    assert nodes(chosen(offer("a", 0.9, input_schema=schema), offer("b", 0.8), task=task)) == ["b"]
+
+
 def test_equal_schemas_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
 
-    def counting(value: Any, schema: Any) -> None:
+    def counting(value: Any, schema: Any, **bounds: Any) -> None:
         checked.append(schema)
-        check_input(value, schema)
+        check_input(value, schema, **bounds)
 
     monkeypatch.setattr(gates, "check_input", counting)
     fleet = [offer(f"n{place}", input_schema=dict(SCHEMA)) for place in range(20)]
@@ -224,3 +231,11 @@ def test_a_gate_that_was_not_reached_is_not_called_passed() -> None:
     told = one.describe(gates.GATES)["gates"]
     assert told["deadline"] == "not looked at"
     assert told["data"] == "pass"
+
+
+def test_reasons_stay_short_however_long_the_demands_are() -> None:
+    many = [f"{number:0200}" for number in range(3_000)]
+    task = {"policy": {"zones": many, "grants": many}, "skills": many}
+    error = problem(offer("a"), offer("b"), task=task)
+    assert "and 2992 more" in error.message
+    assert len(json.dumps(error.detail)) < 20_000

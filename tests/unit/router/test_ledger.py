@@ -132,6 +132,20 @@ async def test_work_that_fails_otherwise_does_not_end_the_thread(tmp_path: Path)
         assert found.terminal == b"done"
 
 
+async def test_of_one_commit_only_the_work_that_fails_fails(tmp_path: Path) -> None:
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        await ledger.journal(entry("first"))
+        ended = await asyncio.gather(
+            ledger.journal(entry("before")),
+            conclude(ledger, "first", seq=2**70),  # more than the file has room for in a number
+            ledger.journal(entry("after")),
+            return_exceptions=True,
+        )
+        assert isinstance(ended[1], Overloaded)
+        assert [ended[0], ended[2]] == [None, None]
+        assert len(await ledger.unfinished()) == 3
+
+
 async def test_a_burst_shares_commits(tmp_path: Path) -> None:
     async with Ledger(path=tmp_path / "l.sqlite") as ledger:
         async with asyncio.TaskGroup() as group:

@@ -128,3 +128,12 @@ def test_it_is_bounded_and_the_longest_unheard_of_go_first() -> None:
     smaller.restore(reputation.snapshot(1))
     assert len(smaller) == 1
     assert smaller.score("d", "echo", 1) < smaller.prior
+
+
+def test_a_snapshot_is_of_its_moment_whenever_it_is_made() -> None:
+    reputation = Reputation()
+    reputation.learn("a", "echo", True, 0, skills=["ocr"])
+    before, make = reputation.snapshot(0), reputation.snapshotting(0)
+    reputation.learn("a", "echo", False, 0, skills=["ocr"])
+    reputation.learn("b", "echo", False, 0)
+    assert make() == before != reputation.snapshot(0)

@@ -1,5 +1,6 @@
 """One decision from its parts: rules, search, offers, selection, and what is learnt of it."""
 
+import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from capability_schemas.capability import CapabilityPolicy, CatalogRecord, Cost
-from capability_schemas.errors import NoCapableNode, PolicyDenied
+from capability_schemas.errors import NoCapableNode, Overloaded, PolicyDenied
 from capability_schemas.node import NodeLoad, NodeState
 from capability_schemas.task import FunctionRef, Task, TaskPolicy
 from registry.encoders import EncoderThread
@@ -94,8 +95,8 @@ async def test_what_may_not_run_does_not_crowd_out_what_may(world: World) -> Non
             WORDS,
             "granted",
             "repeat",
-            description="echo words that somebody has said before",
-            examples=("say this text again", "echo what I told you"),
+            description="echo this text again",
+            examples=("echo this text as it was said", "echo that text"),
             policy=granted,
         )
     )
@@ -114,6 +115,27 @@ async def test_when_nobody_may_the_nearest_are_named(world: World) -> None:
     selection = await world.select(text="echo this text", policy=TaskPolicy(zones=("hall-9",)))
     assert isinstance(selection.problem, PolicyDenied)
     assert selection.problem.detail["nearest"][0]["node"] == "a"
+
+
+async def test_what_demands_hide_is_not_replaced_by_something_else(world: World) -> None:
+    world.offer(make_record(WORDS, "a", policy=CapabilityPolicy(zones=("hall-1",))))
+    other = {"description": "text of a poem", "examples": ("this is a poem",)}
+    world.offer(
+        make_record(WORDS, "b", "poem", **other, policy=CapabilityPolicy(zones=("hall-2",)))
+    )
+    world.rules.book = RuleBook.parse(
+        '[[rule]]\nname = "hall"\nwhen = { client = "gauge-*" }\nrequire = { zone = "hall-2" }\n'
+    )
+    poem = await world.select(text="this poem", policy=TaskPolicy(zones=("hall-2",)))
+    assert [choice.node for choice in poem.choices] == ["b"]
+    by_policy = await world.select(text="echo this text", policy=TaskPolicy(zones=("hall-2",)))
+    by_rule = await world.select("gauge-1", text="echo this text")
+    for selection in (by_policy, by_rule):
+        assert isinstance(selection.problem, PolicyDenied)
+        assert [miss["node"] for miss in selection.problem.detail["nearest"]] == ["a", "b"]
+    assert by_policy.problem is not None
+    told = await world.explain(text="echo this text", policy=TaskPolicy(zones=("hall-2",)))
+    assert told["problem"]["message"] == by_policy.problem.message
 
 
 async def test_rules_narrow_the_policy_and_hold_for_named_functions_too(world: World) -> None:
@@ -153,6 +175,77 @@ async def test_of_thousands_of_nodes_few_are_looked_at(world: World, task: dict[
     assert "n0777" in {choice.node for choice in session.choices}
 
 
+@pytest.mark.parametrize(
+    ("many", "code"),
+    [
+        ({"cost": Cost(money=9.0)}, "policy_denied"),
+        ({"policy": CapabilityPolicy(zones=("hall",))}, "policy_denied"),
+        ({"policy": CapabilityPolicy(grants=("pii",))}, "policy_denied"),
+        ({"skills": ()}, "no_capable_node"),
+        ({"version": "0.9.0"}, "no_capable_node"),
+        ({"expires_at": NOW}, "no_capable_node"),
+    ],
+)
+async def test_the_one_that_may_is_found_among_hundreds(
+    world: World, many: dict[str, Any], code: str
+) -> None:
+    fine = {
+        "cost": Cost(),
+        "policy": CapabilityPolicy(zones=("hall",), grants=("pii",)),
+        "skills": ("ocr",),
+        "version": "1.2.0",
+    }
+    template = make_record(WORDS, "n").model_copy(update=fine)
+    for number in range(400):
+        world.offer(template.model_copy(update={**many, "node": f"n{number:04}"}))
+    policy = TaskPolicy(zones=("hall",), grants=("pii",), max_cost=1.0)
+    task: dict[str, Any] = {"function": "echo@>=1", "skills": ("ocr",), "policy": policy}
+    nobody = await world.select(**task)
+    assert nobody.problem is not None
+    assert nobody.problem.code.value == code
+    assert nobody.explain()["looked_at"] < 100
+    world.offer(template.model_copy(update={"node": "n0200"}))
+    assert [one.node for one in (await world.select(**task)).choices] == ["n0200"]
+    world.offer(template.model_copy(update={"node": "n0200"}))
+    world.fleet.node("n0200").cordoned = True
+    away = await world.select(**task)
+    assert isinstance(away.problem, NoCapableNode)
+    assert away.problem.retryable
+
+
+async def test_a_task_with_thousands_of_demands_is_explained_in_short(world: World) -> None:
+    world.offer(make_record(WORDS, "a"))
+    many = tuple(f"{number:0200}" for number in range(4_000))
+    policy = TaskPolicy(zones=many, grants=many)
+    selection = await world.select(text="echo this text", skills=many, policy=policy)
+    assert isinstance(selection.problem, PolicyDenied | NoCapableNode)
+    assert len(json.dumps(selection.explain())) < 50_000
+
+
+async def test_when_the_first_few_are_away_the_next_are_asked(world: World) -> None:
+    for number in range(24):
+        description = f"echo this text in hall {number}"
+        world.offer(make_record(WORDS, f"n{number:02}", description=description, examples=()))
+    for number in range(23):
+        world.fleet.node(f"n{number:02}").cordoned = True
+    selection = await world.select(text="echo this text")
+    assert [choice.node for choice in selection.choices] == ["n23"]
+    told = await world.explain(text="echo this text")
+    assert told["chosen"] == ["n23", "echo"]
+
+
+async def test_where_hundreds_are_full_the_others_are_not_asked_about(world: World) -> None:
+    template = make_record(WORDS, "n")
+    for number in range(2_000):
+        world.offer(template.model_copy(update={"node": f"n{number:04}"}))
+    for node in list(world.fleet.nodes):
+        full = NodeLoad(node=node, epoch=1, at=1, capacity=1, queue_limit=0, running=1)
+        world.fleet.hear_load(full, NOW)
+    selection = await world.select(function="echo")
+    assert isinstance(selection.problem, Overloaded)
+    assert selection.explain()["more"]
+
+
 async def test_those_away_are_passed_over_to_the_last_that_may(world: World) -> None:
     template = make_record(WORDS, "n")
     for number in range(400):
@@ -188,7 +281,7 @@ async def test_outcomes_change_later_decisions(world: World) -> None:
     weighted = {row["node"]: row["weighted"]["reputation"] for row in told["candidates"]}
     assert weighted["a"] < 0 == weighted["b"]
     for verdict in ("refused", "unsure"):
-        world.routing.learn("b", "echo", verdict, NOW)  # type: ignore[arg-type]  # a literal
+        world.routing.learn("b", "echo", verdict, NOW)
     assert (await world.explain(function="echo")) == told
     for _ in range(3):
         world.routing.learn("b", "echo", "lost", NOW)

@@ -211,3 +211,13 @@ def test_writing_varies_words_but_never_values():
     texts = {write("Turn {d} [on|up].", {"d": "Pump-7 kW"}, rng) for _ in range(300)}
     assert len(texts) > 20
     assert all("Pump-7 kW" in text for text in texts)
+
+
+def test_a_part_of_the_readings_may_come_in_one_wording():
+    corpus = Corpus(random.Random(4), {"topic": 40.0}, plain=0.5)
+    texts = [e.turns[0][1] for e in (corpus.training() for _ in range(400)) if e.task == "topic"]
+    first = r"MQTT topic for the [a-z0-9 ]+ of \S+ at \S+\?"
+    in_first = sum(bool(re.fullmatch(first, text)) for text in texts)
+    assert len(texts) > 200
+    assert 0.4 < in_first / len(texts) < 0.65
+    assert not any(is_held_out(corpus.training()) for _ in range(200))

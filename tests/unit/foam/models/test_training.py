@@ -105,6 +105,16 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, vocabulary):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("other", [{"weights": {"tool": 9.0}}, {"plain": 0.5}])
+def test_another_mix_is_a_stream_of_its_own(tmp_path, vocabulary, other):
+    trainer(tmp_path, vocabulary, steps=2).run()
+    same = Trainer(tmp_path, Plan(steps=4, batch_tokens=512))
+    mixed = Trainer(tmp_path, Plan(steps=4, batch_tokens=512, **other))
+    assert (same.step, mixed.step) == (2, 2)
+    kept, new = next(same._batches)[0], next(mixed._batches)[0]
+    assert kept.shape != new.shape or not torch.equal(kept, new)
+
+
 def test_a_run_keeps_its_seed(tmp_path, vocabulary):
     trainer(tmp_path, vocabulary, steps=1).run()
     with pytest.raises(ValueError, match="has seed 0, not 5"):

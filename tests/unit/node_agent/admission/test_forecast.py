@@ -1,5 +1,7 @@
 """Forecasts of run times."""
 
+from typing import Any
+
 import pytest
 
 from node_agent.admission.forecast import Forecast, Work, work_of
@@ -10,6 +12,13 @@ INFO = {"prefill_token_ms": 2.0, "token_ms": 10.0}
 
 def work(size=100, **fields):
     return Work(input_bytes=size, **fields)
+
+
+def run_ms(forecast: Forecast, now: int, **more: Any) -> float:
+    """Return the prediction, which has to be one."""
+    predicted = forecast.predict("f", work(), now=now, **more).run_ms
+    assert predicted is not None
+    return predicted
 
 
 def test_what_never_ran_is_unknown():
@@ -170,24 +179,24 @@ def test_repeated_cuts_raise_what_whole_runs_had_shown_but_one_does_not_take_ove
     for at in range(10):
         forecast.learn("f", work(), run_ms=100, now=at)
     cut(forecast, 2000, times=1, start=10)
-    assert forecast.predict("f", work(), now=11).run_ms < 400
+    assert run_ms(forecast, now=11) < 400
     cut(forecast, 2000, times=20, start=11)
-    assert forecast.predict("f", work(), now=31).run_ms >= 2000
+    assert run_ms(forecast, now=31) >= 2000
 
 
 def test_a_cut_run_makes_the_guess_by_tokens_count_for_less():
     """Its figures say nothing of one that never came to its end, however often."""
     forecast = Forecast()
-    spent = {"usage": {"input_tokens": 10, "output_tokens": 10}}
-    timing = {"timing": {"prefill_ms": 10.0, "decode_ms": 90.0}}
+    usage = {"input_tokens": 10, "output_tokens": 10}
+    timing = {"prefill_ms": 10.0, "decode_ms": 90.0}
     for at in range(10):
-        forecast.learn("f", work(), run_ms=100, now=at, **spent, **timing)
+        forecast.learn("f", work(), run_ms=100, now=at, usage=usage, timing=timing)
     cut(forecast, 2000, times=30, start=10)
-    assert forecast.predict("f", work(), now=40).run_ms >= 2000
+    assert run_ms(forecast, now=40) >= 2000
 
 
 def test_a_cut_below_the_calibration_leaves_that():
     forecast = Forecast()
-    idea = forecast.predict("f", work(), info=INFO, now=0).run_ms
+    idea = run_ms(forecast, now=0, info=INFO)
     cut(forecast, idea / 4, times=3)
     assert forecast.predict("f", work(), info=INFO, now=3).run_ms == pytest.approx(idea)

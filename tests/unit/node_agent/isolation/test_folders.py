@@ -1,6 +1,7 @@
 """Folders of instances: a dead agent's are swept up, nobody else's."""
 
 import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def agent(temporary):
         text=True,
     ) as process:
         try:
+            assert process.stdout is not None
             yield process, Path(process.stdout.readline().strip())
         finally:
             process.kill()
@@ -76,7 +78,8 @@ def test_folders_in_use_of_others_and_of_other_things_stay(temporary, monkeypatc
 
 def test_a_sweep_at_the_moment_of_making_does_no_harm(temporary, monkeypatch):
     """The first folder is swept before it is opened, the second between opening and locking."""
-    opened, swept = folders._open, []
+    opened = folders._open
+    swept: list[Path] = []
 
     def meddling(path):
         if not swept:
@@ -105,7 +108,7 @@ def test_where_folders_cannot_be_locked_they_are_made_and_never_swept(temporary,
     def refuse(descriptor, operation):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(folders.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     made = LockedFolder()
     assert sweep_folders() == 0
     assert made.path.is_dir()

@@ -205,3 +205,27 @@ def test_a_book_tells_its_rules_as_they_are_written() -> None:
     book = RuleBook.parse('# a\n[[rule]]\nname = "r"\nwhen = { client = "x" }\nroute = "best"\n')
     assert book.describe() == [{"line": 2, "name": "r", "when": {"client": "x"}, "route": "best"}]
     assert len(book) == 1
+
+
+def test_what_was_worked_out_last_is_kept_whatever_clients_have_sent() -> None:
+    names = [
+        f"[[rule]]\nname = 'r{one}'\nwhen = {{ keywords = 'k{one}' }}\nroute = 'best'\n"
+        for one in range(12)
+    ]
+    book = RuleBook.parse("".join(names))
+    for number in range(2_000):
+        words = [f"k{one}" for one in range(12) if number >> one & 1]
+        text = " ".join(["say", *words])
+        effect = book.apply("pump-7", Task(text=text))
+        assert list(effect.matched) == [f"r{word[1:]}" for word in words]
+        assert book.apply("pump-7", Task(text=text)) is effect
+
+
+def test_the_reason_stays_short_however_many_rules_and_patterns_there_are() -> None:
+    nodes = ", ".join(f'"node-{number}"' for number in range(900))
+    rules = [f'[[rule]]\nname = "r{one}"\nrequire = {{ node = [{nodes}] }}\n' for one in range(9)]
+    reason = RuleBook.parse("".join(rules)).apply("pump-7", Task(text="say")).refusal(record())
+    assert reason is not None
+    assert reason.startswith("rule r0 requires node")
+    assert reason.endswith("further rules exclude it too")
+    assert len(reason) < 4_000

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from router.rules.model import LOOKED_AT
 from support.rule_books import RULE, applied, fits
 
 
@@ -132,10 +133,12 @@ def test_a_rule_without_when_always_applies() -> None:
     assert applied(RULE, function="echo").matched == ("only",)
 
 
-def test_only_the_beginning_of_long_texts_is_looked_at() -> None:
-    assert fits('keywords = "end"', text="a " * 8_000 + "end")
-    assert not fits('keywords = "end"', text="a " * 8_192 + "end")
-    assert fits("length.characters.at_least = 16_385", text="a " * 8_192 + "end")
+def test_padding_hides_nothing() -> None:
+    text = "a " * 500_000 + "end"
+    assert fits('keywords = "end"', text=text)
+    assert fits('regex = "end"', text=text)
+    assert not fits('keywords = "end"', text="a " * (LOOKED_AT // 2) + "end")
+    assert fits("length.characters.at_least = 1_000_001", text=text)
 
 
 def test_rules_that_hinge_on_something_keep_their_order() -> None:
