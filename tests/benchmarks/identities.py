@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from measure import p50
 from pydantic import SecretStr
 
+from benchmarks.measure import p50
 from broker.access import AccessPolicy, Action, CredentialStore, Role
 from broker.access.authority import Authority
 from broker.access.credentials import Credential

@@ -1,6 +1,7 @@
 """Join tokens, proofs and seals: what a newcomer and the registry can show each other."""
 
 import base64
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -23,7 +24,7 @@ TOKEN = JoinToken.make(authority=b"\x30\x82" + bytes(300))
 
 
 def request(**changes):
-    fields = {
+    fields: dict[str, Any] = {
         "nonce": "n-1",
         "id": "edge-1",
         "role": "node",
@@ -83,7 +84,14 @@ def test_a_proof_covers_every_field():
     check_proof(payload, TOKEN.proof_key)
     with pytest.raises(BadSignature):
         check_proof(payload, JoinToken.make().proof_key)
-    for change in ({"id": "edge-2"}, {"role": "router"}, {"at": 1}, {"facts": {}}, {"proof": None}):
+    changes: list[dict[str, Any]] = [
+        {"id": "edge-2"},
+        {"role": "router"},
+        {"at": 1},
+        {"facts": {}},
+        {"proof": None},
+    ]
+    for change in changes:
         with pytest.raises(BadSignature):
             check_proof(proven.model_copy(update=change), TOKEN.proof_key)
 

@@ -1,5 +1,7 @@
 """Passports: what a receiver believes about whose key a key is."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +36,7 @@ def book(clock):
 
 
 def passport(key=REGISTRY, **changes):
-    fields = {
+    fields: dict[str, Any] = {
         "identity": "router-1",
         "role": "router",
         "site": "hall-3",

@@ -3,7 +3,8 @@
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from broker.session.settings import BrokerUrl, SessionSettings, TlsSettings
+from broker.session.settings import BrokerUrl, SessionSettings
+from broker.tls import TlsSettings
 from capability_schemas.errors import ConfigurationError
 
 
