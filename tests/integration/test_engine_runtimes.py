@@ -27,6 +27,7 @@ LIST = {
     "minItems": 60,
     "maxItems": 60,
 }
+SEVERITY = "Classify the severity: fan-2 noise 96 dB, warning at 85, critical at 100."
 TOOLS = [
     {
         "type": "function",
@@ -123,11 +124,11 @@ async def test_a_cancelled_call_frees_its_slot_and_spares_its_neighbour(chat):
     async with chat.instance(concurrency=2, options={"n_ctx": 512}) as instance:
 
         async def neighbour():
-            return await answered(instance, chat.request("list", 1, spec=spec))
+            return await answered(instance, chat.request(SEVERITY, 1, spec=spec))
 
         async with asyncio.TaskGroup() as group:
             task = group.create_task(neighbour())
-            request = chat.request("list", 2, spec=spec)
+            request = chat.request(SEVERITY, 2, spec=spec)
             with pytest.raises(TaskCancelled):
                 await cancel_at_each_piece(instance, request)
         assert len(task.result().output) == 60

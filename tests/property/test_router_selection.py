@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.node import FunctionLoad, NodeLoad
 from capability_schemas.task import Preference
+from capability_schemas.wire import MAX_COUNT
 from router.candidates import Offer
 from router.reputation import Reputation
 from router.selection import Selection
@@ -22,6 +23,8 @@ WINDOW = 0.05
 PREFERENCES = st.sampled_from(["balanced", "best", "cheapest", "fastest"])
 SHARES = st.floats(0, 1)
 ANY_FLOAT = st.floats(allow_nan=False, allow_infinity=False)
+ANY_COST = st.floats(0.0, float(MAX_COUNT))
+"""What a record may name; anything beyond is refused before the router sees it."""
 TIMES = st.none() | st.floats(0, 1e6)
 
 
@@ -63,8 +66,8 @@ WILD = st.fixed_dictionaries(
         "degraded": st.booleans(),
         "zones": st.just(("hall",)),
         "skills": st.just(("ocr",)),
-        "money": ANY_FLOAT.map(abs),
-        "energy_j": ANY_FLOAT.map(abs),
+        "money": ANY_COST,
+        "energy_j": ANY_COST,
         "times": st.tuples(*[st.none() | ANY_FLOAT] * 4),
     }
 )
