@@ -1,10 +1,11 @@
-"""Rewrites natural device texts into the phrasings the shipped language model was trained on.
+"""Rewrites natural device texts into the phrasings in which the shipped language model is surest.
 
-The model has 2.6 million parameters and knows the forms of its training text, nothing around them
-(``foam/models/README.md``). Each function here is named by the declaration of one language function
-(``prepare`` in ``plant/edge-llm.toml``), runs on the node just before the prompt is made, and only
-puts the task into words: the answer is the model's own. A text in which nothing usable is found is
-refused, for a guess of a small model is worse than a clear error.
+The model has 2.6 million parameters. It takes many wordings rightly, but not all, and answers what
+it does not understand as well (``foam/models/README.md``). Each function here is named by the
+declaration of one language function (``prepare`` in ``plant/edge-llm.toml``), runs on the node just
+before the prompt is made, and only puts the task into words: the answer is the model's own. A text
+in which nothing usable is found is refused, for a guess of a small model is worse than a clear
+error.
 """
 
 import re
