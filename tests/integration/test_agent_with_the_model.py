@@ -63,6 +63,8 @@ async def test_the_language_model_that_ships_chooses_a_tool_and_puts_its_result_
     assert task["input"] == {"device": "pump-7", "metric": "temperature"}
     assert [item.state for item in seen if isinstance(item, Progress)] == ["running", "finished"]
     final = seen[-1]
+    assert isinstance(final, Final)
     assert final.output == "The temperature of pump-7 is 71.5 C."
     assert final.usage["output_tokens"] > 0
+    assert final.confidence is not None
     assert 0 < final.confidence <= 1
