@@ -49,7 +49,8 @@ def unit(vector: npt.NDArray[Any]) -> Vectors:
     Raises:
         ValueError: the vector is zero or not finite, so that it has no direction.
     """
-    length = float(np.linalg.norm(vector))
+    with np.errstate(over="ignore", invalid="ignore"):
+        length = float(np.linalg.norm(vector))
     if not np.isfinite(length) or length < _SHORTEST:
         raise ValueError("a vector without a direction cannot be scaled to length 1")
     return (vector / length).astype(np.float32)
@@ -64,7 +65,8 @@ def checked(vector: npt.NDArray[Any], dimension: int) -> Vectors:
     array = np.ascontiguousarray(vector, dtype=np.float32)
     if array.shape != (dimension,):
         raise ValueError(f"a vector of shape ({dimension},) is needed, not {array.shape}")
-    length = float(np.linalg.norm(array))
+    with np.errstate(over="ignore", invalid="ignore"):  # what others send may be anything
+        length = float(np.linalg.norm(array))
     if not abs(length - 1.0) <= UNIT_TOLERANCE:  # also false for NaN
         raise ValueError(f"a vector of length 1 is needed, not {length:.4g}")
     return array
