@@ -21,7 +21,7 @@ _FREE_TRIES: Final = 5
 _FIRST_PAUSE_MS: Final = 500
 _MOST_DOUBLINGS: Final = 7  # a minute
 _FORGIVEN_MS: Final = 10 * 60_000
-_ADDRESSES: Final = 10_000
+_GUESSERS: Final = 10_000
 
 
 class Admission(IntEnum):
@@ -34,7 +34,10 @@ class Admission(IntEnum):
 
 
 class Patience:
-    """How much guessing an address is allowed: each wrong password in a row doubles its pause.
+    """How much guessing is allowed: each wrong password in a row doubles the pause before the next.
+
+    Counted by address and identity together: neither can somebody lock an identity out for others,
+    nor a guesser its neighbours behind the same address.
 
     Args:
         clock: UTC milliseconds.
@@ -42,27 +45,33 @@ class Patience:
 
     def __init__(self, clock: Callable[[], int]) -> None:
         self._clock = clock
-        self._wrong: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self._wrong: OrderedDict[tuple[str, str], tuple[int, int]] = OrderedDict()
 
-    def is_out(self, address: str) -> bool:
-        """Whether an address has to wait before it may try again."""
-        _, until = self._wrong.get(address, (0, 0))
+    def is_out(self, address: str, identity: str) -> bool:
+        """Whether an address has to wait before it may try this identity again."""
+        _, until = self._wrong.get((address, identity), (0, 0))
         return self._clock() < until
 
-    def wrong(self, address: str) -> None:
+    def wrong(self, address: str, identity: str) -> None:
         """Count a wrong password; the first few cost nothing."""
         now = self._clock()
-        count, until = self._wrong.pop(address, (0, 0))
+        count, until = self._wrong.pop((address, identity), (0, 0))
         if now - until > _FORGIVEN_MS:
             count = 0
         count += 1
         excess = min(count - _FREE_TRIES, _MOST_DOUBLINGS)
         pause_ms = _FIRST_PAUSE_MS * 2**excess if excess >= 0 else 0
-        self._wrong[address] = (count, now + pause_ms)
-        if len(self._wrong) > _ADDRESSES:
+        self._wrong[(address, identity)] = (count, now + pause_ms)
+        if len(self._wrong) > _GUESSERS:
             self._wrong.popitem(last=False)
         if excess >= 0:
-            _log.warning("password.guessing", address=address, wrong=count, pause_ms=pause_ms)
+            _log.warning(
+                "password.guessing",
+                address=address,
+                identity=identity[:64],
+                wrong=count,
+                pause_ms=pause_ms,
+            )
 
 
 class Gate:
@@ -114,12 +123,12 @@ class Gate:
             password: Its password, if any.
             client_id: Its client id.
             certificate: What its certificate says, if it has shown one; its chain is checked.
-            address: Where it comes from; wrong passwords are counted by it.
+            address: Where it comes from; wrong passwords are counted by it and the identity.
 
         Returns:
             ``NOT_AUTHORIZED`` without a right password or certificate, or while its address has
-            been wrong too often; ``IDENTIFIER_REJECTED`` for a client id that belongs to another
-            identity.
+            guessed at this identity too often; ``IDENTIFIER_REJECTED`` for a client id that belongs
+            to another identity.
         """
         if certificate is not None:
             found = self._certified(identity, certificate)
@@ -146,13 +155,13 @@ class Gate:
         found = self._known.get(identity)
         if found is not None and self._verified.knows(identity, found, password):
             return found if found.counts(self._clock()) else None
-        if self._patience.is_out(address):
+        if self._patience.is_out(address, identity):
             return None
         found = await asyncio.get_running_loop().run_in_executor(
             self._threads, self._credentials.verify, identity, password
         )
         if found is None:
-            self._patience.wrong(address)
+            self._patience.wrong(address, identity)
         else:
             self._verified.remember(identity, found, password)
         return found

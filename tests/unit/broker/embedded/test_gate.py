@@ -135,6 +135,7 @@ async def test_guessing_costs_the_guesser_alone(store, monkeypatch):
     now = [1_000_000]
     password = store.add("pump-7", Role.DEVICE)
     other = store.add("pump-8", Role.DEVICE)
+    third = store.add("pump-9", Role.DEVICE)
     hashed = []
     verify = store.verify
 
@@ -151,6 +152,8 @@ async def test_guessing_costs_the_guesser_alone(store, monkeypatch):
             answer = await gate.admit("pump-7", guess, "x", address="10.0.0.9")
             assert answer is Admission.NOT_AUTHORIZED
         assert len(hashed) < 10  # the rest cost nothing
+        # Its neighbour behind the same address, with a password not seen yet, is let in.
+        assert await gate.admit("pump-9", third, "z", address="10.0.0.9") is Admission.ACCEPTED
         # Somebody else is let in, a known password too, and the guesser after its pause.
         assert await gate.admit("pump-7", password, "x", address="10.0.0.8") is Admission.ACCEPTED
         assert await gate.admit("pump-8", other, "y", address="10.0.0.9") is Admission.ACCEPTED
