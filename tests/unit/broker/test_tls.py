@@ -17,6 +17,7 @@ from broker.tls import (
 )
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.ids import now_ms
+from support.tls import handshake
 
 DAY_MS = 86_400_000
 
@@ -59,24 +60,6 @@ class Site:
 @pytest.fixture
 def site(tmp_path):
     return Site(tmp_path / "site")
-
-
-def handshake(server, client, host="broker.test"):
-    """Shake hands in memory; returns the server's side, or raises what one side raised."""
-    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    here = server.wrap_bio(to_server, to_client, server_side=True)
-    there = client.wrap_bio(to_client, to_server, server_hostname=host)
-    waiting = [there, here]
-    for _ in range(10):
-        for side in list(waiting):
-            try:
-                side.do_handshake()
-                waiting.remove(side)
-            except ssl.SSLWantReadError:
-                continue
-        if not waiting:
-            return here, there
-    raise AssertionError("the handshake did not end")
 
 
 def test_a_member_is_known_by_its_certificate(site):
