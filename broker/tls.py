@@ -93,7 +93,13 @@ def server_context(listener: TlsListener) -> ssl.SSLContext:
 
 
 class _TidySocket(ssl.SSLSocket):
-    """Closes itself when the handshake fails: paho forgets such a socket open."""
+    """Closes itself when the handshake fails: paho forgets such a socket open.
+
+    So does Python (up to 3.13) when the other side hangs up between connecting and wrapping.
+    """
+
+    def __del__(self) -> None:
+        self.close()
 
     def do_handshake(self, block: bool = False) -> None:
         try:

@@ -12,6 +12,7 @@ import structlog
 from broker.access.credentials import Credential, CredentialStore, VerifiedCache
 from broker.access.policy import AccessPolicy, Action
 from broker.tls import PeerCertificate
+from capability_schemas.errors import ConfigurationError
 from capability_schemas.ids import now_ms
 
 _log = structlog.get_logger(__name__)
@@ -131,7 +132,7 @@ class Gate:
             to another identity.
         """
         if certificate is not None:
-            found = self._certified(identity, certificate)
+            found = await self._certified(identity, certificate)
         elif identity is not None and password is not None:
             found = await self._authenticated(identity, password, address)
         else:
@@ -144,15 +145,19 @@ class Gate:
                 return Admission.IDENTIFIER_REJECTED
         return Admission.ACCEPTED
 
-    def _certified(self, identity: str | None, certificate: PeerCertificate) -> Credential | None:
-        found = self._known.get(certificate.identity)
-        if identity != certificate.identity or found is None:
+    async def _certified(
+        self, identity: str | None, certificate: PeerCertificate
+    ) -> Credential | None:
+        if identity != certificate.identity:
+            return None
+        found = await self._look_up(identity)
+        if found is None:
             return None
         known = certificate.serial in found.serials and found.counts(self._clock())
         return found if known else None
 
     async def _authenticated(self, identity: str, password: str, address: str) -> Credential | None:
-        found = self._known.get(identity)
+        found = await self._look_up(identity)
         if found is not None and self._verified.knows(identity, found, password):
             return found if found.counts(self._clock()) else None
         if self._patience.is_out(address, identity):
@@ -165,6 +170,23 @@ class Gate:
         else:
             self._verified.remember(identity, found, password)
         return found
+
+    async def _look_up(self, identity: str) -> Credential | None:
+        """Find an identity; one written into the file since the last reload need not wait for it.
+
+        Only newcomers: what changed of a known identity counts from the reload on, which ends the
+        connections that the change forbids.
+        """
+        if identity not in self._known:
+            try:
+                await asyncio.to_thread(self._credentials.refresh)
+            except ConfigurationError as error:
+                _log.error("access.reload_failed", reason=error.message)
+            newcomer = self._credentials.identities().get(identity)
+            if newcomer is not None and identity not in self._known:
+                self._known = {**self._known, identity: newcomer}
+                self._answers.clear()
+        return self._known.get(identity)
 
     def may(self, identity: str, action: Action, topic: str) -> bool:
         """Tell whether an identity may do something now.

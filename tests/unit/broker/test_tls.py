@@ -1,6 +1,9 @@
 """TLS contexts and their failures, in handshakes that happen in memory."""
 
+import gc
+import socket
 import ssl
+import struct
 
 import pytest
 
@@ -176,3 +179,15 @@ def test_alerts_are_explained(reason, words):
 
 def test_other_failures_are_not_explained():
     assert explain(ConnectionRefusedError("refused")) is None
+
+
+def test_a_forgotten_socket_closes_itself(site):
+    context = client_context(TlsSettings(ca_file=site.folder / "ca.pem"))
+    listening = socket.create_server(("127.0.0.1", 0))
+    with listening, socket.create_connection(listening.getsockname()) as here:
+        there, _ = listening.accept()
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        there.close()  # a reset
+        with pytest.raises(OSError, match="reset"):
+            context.wrap_socket(here, server_hostname="broker.test")
+    gc.collect()  # a warning about a socket left open fails the test

@@ -41,6 +41,36 @@ async def test_only_the_right_password_gets_in(store, make_gate):
         assert await gate.admit(identity, given, "any") is Admission.NOT_AUTHORIZED
 
 
+async def test_a_newcomer_need_not_wait_for_a_reload(store, make_gate):
+    store.add("pump-7", Role.DEVICE)
+    gate = make_gate()
+    assert not gate.may("pump-8", Action.PUBLISH, TASK.replace("7", "8"))
+    late = CredentialStore(store.path)
+    password = late.add("pump-8", Role.DEVICE)
+    late.add("edge-1", Role.NODE, serial="ab")
+    assert await gate.admit("pump-8", password, "x") is Admission.ACCEPTED
+    assert gate.may("pump-8", Action.PUBLISH, TASK.replace("7", "8"))
+    shown = PeerCertificate(identity="edge-1", serial="ab")
+    assert await gate.admit("edge-1", None, "edge-1", certificate=shown) is Admission.ACCEPTED
+
+
+async def test_who_was_removed_is_gone_from_the_reload_on(store, make_gate):
+    password = store.add("pump-7", Role.DEVICE)
+    gate = make_gate()
+    CredentialStore(store.path).remove("pump-7")
+    assert await gate.admit("pump-9", password, "x") is Admission.NOT_AUTHORIZED  # reads the file
+    assert await gate.reload() == {"pump-7"}
+    assert await gate.admit("pump-7", password, "x") is Admission.NOT_AUTHORIZED
+
+
+async def test_a_newcomer_does_not_get_in_by_a_damaged_file(store, make_gate):
+    password = store.add("pump-7", Role.DEVICE)
+    gate = make_gate()
+    store.path.write_text("{")
+    assert await gate.admit("pump-8", "x", "x") is Admission.NOT_AUTHORIZED
+    assert await gate.admit("pump-7", password, "x") is Admission.ACCEPTED
+
+
 async def test_a_password_is_hashed_once(store, make_gate, monkeypatch):
     password = store.add("pump-7", Role.DEVICE)
     gate, hashed = make_gate(), []
