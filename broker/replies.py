@@ -16,8 +16,9 @@ class ReplyOrder:
 
     Numbered events come out by ``seq`` without gaps; the others as they arrive, repetitions of
     ``accepted`` and ``routed`` left out. Of nodes, an attempt below the highest one seen is
-    ignored. The router (whoever sent ``accepted``, ``routed``, ``plan`` or ``step``) is exempt:
-    it keeps the record and repeats earlier attempts out of it.
+    ignored, be that seen on a numbered event or on ``routed``: the router lets no other node speak
+    before that has gone out. The router (whoever sent ``accepted``, ``routed``, ``plan`` or
+    ``step``) is exempt: it keeps the record and repeats earlier attempts out of it.
     """
 
     def __init__(self) -> None:
@@ -50,17 +51,22 @@ class ReplyOrder:
         by_router = source in self._routers
         if not by_router and event.attempt < self._attempt:
             return []
-        if event.attempt > self._attempt:
-            self._attempt = event.attempt
-            self._held = {
-                seq: (held, trusted)
-                for seq, (held, trusted) in self._held.items()
-                if trusted or held.attempt >= event.attempt
-            }
+        self._rise(event.attempt)
         if event.seq < self.next_seq:
             return []
         self._held.setdefault(event.seq, (event, by_router))
         return self._release()
+
+    def _rise(self, attempt: int) -> None:
+        """Hear lower attempts no more."""
+        if attempt <= self._attempt:
+            return
+        self._attempt = attempt
+        self._held = {
+            seq: (held, trusted)
+            for seq, (held, trusted) in self._held.items()
+            if trusted or held.attempt >= attempt
+        }
 
     def _push_unnumbered(self, event: ReplyEvent, source: str) -> list[ReplyEvent]:
         if isinstance(event, Accepted | Routed | Plan):  # a step may be a node's
@@ -70,6 +76,8 @@ class ReplyOrder:
             if key in self._seen:
                 return []
             self._seen.add(key)
+        if isinstance(event, Routed):
+            self._rise(event.attempt)
         return [event]
 
     def _release(self) -> list[ReplyEvent]:

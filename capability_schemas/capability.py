@@ -6,7 +6,7 @@ description and examples itself and publishes a ``CatalogRecord``, the only thin
 shape follows the Versioned Capability Vector of Federation of Agents (arXiv 2509.20175, section 3).
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, field_validator
 from semantic_version import Version
@@ -14,6 +14,16 @@ from semantic_version import Version
 from capability_schemas.ids import Identifier
 from capability_schemas.task import DataClass, ShortText
 from capability_schemas.wire import MAX_COUNT, Count, WireModel, WirePart
+
+Continues = Literal["none", "restart", "skip", "prefix", "any"]
+"""What becomes of a task whose node is lost, as its function declares it.
+
+``none``: at most once, nobody else is asked once a node may have begun. ``restart``: another node
+is asked as long as nothing was shown. The others go on in mid-answer: ``skip`` runs again and
+passes over what was shown, after checking that it comes again (deterministic functions);
+``prefix`` continues the text that was shown on a node with the very same model file; ``any`` does
+so with another model, too.
+"""
 
 Utterance = Annotated[str, StringConstraints(min_length=1, max_length=2_000)]
 
@@ -126,6 +136,8 @@ class _Capability(WireModel):
     cost: Cost = Cost()
     policy: CapabilityPolicy = CapabilityPolicy()
     model: ModelInfo | None = None
+    continues: Continues = "restart"
+    idempotent: bool = False
     expires_at: Count | None = None
     embedding: str | None = None
     space: EncoderSpace | None = None
@@ -163,6 +175,9 @@ class CapabilityClaim(_Capability):
         cost: Price of a call.
         policy: What it would like to be attested.
         model: The model behind it.
+        continues: What becomes of an answer whose node is lost.
+        idempotent: Whether running it twice does no more than running it once: then a slow node
+            may be overtaken by another one.
         expires_at: End of the lease, UTC milliseconds; renewed by a new revision.
         embedding: Optional own vector, base64 of little-endian float32; checked, never trusted.
         space: Space of ``embedding``.

@@ -8,7 +8,13 @@ from typing import Annotated, Any, Final, NamedTuple
 
 from pydantic import ConfigDict, Field, StringConstraints, field_validator
 
-from capability_schemas.capability import CapabilityPolicy, Cost, Utterance, check_version
+from capability_schemas.capability import (
+    CapabilityPolicy,
+    Continues,
+    Cost,
+    Utterance,
+    check_version,
+)
 from capability_schemas.errors import ConfigurationError, InvalidTask
 from capability_schemas.ids import Identifier
 from capability_schemas.task import ShortText
@@ -75,6 +81,10 @@ class FunctionSpec(WirePart):
         policy: Where the function may be used, as claimed.
         cost: Price of a call.
         modalities: Kinds of data it takes.
+        continues: What becomes of an answer whose node is lost (`capability.Continues`); None
+            leaves it to the runtime: ``prefix`` for language models, else ``restart``.
+        idempotent: Whether running it twice does no more than running it once: a slow node may
+            then be overtaken by another one.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -98,6 +108,8 @@ class FunctionSpec(WirePart):
     policy: CapabilityPolicy = CapabilityPolicy()
     cost: Cost = Cost()
     modalities: tuple[ShortText, ...] = ("text",)
+    continues: Continues | None = None
+    idempotent: bool = False
 
     _version = field_validator("version")(check_version)
 

@@ -10,7 +10,8 @@ from capability_schemas.task import Share, TaskPolicy
 from capability_schemas.wire import WireModel, WirePart
 
 UNSURE_LIMIT_BYTES: Final = 256 * 1024
-"""Largest answer that a node hands back as unsure; a larger one goes to the client as it is."""
+"""Largest answer that a node hands back as unsure or held. A larger unsure one goes to the client
+as it is, a larger held one is given up."""
 
 _MAX_COUNT: Final = 2**53
 
@@ -27,6 +28,18 @@ class Cascade(WirePart):
 
     accept: Share
     steps: tuple[CascadeStep, ...] = ()
+
+
+class Continuation(WirePart):
+    """What a client has been shown of an answer that another node shall go on with.
+
+    Attributes:
+        shown: The data of the chunks in order, neighbouring texts joined into one.
+        chunks: How many chunks that were.
+    """
+
+    shown: Annotated[tuple[Any, ...], Field(min_length=1)]
+    chunks: Annotated[int, Field(ge=1, le=_MAX_COUNT)]
 
 
 class Invocation(WireModel):
@@ -51,6 +64,10 @@ class Invocation(WireModel):
             others too.
         cascade: Set when the answer may turn out not to be good enough; the node then shows
             nothing before it knows. With ``accept`` 0 every answer is good enough.
+        continuation: Set when another node has shown a part of the answer; ``seq`` is the number
+            after it. Nothing of it may be shown again.
+        hold: Whether the client is shown nothing: the answer goes to the router, in a report
+            ``held``, because another node may answer first.
         trace: W3C ``traceparent``.
         sent_at: When the router sent it, UTC milliseconds.
         signature: Ed25519 over the canonical bytes.
@@ -72,6 +89,8 @@ class Invocation(WireModel):
     session: str | None = None
     policy: TaskPolicy | None = None
     cascade: Cascade | None = None
+    continuation: Continuation | None = None
+    hold: bool = False
     trace: str | None = None
     sent_at: int
     signature: str | None = None
@@ -84,7 +103,9 @@ class Control(WireModel):
         verb: ``cancel`` one task, ``drain`` (finish, take nothing new) or ``undrain`` the node.
         task: The task to cancel.
         attempt: Cancel this attempt and lower ones; every attempt when None.
-        reason: Why: ``client``, ``deadline``, ``superseded``, or words.
+        reason: Why: ``client``, ``deadline``, ``superseded``, ``overtaken`` (only if the client
+            has been shown nothing: then the node gives it back by a report ``failed``), or
+            words.
         sender: Who orders.
     """
 
@@ -106,14 +127,15 @@ class Report(WireModel):
         node: Who reports.
         status: ``admitted`` it will run; ``refused`` it will not, another node may; ``failed`` it
             began but another node may do better; ``unsure`` it has an answer, here in ``output``,
-            that is less sure than the invocation demands; ``finished`` a terminal event was sent.
+            that is less sure than the invocation demands; ``held`` likewise one that is to be held
+            back; ``finished`` a terminal event was sent.
         code: Error code of a refusal, failure or finish; None when it went well.
         reason: Why, in words.
         retry_after_ms: When the node may have room again.
         peer: A node that may take it instead.
         seq: Next free number of the task, after what was sent.
         queue_ms: Predicted wait before the run starts.
-        output: The unsure answer; an absent one is null.
+        output: The unsure or held answer; an absent one is null.
         confidence: Its confidence, 0 to 1.
         usage: What it consumed.
         total_ms: How long it took, from the receipt of the invocation, milliseconds.
@@ -123,7 +145,7 @@ class Report(WireModel):
     client: Identifier
     attempt: Annotated[int, Field(ge=1)]
     node: Identifier
-    status: Literal["admitted", "refused", "failed", "unsure", "finished"]
+    status: Literal["admitted", "refused", "failed", "unsure", "held", "finished"]
     code: str | None = None
     reason: str = ""
     retry_after_ms: Annotated[int, Field(ge=0, le=_MAX_COUNT)] | None = None

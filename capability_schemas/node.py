@@ -39,13 +39,23 @@ class NodeState(WireModel):
 
 
 class RouterState(WireModel):
-    """Whether a router takes part; fields as in ``NodeState``."""
+    """Whether a router takes part; retained, and repeated unretained as a heartbeat.
+
+    Attributes:
+        router: The router.
+        state: As in ``NodeState``.
+        epoch: As in ``NodeState``.
+        at: As in ``NodeState``.
+        reason: As in ``NodeState``.
+        heartbeat_s: How often it repeats its state; other routers take over when it stops.
+    """
 
     router: Identifier
     state: Presence
     epoch: Count
     at: int
     reason: str = ""
+    heartbeat_s: Annotated[float, Field(gt=0)] | None = None
 
 
 class FunctionLoad(WirePart):

@@ -84,11 +84,14 @@ class Accepted(_Event):
     Attributes:
         router: Who answers for the task.
         deadline: When it ends at the latest, UTC milliseconds.
+        attempt: First attempt that this router makes, where it has taken the task over from
+            another one; None: 1. Of two routers the one with the higher attempt has the task.
     """
 
     event: Literal["accepted"] = "accepted"
     router: Identifier
     deadline: int
+    attempt: Annotated[int, Field(ge=1)] | None = None
 
 
 class Routed(_Event):

@@ -26,7 +26,7 @@ class Member:
     Attributes:
         identity: Who it is.
         folder: Folder of its identity file (its key stands beside it).
-        url: Broker, without credentials.
+        urls: The broker, or the brokers of a cluster, without credentials.
         site: Site level of the topics.
         username: Name to log on with.
         password: Its password.
@@ -36,12 +36,17 @@ class Member:
 
     identity: Identity
     folder: Path
-    url: str
+    urls: tuple[str, ...]
     site: str
     username: str | None
     password: SecretStr | None
     tls: TlsSettings = field(default_factory=TlsSettings)
     is_new: bool = False
+
+    @property
+    def url(self) -> str:
+        """The brokers as one text."""
+        return ",".join(self.urls)
 
     @classmethod
     def resolve(
@@ -90,7 +95,8 @@ class Member:
             raise ConfigurationError(
                 f"no broker is known in {settings.data}: give --url, or run `foam up` first"
             )
-        url = BrokerUrl.parse(found)
+        urls = BrokerUrl.parse_all(found)
+        url = urls[0]
         username, password = identity.username, identity.password
         if url.username is not None:
             username, password = url.username, url.password
@@ -105,7 +111,7 @@ class Member:
         return cls(
             identity=identity,
             folder=where,
-            url=str(url),
+            urls=tuple(str(one) for one in urls),
             site=site,
             username=username,
             password=password,

@@ -13,6 +13,7 @@
       audit.sqlite           0600  the audit trail
       authority/             0700  keys of the site's certificate authority
       registry.sqlite  router.sqlite  router-index/
+      router-2.sqlite  router-2-index/   further routers, by their ids
       logs/<process>.log
       lock                         held by the ``foam up`` that runs on this folder
 
@@ -206,6 +207,17 @@ class MeshFolder:
                     path=str(self.path),
                 ) from exc
             yield
+
+    def router_files(self, router: str) -> tuple[Path, Path]:
+        """Return where a router keeps its journal and its index.
+
+        Args:
+            router: Its id.
+        """
+        if router == ROUTER_ID:
+            return self.router_database, self.router_index
+        name = check_identifier(router, "router")
+        return self.path / f"{name}.sqlite", self.path / f"{name}-index"
 
     def credentials(self) -> CredentialStore:
         """Return the store of who may log on."""

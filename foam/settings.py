@@ -46,7 +46,8 @@ class Settings(BaseModel):
         data: Folder of the mesh on this machine (``foam.mesh.MeshFolder``). Default: the user's
             state folder.
         url: Broker to use instead of the one the data folder names:
-            ``mqtt://[user:password@]host:port``.
+            ``mqtt://[user:password@]host:port``; of a cluster several, separated by commas: when
+            one does not answer, the next is tried.
         username: Authenticated name to use with ``url``; it is also the ``{client}`` level of the
             topics.
         password: Password of ``username``.

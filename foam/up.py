@@ -43,10 +43,12 @@ class UpPlan:
     """What ``foam up`` was asked for.
 
     Attributes:
-        broker: Name of an engine of `foam.wiring.ENGINES`, a broker URL, or None to choose.
+        broker: Name of an engine of `foam.wiring.ENGINES`, a broker URL (of a cluster several,
+            separated by commas), or None to choose.
         listeners: Where a broker of our own listens.
         site: Site level of the topics.
         nodes: Declarations of the nodes to run.
+        routers: How many routers share the tasks.
         policy: When crashed children are restarted; the default when None.
         supervised: Whether standard input is a pipe whose end means that the parent is gone.
     """
@@ -55,6 +57,7 @@ class UpPlan:
     listeners: Listeners
     site: str
     nodes: tuple[Path, ...]
+    routers: int = 1
     policy: RestartPolicy | None = None
     supervised: bool = False
 
@@ -124,9 +127,10 @@ class _Up:
                 "or [node] tables with different ids"
             )
         external = self._external()
-        person = external_person(external) if external is not None else None
+        person = external_person(external[0]) if external else None
         people = await asyncio.to_thread(self._make_identities, names, person)
-        facts: Facts = {"url": str(external)} if external else await self._start_broker()
+        shared = {"url": ",".join(map(str, external))}
+        facts: Facts = shared if external else await self._start_broker()
         url = str(facts["url"])
         record = MeshRecord(
             broker=url,
@@ -135,13 +139,17 @@ class _Up:
             site=self._plan.site,
             device=people[0],
             admin=people[1],
-            own_broker=external is None,
+            own_broker=not external,
         )
         await asyncio.to_thread(self._folder.write_record, record)
         environment = self._environment(url, person)
         children = [
             self._add("registry", ("registry",), environment),
             self._add("router", ("router",), environment),
+            *(
+                self._add(router, ("router", "--id", router), environment)
+                for router in self._routers()[1:]
+            ),
         ]
         workers = [
             self._add(f"node-{node}", ("node", str(path), "--id", node), environment, stop_s=25.0)
@@ -160,13 +168,18 @@ class _Up:
         await self._wait_served(record, expected)
         self._say_ready(record, names, sorted(name for _, name in expected))
 
-    def _external(self) -> BrokerUrl | None:
+    def _routers(self) -> list[str]:
+        """Return the ids of the routers, that of the mesh first."""
+        return [ROUTER_ID, *(f"router-{number}" for number in range(2, self._plan.routers + 1))]
+
+    def _external(self) -> tuple[BrokerUrl, ...]:
         broker = self._plan.broker
         if broker is None or "://" not in broker:
-            return None
-        url = BrokerUrl.parse(broker)
-        self._say(f"broker: {url}, not ours: its access rules are left as they are")
-        return url
+            return ()
+        urls = BrokerUrl.parse_all(broker)
+        names = ", ".join(map(str, urls))
+        self._say(f"broker: {names}, not ours: its access rules are left as they are")
+        return urls
 
     def _make_identities(
         self, nodes: Sequence[str], external: Person | None
@@ -175,7 +188,7 @@ class _Up:
             self._folder.ensure(identity, role, external=external)
             for identity, role in (
                 (REGISTRY_ID, Role.REGISTRY),
-                (ROUTER_ID, Role.ROUTER),
+                *((router, Role.ROUTER) for router in self._routers()),
                 (DEVICE_ID, Role.DEVICE),
                 (ADMIN_ID, Role.ADMIN),
                 *((node, Role.NODE) for node in nodes),
@@ -297,6 +310,7 @@ class _Up:
             "admin": record.admin.shown(),
             "data": str(self._folder.path),
             "router": record.router,
+            "routers": self._routers(),
             "registry": record.registry,
             "nodes": list(nodes),
             "functions": list(functions),

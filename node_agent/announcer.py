@@ -16,6 +16,7 @@ from capability_schemas.node import NodeLoad, NodeState, Presence
 from capability_schemas.signing import SigningKey, sign
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode
+from node_agent.continuation import continues_of
 from node_agent.declaration.sources import Stamp, file_digest, stamp_of
 from node_agent.settings import NodeSettings
 
@@ -277,6 +278,8 @@ class Announcer(Service):
             cost=spec.cost,
             policy=spec.policy,
             model=self._models.get(spec.name),
+            continues=continues_of(spec),
+            idempotent=spec.idempotent,
             expires_at=expires_at,
         )
 

@@ -22,7 +22,8 @@ from node_agent.admission.calls import CALLER, Caller
 from node_agent.admission.control import Admission
 from node_agent.admission.forecast import Forecast, work_of
 from node_agent.admission.peers import PeerBook
-from node_agent.invocation import Execution, Outcome, OutcomeMemory, key_of
+from node_agent.continuation import size_of
+from node_agent.invocation import OVERTAKEN, Execution, Outcome, OutcomeMemory, key_of
 from node_agent.pool.pool import InstancePool
 from node_agent.reporter import Reporter
 from node_agent.runtimes.base import Runtime
@@ -157,12 +158,17 @@ class Executor(Service):
             self._reporter.ended(invocation, outcome)
 
     def cancel(self, control: Control) -> None:
-        """Stop the attempts of a task that a ``cancel`` order names."""
+        """Stop the attempts of a task that a ``cancel`` order names.
+
+        When another node has the answer (`OVERTAKEN`), only those that can be given back.
+        """
         for execution in list(self._live.values()):
             invocation = execution.invocation
             if invocation.task != control.task or control.client not in (None, invocation.client):
                 continue
             if control.attempt is not None and invocation.attempt > control.attempt:
+                continue
+            if control.reason == OVERTAKEN and not execution.can_yield:
                 continue
             self._stop(execution, control.reason or "by order")
 
@@ -280,13 +286,15 @@ class Executor(Service):
             attempt=invocation.attempt,
             seq=invocation.seq,
             chunks=invocation.stream,
-            held=invocation.cascade is not None and invocation.cascade.accept > 0,
+            held=invocation.hold
+            or (invocation.cascade is not None and invocation.cascade.accept > 0),
             post=self._session.post,
             clock=self._clock,
             coalesce_s=self._settings.coalesce_s,
             working_s=self._settings.working_s,
             chunk_limit_bytes=self._settings.chunk_limit_bytes,
             output_limit_bytes=spec.limits.output_bytes,
+            shown_bytes=size_of(invocation.continuation),
         )
 
     def _dispatch(self) -> None:

@@ -14,6 +14,7 @@ from capability_schemas.errors import (
     ConfigurationError,
     DeadlineExceeded,
     ErrorCode,
+    ExecutionFailed,
     FoamError,
     Overloaded,
     TaskCancelled,
@@ -23,6 +24,7 @@ from capability_schemas.functions import FunctionSpec
 from capability_schemas.invocation import UNSURE_LIMIT_BYTES, Invocation, Report
 from capability_schemas.reply import CascadeStep, ErrorEvent, Result, Timing, Usage
 from capability_schemas.signing import digest
+from node_agent.continuation import Repetition, continues_of, shown_text
 from node_agent.runtimes.base import (
     Final as FinalPiece,
 )
@@ -49,6 +51,10 @@ SILENT_REASONS: Final = frozenset({"superseded", "cut off"})
 HANDED_BACK: Final = "the node is leaving"
 """Reason of a stop that gives the task back to the router, who may find another node."""
 
+OVERTAKEN: Final = "overtaken"
+"""Reason of a stop that gives the task back, if the client has been shown nothing: another node has
+the answer already."""
+
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
@@ -64,10 +70,10 @@ class Outcome:
         retry_after_ms: When another try is sensible.
         peer: A node that may take it instead.
         payload: What the node said with the answer in it, if it did: the terminal event, or the
-            report ``unsure``.
+            report ``unsure`` or ``held``.
     """
 
-    status: Literal["finished", "unsure", "failed", "refused", "dropped"]
+    status: Literal["finished", "unsure", "held", "failed", "refused", "dropped"]
     code: str | None = None
     reason: str = ""
     seq: int | None = None
@@ -78,7 +84,7 @@ class Outcome:
     @property
     def answered(self) -> bool:
         """Whether the function ran to its end and gave an answer."""
-        return self.status in ("finished", "unsure") and self.code is None
+        return self.status in ("finished", "unsure", "held") and self.code is None
 
 
 def key_of(invocation: Invocation) -> str:
@@ -219,6 +225,7 @@ class Execution:
             session=invocation.session,
             policy=invocation.policy,
         )
+        self._again: Repetition | None = None
 
     @property
     def key(self) -> str:
@@ -243,8 +250,15 @@ class Execution:
         self.stopped_by = reason
         if reason in SILENT_REASONS:
             self._stream.silence()
+        elif reason == OVERTAKEN:
+            self._stream.drop()
         if self._scope is not None and not self._scope.expired():
             self._scope.reschedule(asyncio.get_running_loop().time())
+
+    @property
+    def can_yield(self) -> bool:
+        """Whether it can be given back: the client has been shown nothing."""
+        return self._stream.blank and self.final is None
 
     async def run(self) -> Outcome:
         """Run it and send its events; returns when the terminal event is on its way.
@@ -301,32 +315,57 @@ class Execution:
         if self.ticket is not None:
             self.ticket.check_time(self._clock())
         self._called_at = self._clock()
-        request = dataclasses.replace(self.request, left_ms=ends_at - self._called_at)
+        request = dataclasses.replace(
+            self.request, left_ms=ends_at - self._called_at, shown=self._take_up()
+        )
         final: FinalPiece | None = None
         async with contextlib.aclosing(self._instance.invoke(request)) as answers:
             async for item in answers:
                 if self.first_ms is None:
                     self.first_ms = float(self._clock() - self._received_at)
                 if isinstance(item, Piece):
-                    self._stream.add(item.data)
+                    again, data = self._again, item.data
+                    for fresh in [data] if again is None else again.fresh(data):
+                        self._stream.add(fresh)
                 elif isinstance(item, Progress):
                     self._stream.show(item)
                 else:
                     final = item
         if final is None:
             raise InstanceDied("the instance ended a call without a final", status=None)
+        if self._again is not None:
+            self._again.end()
         self._output_bytes = len(to_json(final.output).encode())
         limit_bytes = self.spec.limits.output_bytes
         if self._output_bytes > limit_bytes:
             raise TooLarge("output", size_bytes=self._output_bytes, limit_bytes=limit_bytes)
         return final
 
+    def _take_up(self) -> str | None:
+        """Prepare to go on with what another node has begun; return the text to go on behind.
+
+        Raises:
+            ExecutionFailed: The function cannot.
+        """
+        continuation = self.invocation.continuation
+        if continuation is None:
+            return None
+        how = continues_of(self.spec)
+        if how in ("prefix", "any"):
+            return shown_text(continuation, self.spec)
+        if how != "skip":
+            raise ExecutionFailed(f"{self.spec.name} cannot go on in mid-answer: it is {how!r}")
+        self._again = Repetition(continuation, function=self.spec.name)
+        return None
+
     async def _succeed(self, final: FinalPiece) -> Outcome:
         invocation, terms = self.invocation, self.invocation.cascade
+        if invocation.hold:
+            return await self._hold_back(final)
         sureness = final.confidence
         unsure = terms is not None and sureness is not None and sureness < terms.accept
         if unsure and self._output_bytes <= UNSURE_LIMIT_BYTES:
-            return await self._hand_over(final)
+            return await self._hand_over(final, "unsure")
         began = self._started_at or self._received_at
         output_digest = digest(final.output)
 
@@ -357,8 +396,15 @@ class Execution:
             return Outcome(status="dropped", reason=self.stopped_by or "")
         return Outcome(status="finished", seq=self._stream.seq, payload=terminal)
 
-    async def _hand_over(self, final: FinalPiece) -> Outcome:
-        """Give an answer that is not sure enough to the router; the client has seen nothing."""
+    async def _hold_back(self, final: FinalPiece) -> Outcome:
+        """Give an answer to the router that another node may have told already, if it fits."""
+        if self._output_bytes <= UNSURE_LIMIT_BYTES:
+            return await self._hand_over(final, "held")
+        size = TooLarge("output", size_bytes=self._output_bytes, limit_bytes=UNSURE_LIMIT_BYTES)
+        return await self.end_with(size)
+
+    async def _hand_over(self, final: FinalPiece, status: Literal["unsure", "held"]) -> Outcome:
+        """Give an answer to the router, be it unsure or held; the client has seen nothing."""
 
         def make(seq: int, at: int) -> Report:
             return Report(
@@ -366,7 +412,7 @@ class Execution:
                 client=self.invocation.client,
                 attempt=self.invocation.attempt,
                 node=self._node,
-                status="unsure",
+                status=status,
                 seq=seq,
                 output=final.output,
                 confidence=final.confidence,
@@ -379,8 +425,8 @@ class Execution:
             if self.stopped_by in SILENT_REASONS:
                 return Outcome(status="dropped", reason=self.stopped_by or "")
             return await self.end_with(Overloaded("the session had no room for the answer"))
-        reason = "the answer was not sure enough, and is no longer kept"
-        return Outcome(status="unsure", reason=reason, seq=self._stream.seq, payload=report)
+        reason = f"the answer was {status}, and is no longer kept"
+        return Outcome(status=status, reason=reason, seq=self._stream.seq, payload=report)
 
     def _usage(self, final: FinalPiece) -> Usage:
         return Usage(
@@ -410,7 +456,8 @@ class Execution:
         """
         if self.stopped_by in SILENT_REASONS:
             return Outcome(status="dropped", reason=self.stopped_by or "")
-        mendable = self.invocation.cascade is not None and self._stream.blank
+        held = self.invocation.cascade is not None or self.invocation.hold
+        mendable = (held and self._stream.blank) or self.stopped_by == OVERTAKEN
         code = self._code_of(error)
         if code is not error.code or mendable or isinstance(error, Overloaded):
             self._stream.drop()

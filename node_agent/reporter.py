@@ -49,8 +49,9 @@ class Reporter:
 
     def ended(self, invocation: Invocation, outcome: Outcome) -> None:
         """Tell the router how it ended; nothing for an outcome that nobody is told."""
-        if outcome.status == "dropped" or (outcome.status == "unsure" and outcome.payload):
-            return  # the unsure answer itself was the report
+        handed_over = outcome.status in ("unsure", "held")
+        if outcome.status == "dropped" or (handed_over and outcome.payload):
+            return  # the answer itself was the report
         self._send(
             invocation,
             Report(
@@ -58,8 +59,8 @@ class Reporter:
                 client=invocation.client,
                 attempt=invocation.attempt,
                 node=self._node,
-                # An unsure answer that is no longer kept cannot be told again.
-                status="failed" if outcome.status == "unsure" else outcome.status,
+                # An answer that is no longer kept cannot be told again.
+                status="failed" if handed_over else outcome.status,
                 code=outcome.code,
                 reason=outcome.reason[:_REASON_CHARACTERS],
                 retry_after_ms=outcome.retry_after_ms,
@@ -71,8 +72,8 @@ class Reporter:
     def repeat(self, invocation: Invocation, outcome: Outcome, *, topic: str) -> None:
         """Say again how an attempt ended: what held its answer, and the report."""
         if outcome.payload is not None:
-            unsure = outcome.status == "unsure"
-            self._post(self.topic(invocation) if unsure else topic, outcome.payload)
+            handed_over = outcome.status in ("unsure", "held")
+            self._post(self.topic(invocation) if handed_over else topic, outcome.payload)
         self.ended(invocation, outcome)
 
     def _send(self, invocation: Invocation, report: Report) -> None:

@@ -42,6 +42,7 @@ class ReplyStream:
         working_s: Silence after which a ``working`` event is sent, seconds.
         chunk_limit_bytes: Largest text of one chunk.
         output_limit_bytes: Largest sum of all pieces.
+        shown_bytes: What others have sent of it already.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class ReplyStream:
         working_s: float = 15.0,
         chunk_limit_bytes: int = 64 * 1024,
         output_limit_bytes: int = 1024 * 1024,
+        shown_bytes: int = 0,
     ) -> None:
         self._topic = topic
         self._node = topic.rpartition("/")[2]
@@ -73,7 +75,7 @@ class ReplyStream:
         self._chunk_limit_bytes = chunk_limit_bytes
         self._output_limit_bytes = output_limit_bytes
         self._pending: list[Any] = []
-        self._size_bytes = 0
+        self._size_bytes = shown_bytes
         self._timer: asyncio.TimerHandle | None = None
         self._working: asyncio.TimerHandle | None = None
         self._closed = False

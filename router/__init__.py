@@ -14,6 +14,10 @@ A task comes in on ``task/{client}``. The way through the modules:
 ``machine``        one task as a pure state machine (``verdicts``): exactly one final event
 ``cascade``        small nodes first, stronger ones while the answer is not sure
 ``patience``       how long a node may stay silent, learnt from round trips
+``ownership``      which of several routers has a task; ``pulse``: who is silent for too long
+``reception``      where tasks arrive: own ones are taken, those of other routers watched
+``shadow``         tasks of other routers; ``takeover``: when they are taken, and how they go on
+``peers``          what routers tell each other
 ``dispatch``       drives the machines of all live tasks; ``messages``: what it writes
 ``observation``    what nodes tell clients, seen on the reply topics
 ``replies``        what the router tells clients, and tells again

@@ -16,6 +16,7 @@ from router.catalogue import Fleet, Key
 from router.dispatch import Dispatcher
 from router.ledger import Ledger
 from router.meaning import Meaning
+from router.ownership import RouterBook
 from router.statistics import RouterStats
 from router.steering import SteeringDesk
 from router.verbs import Answer, Verb, key_page, name_page, named_keys, only
@@ -35,6 +36,7 @@ class AdminDesk:
         ledger: Stored decisions and cordons.
         stats: Counters.
         steering: Answers what is asked of decisions.
+        book: The routers of the site.
         router_id: This router.
         clock: UTC milliseconds.
     """
@@ -50,6 +52,7 @@ class AdminDesk:
         ledger: Ledger,
         stats: RouterStats,
         steering: SteeringDesk,
+        book: RouterBook,
         router_id: str,
         clock: Callable[[], int],
     ) -> None:
@@ -61,12 +64,14 @@ class AdminDesk:
         self._ledger = ledger
         self._stats = stats
         self._steering = steering
+        self._book = book
         self._router_id = router_id
         self._clock = clock
         self._started_at = clock()
         self._verbs: dict[str, Verb] = {
             "nodes": self._nodes,
             "functions": self._functions,
+            "routers": self._routers,
             "stats": self._statistics,
             "task": self._task,
             "cordon": self._cordon,
@@ -95,6 +100,22 @@ class AdminDesk:
     async def _nodes(self, args: dict[str, Any]) -> Answer:
         only(args, "after", "limit")
         return await name_page(sorted(self._fleet.nodes), args, "nodes", self._describe_node)
+
+    async def _routers(self, args: dict[str, Any]) -> Answer:
+        """List the routers as this one knows them."""
+        only(args)
+        now = self._clock()
+        own = {"router": self._router_id, "state": "birth", "live": True, "seen_ms_ago": 0}
+        others = [
+            {
+                "router": view.router,
+                "state": view.presence,
+                "live": view.live,
+                "seen_ms_ago": now - view.pulse.seen_at if view.pulse.seen_at else None,
+            }
+            for view in self._book.others
+        ]
+        return {"routers": [own, *others], "answered_by": self._router_id}
 
     async def _functions(self, args: dict[str, Any]) -> Answer:
         only(args, "node", "function", "after", "limit")
@@ -195,7 +216,7 @@ class AdminDesk:
             "cordoned": view.cordoned,
             "epoch": view.epoch,
             "reason": view.reason,
-            "seen_ms_ago": self._clock() - view.seen_at if view.seen_at else None,
+            "seen_ms_ago": self._clock() - view.pulse.seen_at if view.pulse.seen_at else None,
             "assigned": view.assigned,
             "load": _describe_load(load) if load else None,
             "functions": functions[:_FUNCTIONS_SHOWN],

@@ -13,7 +13,6 @@ The next step is always a stronger one: dearer, outside the site, or a larger mo
 that answered last. Another function is asked besides when it may as well be the one meant.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -21,7 +20,6 @@ from typing import Any, Final
 from capability_schemas.errors import PolicyDenied
 from capability_schemas.invocation import Cascade, Report
 from capability_schemas.reply import CascadeStep
-from capability_schemas.signing import digest
 from capability_schemas.task import TaskPolicy
 from router.events import Choice, Draft
 
@@ -30,25 +28,6 @@ _LARGER: Final = 1.2
 
 _ROUNDING: Final = 1e-9
 """By so much a sum of prices may miss the limit."""
-
-
-class DraftRoom:
-    """What the drafts of all tasks of a router may take together.
-
-    Args:
-        limit_bytes: Most bytes.
-    """
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self.held_bytes = 0
-
-    def swap(self, before: int, after: int) -> bool:
-        """Give up some bytes for others; tell whether there is room, else nothing has changed."""
-        if after > before and self.held_bytes - before + after > self._limit_bytes:
-            return False
-        self.held_bytes += after - before
-        return True
 
 
 class Escalation:
@@ -170,23 +149,13 @@ class Escalation:
         Returns:
             Whether it can be an answer: false when its output is nothing that JSON has words for.
         """
-        try:
-            output_digest = digest(report.output)
-            output = json.dumps(report.output, separators=(",", ":"), ensure_ascii=False).encode()
-        except (ValueError, RecursionError):
+        draft = Draft.of(choice, report)
+        if draft is None:
             return False
-        step = CascadeStep(
-            node=choice.node,
-            function=choice.function,
-            version=choice.version,
-            confidence=report.confidence,
-            cost=choice.cost,
-            total_ms=report.total_ms,
-        )
-        self.steps += (step,)
+        self.steps += (draft.step,)
         self._answered[choice.function] = choice
-        if self.draft is None or _sureness(step) >= _sureness(self.draft.step):
-            self.draft = Draft(step, output, report.usage, output_digest)
+        if self.draft is None or _sureness(draft.step) >= _sureness(self.draft.step):
+            self.draft = draft
         return True
 
     def describe(self) -> dict[str, Any]:

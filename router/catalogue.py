@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from capability_schemas.capability import CatalogRecord
 from capability_schemas.node import FunctionLoad, NodeLoad, NodeState, Presence
 from router.names import NameIndex
+from router.pulse import Pulse
 from router.sharing import Sharing
 
 _IDLE = FunctionLoad()
@@ -30,8 +31,7 @@ class NodeView:
         node: Its id.
         presence: What it said of itself last; None before it said anything.
         epoch: Start of its process, as it says.
-        heartbeat_s: Interval of its load messages.
-        seen_at: When it was last heard of, UTC milliseconds.
+        pulse: Its heartbeats, which are its load messages.
         load: Its last load message.
         cordoned: Whether an administrator keeps new tasks from it.
         assigned: Invocations of this router that have not ended; fresher than ``load``.
@@ -42,8 +42,7 @@ class NodeView:
     node: str
     presence: Presence | None = None
     epoch: int = -1
-    heartbeat_s: float = 5.0
-    seen_at: int = 0
+    pulse: Pulse = field(default_factory=Pulse)
     load: NodeLoad | None = None
     cordoned: bool = False
     assigned: int = 0
@@ -90,7 +89,8 @@ class Fleet:
 
     Attributes:
         heartbeat_s: Interval assumed where a node names none.
-        missed_heartbeats: So many missed in a row mean that a node is gone.
+        missed_heartbeats: So many missed in a row mean that a node is gone, more where they are
+            often late.
     """
 
     heartbeat_s: float = 5.0
@@ -127,7 +127,8 @@ class Fleet:
         """Return the view of a node, a blank one if it has not been heard of."""
         view = self._nodes.get(node)
         if view is None:
-            view = self._nodes[node] = NodeView(node=node, heartbeat_s=self.heartbeat_s)
+            pulse = Pulse(interval_s=self.heartbeat_s, missed=self.missed_heartbeats)
+            view = self._nodes[node] = NodeView(node=node, pulse=pulse)
         return view
 
     def named(self, function: str) -> Mapping[str, CatalogRecord]:
@@ -205,9 +206,9 @@ class Fleet:
         restarted = known and state.epoch > view.epoch
         was_live = view.live
         view.presence, view.epoch, view.reason = state.state, state.epoch, state.reason
-        view.heartbeat_s = state.load_interval_s or self.heartbeat_s
         if state.state in {"birth", "draining"}:
-            view.seen_at, view.silent = now, False
+            view.pulse.beat(now, interval_s=state.load_interval_s or self.heartbeat_s)
+            view.silent = False
         if restarted:
             view.load = None
             return "the node started anew"
@@ -223,7 +224,8 @@ class Fleet:
         restarted = view.presence is not None and load.epoch > view.epoch
         if view.presence is None or restarted:
             view.presence, view.epoch = "birth", load.epoch
-        view.load, view.seen_at, view.silent = load, now, False
+        view.pulse.beat(now)
+        view.load, view.silent = load, False
         return "the node started anew" if restarted else None
 
     def forget_state(self, node: str) -> bool:
@@ -243,8 +245,7 @@ class Fleet:
         """
         gone = []
         for view in self._nodes.values():
-            limit_ms = view.heartbeat_s * 1000 * self.missed_heartbeats
-            if view.live and now - view.seen_at > limit_ms:
+            if view.live and view.pulse.is_overdue(now):
                 view.silent = True
                 gone.append(view.node)
         return gone
@@ -252,7 +253,7 @@ class Fleet:
     def wake_all(self, now: int) -> None:
         """Restart every heartbeat clock: the router itself was cut off, or its clock was set."""
         for view in self._nodes.values():
-            view.seen_at = now
+            view.pulse.restart(now)
 
     def cordon(self, nodes: Iterable[str], *, closed: bool = True) -> None:
         """Keep new tasks from nodes, or let them in again."""

@@ -1,9 +1,7 @@
 """Drives the machines of all live tasks: events in, their actions out, and their time kept."""
 
 import asyncio
-import heapq
-from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, Final, Protocol, assert_never
 
 import structlog
@@ -15,43 +13,48 @@ from capability_schemas.reply import Accepted
 from capability_schemas.task import FunctionRef, decode_task
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode
-from router.cascade import DraftRoom
 from router.catalogue import Fleet
+from router.commons import Commons
 from router.entry import Entry
 from router.events import (
     Action,
+    Announce,
     CancelAsked,
     CancelNode,
+    CheckNode,
+    Choice,
     Choose,
     Chosen,
     End,
     Event,
+    Fenced,
     Invoke,
     Journaled,
     Learn,
     MarkShown,
     NodeGone,
+    Phase,
     Reported,
     SendAccepted,
     Tick,
     Uninvoked,
     Unjournaled,
 )
+from router.guard import GuardedMachine
 from router.intake import Arrival
 from router.ledger import Ledger
-from router.machine import Phase, TaskMachine
+from router.live import AlarmClock, LiveTask
 from router.meaning import Query
 from router.messages import make_final, make_invocation, make_routed
+from router.notes import TaskNotes
 from router.observation import Observation
-from router.patience import ReportPatience
 from router.replies import Key, Outcome, ReplyDesk
-from router.routing import TaskRouting, Wanted
+from router.routing import TaskRouting
 from router.settings import RouterSettings
 from router.statistics import RouterStats
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _LIVE_RETRY_MS: Final = 1_000
-_IDLE_ALARMS: Final = 1_000
 
 
 class Spawn(Protocol):
@@ -60,33 +63,6 @@ class Spawn(Protocol):
     def __call__(self, coro: Coroutine[Any, Any, None], *, name: str) -> object:
         """Run it."""
         ...
-
-
-@dataclass(eq=False, slots=True)
-class LiveTask:
-    """A task from receipt to its end.
-
-    Attributes:
-        arrival: What the client wants.
-        machine: Its state.
-        explanation: Why it went where it went, until all of that is in the journal.
-        held_by: Node that has it, as counted in the fleet.
-        noted_seq: ``next_seq`` as journaled.
-        wake_at: Its entry in the clock, UTC milliseconds.
-    """
-
-    arrival: Arrival
-    machine: TaskMachine
-    explanation: Callable[[], dict[str, Any]] | None = None
-    held_by: str | None = None
-    noted_seq: int = 0
-    wake_at: int | None = None
-    wanted: Wanted = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Derive what routing needs."""
-        arrival = self.arrival
-        self.wanted = Wanted(arrival.client, arrival.task, arrival.function, arrival.deadline)
 
 
 class Dispatcher:
@@ -132,15 +108,17 @@ class Dispatcher:
         self._settings = settings
         self._clock = clock
         self._spawn = spawn
-        self._patience = ReportPatience(base_ms=settings.report_timeout_ms)
-        self._room = DraftRoom(settings.draft_bytes)
+        self._commons = Commons.of(settings)
+        self._notes = TaskNotes(ledger)
         self._live: dict[Key, LiveTask] = {}
-        self._alarms: list[tuple[int, Key]] = []
-        self._alarm_set = asyncio.Event()
+        self._alarms = AlarmClock(self._live)
         self._informed = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._live)
+
+    def __iter__(self) -> Iterator[LiveTask]:
+        return iter(tuple(self._live.values()))
 
     def live(self, key: Key) -> LiveTask | None:
         """Return a task that has not ended."""
@@ -152,23 +130,32 @@ class Dispatcher:
         """Start to choose nodes: what is known of the mesh is complete."""
         self._informed.set()
 
-    def take(self, arrival: Arrival) -> None:
-        """Take a task whose key is not live.
+    def hold(self) -> None:
+        """Choose nobody and let no time pass until `be_informed`: the router is cut off."""
+        self._informed.clear()
+
+    def take(self, arrival: Arrival, *, floor: int = 1) -> None:
+        """Take a task; one whose key is live is a repetition of it.
+
+        Args:
+            arrival: The task.
+            floor: Number of its first attempt.
 
         Raises:
             Overloaded: As many tasks are live as may be.
         """
+        if arrival.key in self._live:
+            self.accept_again(self._live[arrival.key])
+            return
         if len(self._live) >= self._settings.live_limit:
             raise Overloaded(
                 f"{len(self._live)} tasks are live, the limit of this router",
                 retry_after_ms=_LIVE_RETRY_MS,
             )
-        machine = TaskMachine(
-            deadline=arrival.deadline,
-            settings=self._settings,
-            patience=self._patience,
-            room=self._room,
+        machine = GuardedMachine(
+            deadline=arrival.deadline, settings=self._settings, commons=self._commons
         )
+        machine.turns.floor = floor
         live = self._live[arrival.key] = LiveTask(arrival, machine)
         self._spawn(self._start(live), name="task")
 
@@ -189,6 +176,12 @@ class Dispatcher:
         if live is not None:
             self._feed(live, observation.event)
 
+    def fenced(self, key: Key, attempt: int) -> None:
+        """Take it that our own ``routed`` of a task has come back: all before it has been heard."""
+        live = self._live.get(key)
+        if live is not None:
+            self._feed(live, Fenced(attempt))
+
     def node_gone(self, node: str, reason: str) -> None:
         """Take the loss of a node: every task it holds, or may get, hears of it."""
         _log.info("node.gone", node=node, reason=reason)
@@ -202,9 +195,22 @@ class Dispatcher:
         if live is not None:
             self._feed(live, CancelAsked())
 
-    def restore(self, entries: Iterable[Entry]) -> None:
-        """Take up tasks that an earlier process left."""
-        now = self._clock()
+    def give_up(self, key: Key) -> None:
+        """Forget a task without a word: another router has it."""
+        live = self._live.pop(key, None)
+        if live is not None:
+            live.machine.leave()
+            self._hold(live, None)
+
+    def restore(self, entries: Iterable[Entry], *, floor: int = 1, settled: bool = False) -> None:
+        """Take up tasks that an earlier process, or another router, left.
+
+        Args:
+            entries: The tasks.
+            floor: Least number of their next attempts.
+            settled: Whether all that was said of them has been heard.
+        """
+        now = self._clock() - (self._settings.settle_ms if settled else 0)
         for entry in entries:
             task = decode_task(entry.task, limit_bytes=max(len(entry.task), 1))
             arrival = Arrival(
@@ -216,39 +222,27 @@ class Dispatcher:
                 deadline=entry.deadline,
                 function=FunctionRef.parse(task.function) if task.function else None,
             )
-            machine = TaskMachine.restore(
-                deadline=entry.deadline,
-                settings=self._settings,
-                node=entry.node,
-                attempt=entry.attempt,
-                next_seq=entry.next_seq,
-                now=now,
-                patience=self._patience,
-                room=self._room,
+            machine = GuardedMachine.restore(
+                entry, settings=self._settings, now=now, commons=self._commons
             )
+            machine.turns.floor = floor
             live = LiveTask(arrival, machine, noted_seq=entry.next_seq)
             self._live[arrival.key] = live
             self._hold(live, entry.node)
-            self._set_alarm(live)
+            self._alarms.set(live)
 
     def note_progress(self) -> None:
         """Journal how far streams have come; for the sweep."""
-        for key, live in self._live.items():
-            if live.machine.next_seq != live.noted_seq:
-                live.noted_seq = live.machine.next_seq
-                self._ledger.note_shown(key, live.noted_seq)
+        self._notes.shown(self._live.values())
 
     async def keep_time(self) -> None:
         """Wake tasks when their time has come; runs until cancelled."""
-        while True:
-            self._alarm_set.clear()
-            self._ring(self._clock())
-            delay_s = max(0, self._alarms[0][0] - self._clock()) / 1000 if self._alarms else None
-            try:
-                async with asyncio.timeout(delay_s):
-                    await self._alarm_set.wait()
-            except TimeoutError:
-                continue
+        await self._alarms.ring(self._clock, self._wake, self._informed)
+
+    def _wake(self, key: Key) -> None:
+        live = self._live.get(key)
+        if live is not None:
+            self._feed(live, Tick())
 
     # ---- one task
 
@@ -285,7 +279,8 @@ class Dispatcher:
             self._stats.accepted += 1
             self._feed(live, Journaled())
             return
-        del self._live[arrival.key]
+        if self._live.get(arrival.key) is live:
+            del self._live[arrival.key]
         self._stats.repeated += 1
         if known.terminal is not None:
             self._replies.repeat(known.reply, [known.terminal])
@@ -317,8 +312,16 @@ class Dispatcher:
             selection.problem,
             min_confidence=selection.min_confidence,
             policy=self._routing.policy(live.wanted),
+            hedge_after_ms=self._hedge_after_ms(selection.choices),
         )
         self._feed(live, chosen)
+
+    def _hedge_after_ms(self, choices: tuple[Choice, ...]) -> int | None:
+        """Return after what time the best candidate takes long; None: nobody is asked beside it."""
+        if not choices or not choices[0].idempotent or not self._settings.hedge_share:
+            return None
+        first, samples = choices[0], self._settings.hedge_samples
+        return self._stats.times.slow_ms(first.function, first.version, samples=samples)
 
     async def _choose_again(self, live: LiveTask) -> None:
         query = await self._embed(live)
@@ -329,7 +332,7 @@ class Dispatcher:
     def _feed(self, live: LiveTask, event: Event) -> None:
         for action in live.machine.handle(event, self._clock()):
             self._do(live, action)
-        self._set_alarm(live)
+        self._alarms.set(live)
 
     # ---- actions out
 
@@ -340,15 +343,18 @@ class Dispatcher:
             case Choose():
                 self._hold(live, None)
                 self._spawn(self._choose_again(live), name="task")
+            case Announce():
+                self._announce(live, action)
             case Invoke():
                 self._invoke(live, action)
+            case CheckNode():
+                self._check_node(live, action.node)
             case Learn():
                 self._learn(action)
             case CancelNode():
                 self._cancel_node(live, action)
             case MarkShown():
-                live.noted_seq = live.machine.next_seq
-                self._ledger.note_shown(live.arrival.key, live.noted_seq)
+                self._notes.chunk(live)
             case End():
                 self._finish(live, action)
             case _:
@@ -363,6 +369,7 @@ class Dispatcher:
                 at=self._clock(),
                 router=self._router_id,
                 deadline=arrival.deadline,
+                attempt=live.machine.turns.floor if live.machine.turns.floor > 1 else None,
             ),
         )
 
@@ -372,10 +379,10 @@ class Dispatcher:
             self._routing.objection(live.wanted, choice, now) if action.attempt > 1 else None
         )
         if objection is not None:
-            self._feed(live, Uninvoked(objection))
+            self._feed(live, Uninvoked(objection, action.attempt))
             return
         # The journal hears of it when the session has written: nobody waits for that.
-        asyncio.get_running_loop().call_soon(self._note_route, live, action)
+        asyncio.get_running_loop().call_soon(self._notes.route, live, action)
         try:
             self._session.post(
                 self._topics.build(TopicKind.INVOKE, node=choice.node),
@@ -390,34 +397,46 @@ class Dispatcher:
                 ),
             )
         except FoamError as error:
-            self._feed(live, Uninvoked(error))
+            self._feed(live, Uninvoked(error, action.attempt))
             return
-        self._hold(live, choice.node)
+        if not action.hold:
+            self._hold(live, choice.node)
         self._routing.remember(live.wanted, choice, now)
         if action.attempt == 1:
             self._stats.route_ms.append(now - arrival.received_at)
+        elif action.hold:
+            self._stats.hedged += 1
+        elif action.continuation is not None:
+            self._stats.continued += 1
         elif action.cascade is not None and action.cascade.steps:
             self._stats.escalated += 1
         else:
             self._stats.rerouted += 1
-        self._replies.say(arrival.reply, make_routed(arrival, action, now))
+        if not action.announced:
+            self._replies.say(arrival.reply, make_routed(arrival, action, now))
+
+    def _announce(self, live: LiveTask, action: Announce) -> None:
+        """Raise the fence: the event comes back to us behind all that the node before has said."""
+        now = self._clock()
+        if not action.last:
+            objection = self._routing.objection(live.wanted, action.choice, now)
+            if objection is not None:
+                self._feed(live, Uninvoked(objection, action.attempt))
+                return
+            self._hold(live, action.choice.node)
+        self._replies.say(live.arrival.reply, make_routed(live.arrival, action, now))
+
+    def _check_node(self, live: LiveTask, node: str) -> None:
+        if not self._fleet.node(node).live:
+            self._feed(live, NodeGone(node, "it is not there"))
 
     def _learn(self, action: Learn) -> None:
         choice = action.choice
         self._routing.learn(
             choice.node, choice.function, action.verdict, self._clock(), took_ms=action.took_ms
         )
-
-    def _note_route(self, live: LiveTask, action: Invoke) -> None:
-        choice = action.choice
-        self._ledger.note_route(
-            live.arrival.key,
-            node=choice.node,
-            function=choice.function,
-            version=choice.version,
-            attempt=action.attempt,
-        )
-        self._note_explanation(live)
+        if action.verdict == "good":
+            self._stats.times.add(choice.function, choice.version, action.took_ms)
 
     def _cancel_node(self, live: LiveTask, action: CancelNode) -> None:
         order = Control(
@@ -444,9 +463,9 @@ class Dispatcher:
             if end.error is not None:
                 self._replies.refuse(arrival.reply, arrival.task_id, end.error)
             return
-        self._note_explanation(live)
+        self._notes.explanation(live)
         self._stats.ended[end.code or "result"] += 1
-        self._stats.missed_chunks += live.machine.missed
+        self._stats.missed_chunks += live.machine.course.shown.missed
         outcome = Outcome(
             key=arrival.key,
             reply=arrival.reply,
@@ -456,7 +475,7 @@ class Dispatcher:
             code=end.code,
             ended_at=now,
             told=end.payload is not None,
-            shown=tuple(live.machine.shown),
+            shown=tuple(live.machine.course.shown.chunks),
         )
         self._replies.remember(outcome)
         self._spawn(self._replies.conclude(outcome), name="conclude")
@@ -470,18 +489,6 @@ class Dispatcher:
             total_ms=now - arrival.received_at,
         )
 
-    def _note_explanation(self, live: LiveTask) -> None:
-        if live.explanation is not None:
-            explanation = live.explanation()
-            cascade = live.machine.cascade
-            if cascade is not None:
-                explanation |= {"cascade": cascade.describe()}
-                if cascade.asked:  # which need not be who was ranked first
-                    explanation |= {"chosen": list(cascade.asked[0])}
-            self._ledger.note_explanation(live.arrival.key, explanation)
-            if cascade is None or live.machine.ended:
-                live.explanation = None
-
     def _hold(self, live: LiveTask, node: str | None) -> None:
         """Count which node has a task."""
         if live.held_by is not None:
@@ -489,27 +496,3 @@ class Dispatcher:
         live.held_by = node
         if node is not None:
             self._fleet.node(node).assigned += 1
-
-    # ---- time
-
-    def _set_alarm(self, live: LiveTask) -> None:
-        """Make sure the clock rings for a task no later than it wants; earlier does no harm."""
-        wanted = live.machine.wake_at
-        if wanted is None or (live.wake_at is not None and live.wake_at <= wanted):
-            return
-        live.wake_at = wanted
-        heapq.heappush(self._alarms, (wanted, live.arrival.key))
-        if self._alarms[0][0] == wanted:
-            self._alarm_set.set()
-        if len(self._alarms) > _IDLE_ALARMS + 3 * len(self._live):
-            # Deadlines of ended tasks, up to a day ahead.
-            self._alarms = [alarm for alarm in self._alarms if alarm[1] in self._live]
-            heapq.heapify(self._alarms)
-
-    def _ring(self, now: int) -> None:
-        while self._alarms and self._alarms[0][0] <= now:
-            time, key = heapq.heappop(self._alarms)
-            live = self._live.get(key)
-            if live is not None and live.wake_at == time:
-                live.wake_at = None
-                self._feed(live, Tick())

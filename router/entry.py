@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from capability_schemas.capability import Continues
+from router.shown import Origin
+
 _FRAME: Final = struct.Struct(">QI")
 
 
@@ -22,6 +25,8 @@ class Entry:
         node: Who held it last.
         function: Function of that node.
         version: Its version.
+        continues: What becomes of an answer of that function when its node is lost.
+        model: Digest of the model file behind it.
         attempt: Last attempt.
         next_seq: First number the client may not have seen; of an ended task, that of its end.
         ended_at: UTC milliseconds; None while it runs.
@@ -45,6 +50,15 @@ class Entry:
     code: str | None = None
     terminal: bytes | None = None
     chunks: bytes | None = None
+    continues: Continues = "restart"
+    model: str | None = None
+
+    @property
+    def origin(self) -> Origin | None:
+        """What the answer was begun with; None before the first invocation."""
+        if self.function is None or self.version is None:
+            return None
+        return Origin(self.function, self.version, self.continues, self.model)
 
     @property
     def key(self) -> tuple[str, str]:

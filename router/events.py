@@ -1,15 +1,38 @@
 """What can happen to a task, and what its machine can want done: plain values."""
 
+import json
 from dataclasses import dataclass, field
-from typing import Literal
+from enum import StrEnum
+from typing import Final, Literal
 
+from capability_schemas.capability import Continues
 from capability_schemas.errors import FoamError
-from capability_schemas.invocation import Cascade, Report
+from capability_schemas.invocation import Cascade, Continuation, Report
 from capability_schemas.reply import CascadeStep, Usage
+from capability_schemas.signing import digest
 from capability_schemas.task import TaskPolicy
 
 Verdict = Literal["good", "failed", "lost", "refused", "unsure"]
 """What an attempt says about its node."""
+
+
+class Phase(StrEnum):
+    """Where a task stands."""
+
+    RECEIVED = "received"
+    ACCEPTED = "accepted"
+    INVOKED = "invoked"
+    ADMITTED = "admitted"
+    STREAMING = "streaming"
+    HANDING = "handing over"
+    ENDED = "ended"
+
+
+WITH_NODE: Final = frozenset({Phase.INVOKED, Phase.ADMITTED, Phase.STREAMING})
+"""Phases in which a node has the task."""
+
+UNASKED: Final = frozenset({Phase.ACCEPTED, Phase.HANDING})
+"""Phases in which nobody has it, or somebody is about to get it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +53,9 @@ class Choice:
         probability: Chance that this function is the one meant, 0 to 1; None when it was named.
         margin: By how much its similarity exceeds that of the next other function.
         ambiguous: Whether that is so little that another function may well be meant.
+        continues: What becomes of an answer of it when its node is lost.
+        model: Digest of the model file behind it; None where there is none, or it is not known.
+        idempotent: Whether another node may be asked for the same at the same time.
     """
 
     node: str
@@ -45,6 +71,9 @@ class Choice:
     probability: float | None = None
     margin: float | None = None
     ambiguous: bool = False
+    continues: Continues = "restart"
+    model: str | None = None
+    idempotent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +91,29 @@ class Draft:
     output: bytes
     usage: Usage | None
     digest: str
+
+    @classmethod
+    def of(cls, choice: Choice, report: Report) -> "Draft | None":
+        """Return the answer in a report; None when it is nothing that JSON has words for.
+
+        Args:
+            choice: Whose it is.
+            report: A report with an output.
+        """
+        try:
+            output_digest = digest(report.output)
+            output = json.dumps(report.output, separators=(",", ":"), ensure_ascii=False).encode()
+        except (ValueError, RecursionError):
+            return None
+        step = CascadeStep(
+            node=choice.node,
+            function=choice.function,
+            version=choice.version,
+            confidence=report.confidence,
+            cost=choice.cost,
+            total_ms=report.total_ms,
+        )
+        return cls(step, output, report.usage, output_digest)
 
 
 # ---- events
@@ -88,19 +140,27 @@ class Chosen:
         problem: Why there are none.
         min_confidence: Least confidence of an answer, 0 to 1; None: whatever comes is the answer.
         policy: What the task demands of nodes, by itself and by the router's rules.
+        hedge_after_ms: After what time the best candidate takes long; None where that is not known.
     """
 
     choices: tuple[Choice, ...]
     problem: FoamError | None = None
     min_confidence: float | None = None
     policy: TaskPolicy = field(default_factory=TaskPolicy)
+    hedge_after_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Uninvoked:
-    """The invocation of the current attempt could not be sent."""
+    """An invocation could not be sent.
+
+    Attributes:
+        error: Why.
+        attempt: Which; None: the current one.
+    """
 
     error: FoamError
+    attempt: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +176,30 @@ class Observed:
 
     Attributes:
         source: Last level of the topic.
-        event: ``working``, ``chunk``, ``result`` or ``error``.
-        seq: Its number; None for ``working``.
+        event: ``working``, ``chunk``, ``result`` or ``error``; of the router itself ``routed``.
+        seq: Its number; None for ``working`` and ``routed``.
         attempt: Its attempt; None for ``working``.
         payload: The bytes.
         code: Error code of an ``error``.
     """
 
     source: str
-    event: Literal["working", "chunk", "result", "error"]
+    event: Literal["working", "chunk", "result", "error", "routed"]
     seq: int | None
     attempt: int | None
     payload: bytes
     code: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """The router's own ``routed`` has come back to it: what was said before it has all been heard.
+
+    Attributes:
+        attempt: The attempt it announced.
+    """
+
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +227,7 @@ Event = (
     | Uninvoked
     | Reported
     | Observed
+    | Fenced
     | NodeGone
     | CancelAsked
     | Tick
@@ -175,20 +247,44 @@ class Choose:
 
 
 @dataclass(frozen=True, slots=True)
+class Announce:
+    """Tell the client who will go on with the answer (``routed``), and listen for that very event.
+
+    The broker hands it to the client and back to the router after everything that the node before
+    has said by then, and readers ignore that node from there on: a fence between the two.
+
+    Attributes:
+        choice: Who will; before an end of the router's own making, who may be speaking yet.
+        attempt: Number of its attempt.
+        last: Whether it is for such an end: then nobody is asked any more.
+    """
+
+    choice: Choice
+    attempt: int
+    last: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Invoke:
-    """Invoke a node and tell the client (``routed``).
+    """Invoke a node and tell the client (``routed``), unless that was announced.
 
     Attributes:
         choice: The node, with the reason that the client is told.
         attempt: Number of the attempt.
         seq: First number the node gives to an event.
         cascade: Terms on which its answer counts; None: whatever comes is the answer.
+        continuation: What was shown of the answer by others.
+        hold: Whether it shall hand its answer to the router, for another node may be first.
+        announced: Whether the client has been told already, or shall not be.
     """
 
     choice: Choice
     attempt: int
     seq: int
     cascade: Cascade | None = None
+    continuation: Continuation | None = None
+    hold: bool = False
+    announced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +308,14 @@ class CancelNode:
 
     node: str
     attempt: int
-    reason: Literal["client", "deadline", "superseded"]
+    reason: Literal["client", "deadline", "superseded", "overtaken"]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckNode:
+    """Look whether a node is there; feed ``NodeGone`` when it is not."""
+
+    node: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,4 +348,6 @@ class End:
     journaled: bool = True
 
 
-Action = SendAccepted | Choose | Invoke | Learn | CancelNode | MarkShown | End
+Action = (
+    SendAccepted | Choose | Announce | Invoke | Learn | CancelNode | CheckNode | MarkShown | End
+)

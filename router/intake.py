@@ -5,12 +5,13 @@ Order: topic, size, decoding, then the fields that need the mesh to judge them (
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from capability_schemas.errors import FoamError, InvalidTask, TooLarge
-from capability_schemas.ids import is_identifier, new_uuid7
+from capability_schemas.ids import is_identifier
 from capability_schemas.task import FunctionRef, Task, decode_task, peek_task_id, skim_task_id
 from capability_schemas.topics import TopicKind, Topics
+from router.ownership import made_id, mark_of
 
 _REPLY_LEVELS = 3
 
@@ -27,6 +28,7 @@ class Arrival:
         received_at: UTC milliseconds.
         deadline: Absolute, UTC milliseconds.
         function: The function addressed by name, if any.
+        mark: What stands for it in every router when it came without an id; empty else.
     """
 
     client: str
@@ -36,11 +38,17 @@ class Arrival:
     received_at: int
     deadline: int
     function: FunctionRef | None
+    mark: str = ""
 
     @property
     def key(self) -> tuple[str, str]:
         """``(client, task id)``: ids are scoped to their client."""
         return self.client, self.task_id
+
+    @property
+    def subject(self) -> str:
+        """What it depends on which router has it."""
+        return self.mark or f"{self.client}/{self.task_id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +60,32 @@ class Refusal:
         task_id: Its id where that can be read, else a new one.
         reply: Reply topic without its last level; never the ``reply_to`` of a bad task.
         error: Why.
-        named: Whether the client chose the id: then an earlier task of that id goes first.
+        received_at: UTC milliseconds.
+        mark: As for a task; empty when the client chose the id: then an earlier task of that id
+            goes first.
     """
 
     client: str
     task_id: str
     reply: str
     error: FoamError
-    named: bool
+    received_at: int
+    mark: str = ""
 
     @property
     def key(self) -> tuple[str, str]:
         """``(client, task id)``."""
         return self.client, self.task_id
+
+    @property
+    def named(self) -> bool:
+        """Whether the client chose the id."""
+        return not self.mark
+
+    @property
+    def subject(self) -> str:
+        """What it depends on which router answers."""
+        return self.mark or f"{self.client}/{self.task_id}"
 
 
 class Intake:
@@ -73,15 +94,17 @@ class Intake:
     Args:
         topics: Topic grammar of the site.
         limit_bytes: Largest task.
-        new_id: Makes the id of a task that has none; takes UTC milliseconds.
+        new_id: Makes the id of a task that has none, of its mark and UTC milliseconds that are
+            never the same twice.
     """
 
     def __init__(
-        self, *, topics: Topics, limit_bytes: int, new_id: Callable[[int], str] = new_uuid7
+        self, *, topics: Topics, limit_bytes: int, new_id: Callable[[str, int], str] = made_id
     ) -> None:
         self._topics = topics
         self._limit_bytes = limit_bytes
-        self._new_id = new_id
+        self._make_id = new_id
+        self._made_at = 0
 
     def read(self, topic: str, payload: bytes, now: int) -> Arrival | Refusal:
         """Judge one task.
@@ -98,15 +121,16 @@ class Intake:
         try:
             task = decode_task(payload, limit_bytes=self._limit_bytes)
         except TooLarge as error:
-            return self._refusal(client, skim_task_id(payload), error, now)
+            return self._refusal(client, payload, skim_task_id(payload), error, now)
         except FoamError as error:
-            return self._refusal(client, peek_task_id(payload), error, now)
+            return self._refusal(client, payload, peek_task_id(payload), error, now)
         try:
             function = FunctionRef.parse(task.function) if task.function is not None else None
-            task_id = task.id or self._new_id(now)
+            mark = "" if task.id else mark_of(client, payload)
+            task_id = task.id or self._new_id(mark, now)
             reply = self._reply_of(client, task_id, task.reply_to)
         except FoamError as error:
-            return self._refusal(client, task.id, error, now)
+            return self._refusal(client, payload, task.id, error, now)
         return Arrival(
             client=client,
             task_id=task_id,
@@ -115,7 +139,17 @@ class Intake:
             received_at=now,
             deadline=now + task.timeout_ms,
             function=function,
+            mark=mark,
         )
+
+    def renamed(self, read: Arrival | Refusal, task_id: str) -> Arrival | Refusal:
+        """Return a task without an id as the router that has it calls it."""
+        if isinstance(read, Refusal):
+            reply = self.reply_topic(read.client, task_id)
+            return replace(read, task_id=task_id, reply=reply)
+        reply = self._reply_of(read.client, task_id, read.task.reply_to)
+        task = read.task.model_copy(update={"id": task_id})
+        return replace(read, task_id=task_id, task=task, reply=reply)
 
     def refuse(self, topic: str, payload: bytes, error: FoamError, now: int) -> Refusal:
         """Make the refusal of a task that was not looked at for want of room.
@@ -125,15 +159,23 @@ class Intake:
         """
         client = self._topics.parse(topic).levels["client"]
         find_id = peek_task_id if len(payload) <= self._limit_bytes else skim_task_id
-        return self._refusal(client, find_id(payload), error, now)
+        return self._refusal(client, payload, find_id(payload), error, now)
 
     def reply_topic(self, client: str, task_id: str) -> str:
         """Return the usual reply topic of a task, without its last level."""
         return f"{self._topics.root}/reply/{client}/{task_id}"
 
-    def _refusal(self, client: str, task_id: str | None, error: FoamError, now: int) -> Refusal:
-        known = task_id or self._new_id(now)
-        return Refusal(client, known, self.reply_topic(client, known), error, task_id is not None)
+    def _new_id(self, mark: str, now: int) -> str:
+        """Make an id; the time in it runs ahead of the clock when tasks come too fast for it."""
+        self._made_at = max(self._made_at + 1, now)
+        return self._make_id(mark, self._made_at)
+
+    def _refusal(
+        self, client: str, payload: bytes, task_id: str | None, error: FoamError, now: int
+    ) -> Refusal:
+        mark = "" if task_id else mark_of(client, payload)
+        known = task_id or self._new_id(mark, now)
+        return Refusal(client, known, self.reply_topic(client, known), error, now, mark)
 
     def _reply_of(self, client: str, task_id: str, wanted: str | None) -> str:
         """Return the reply topic without its last level.

@@ -1,4 +1,4 @@
-"""The router's memory that survives it: accepted tasks and their outcomes. The only sqlite3 here.
+"""The router's memory that survives it: accepted tasks and their outcomes, in SQLite.
 
 One thread owns the connection. What is asked of it while it works is gathered into one
 transaction, so that a burst of tasks costs a few commits. WAL with ``synchronous=NORMAL``: a
@@ -6,7 +6,8 @@ killed process loses nothing that was committed; a power cut may lose the last m
 which a client that repeats its task (same id) is served again.
 
 The file is bounded: outcomes leave it by age and number, and it never grows past a size. A full or
-locked disk becomes ``Overloaded``, which the client of the task is told.
+locked disk becomes ``Overloaded``, which the client of the task is told. A damaged file is set
+aside, aloud, and a new one begun: what stood in the old one is lost, the router is not.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ import sqlite3
 import threading
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
@@ -25,51 +26,26 @@ from typing import Any, Final, Self, TypeVar
 import structlog
 
 from capability_schemas.errors import ConfigurationError, Overloaded, Unavailable
+from capability_schemas.ids import now_ms
 from router.entry import Entry
+from router.ledger_file import code_of, connect, is_damage, set_aside
 
 _T = TypeVar("_T")
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
-_VERSION: Final = 2
 _BATCH: Final = 256
 _PENDING_LIMIT: Final = 50_000
 _RETRY_AFTER_MS: Final = 5_000
-_BUSY_TIMEOUT_S: Final = 0.5
 _EVICT: Final = 500
 _CLOSE_S: Final = 5.0
 _EXPLANATION_CHARS: Final = 256 * 1024
 """Longest explanation kept in full; only names without end, in rules and gates, exceed it."""
 
-_SCHEMA: Final = """
-CREATE TABLE tasks (
-    client TEXT NOT NULL, id TEXT NOT NULL, reply TEXT NOT NULL,
-    accepted_at INTEGER NOT NULL, deadline INTEGER NOT NULL,
-    node TEXT, function TEXT, version TEXT, attempt INTEGER NOT NULL DEFAULT 0,
-    next_seq INTEGER NOT NULL DEFAULT 0, explanation TEXT,
-    ended_at INTEGER, code TEXT, terminal BLOB, chunks BLOB, told INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (client, id)
-);
-CREATE TABLE requests (
-    client TEXT NOT NULL, id TEXT NOT NULL, task BLOB NOT NULL, PRIMARY KEY (client, id)
-);
-CREATE INDEX tasks_ended ON tasks (ended_at) WHERE ended_at IS NOT NULL;
-CREATE INDEX tasks_open ON tasks (accepted_at) WHERE ended_at IS NULL;
-CREATE INDEX tasks_untold ON tasks (ended_at) WHERE ended_at IS NOT NULL AND told = 0;
-CREATE INDEX tasks_by_id ON tasks (id);
-CREATE TABLE cordons (node TEXT PRIMARY KEY);
-"""
-_MEMOS: Final = """
-CREATE TABLE memos (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-"""
-_STEPS: Final = (_SCHEMA, _MEMOS)
-"""What makes each version of the file out of the one before it."""
-
-
 # A request is up to a megabyte and lies apart, so that notes about its task do not rewrite it; it
 # goes when the task has ended.
 _COLUMNS: Final = (
     "client, id, ifnull(task, x''), reply, accepted_at, deadline, node, function, version,"
-    " attempt, next_seq, ended_at, code, terminal, chunks"
+    " attempt, next_seq, ended_at, code, terminal, chunks, continues, model"
 )
 
 _Work = Callable[[sqlite3.Connection], Any]
@@ -103,6 +79,8 @@ class Ledger:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failing = False
+        self._damage: sqlite3.Error | None = None
+        self._aside: Path | None = None
         self._closed = asyncio.Event()
 
     @property
@@ -115,11 +93,16 @@ class Ledger:
         """Whether the last transaction could not be written."""
         return self._failing
 
+    def take_damage(self) -> Path | None:
+        """Return where a damaged file was moved to since this was asked last; None: nowhere."""
+        aside, self._aside = self._aside, None
+        return aside
+
     async def __aenter__(self) -> Self:
-        """Open the file, creating it if need be.
+        """Open the file, creating it if need be, and in place of one that is damaged.
 
         Raises:
-            ConfigurationError: It cannot be opened, is no ledger, or is of a newer version.
+            ConfigurationError: It cannot be opened, or is of a newer version.
             RuntimeError: It was entered before.
         """
         if self._thread is not None:
@@ -132,7 +115,7 @@ class Ledger:
         self._thread.start()
         try:
             await opened
-        except sqlite3.Error as exc:
+        except (sqlite3.Error, OSError) as exc:
             raise ConfigurationError(f"ledger {self._path} cannot be opened: {exc}") from exc
         return self
 
@@ -175,8 +158,13 @@ class Ledger:
         return await self._ask(lambda db: _find(db, client, task_id))
 
     async def unfinished(self) -> list[Entry]:
-        """Return the tasks that have no outcome yet, oldest first."""
-        return await self._ask(lambda db: _entries(db, "ended_at IS NULL ORDER BY accepted_at"))
+        """Return the tasks that have no outcome yet, oldest first, with what was shown of them."""
+
+        def work(db: sqlite3.Connection) -> list[Entry]:
+            found = _entries(db, "ended_at IS NULL ORDER BY accepted_at")
+            return [replace(entry, chunks=_shown(db, entry.key)) for entry in found]
+
+        return await self._ask(work)
 
     async def untold(self) -> list[Entry]:
         """Return the outcomes that may never have reached the client."""
@@ -192,13 +180,19 @@ class Ledger:
         function: str,
         version: str,
         attempt: int,
+        continues: str = "restart",
+        model: str | None = None,
     ) -> None:
         """Write who holds a task; does not wait, keeps its order with all other writes."""
         self._tell(
-            "UPDATE tasks SET node = ?, function = ?, version = ?, attempt = ?"
-            " WHERE client = ? AND id = ?",
-            (node, function, version, attempt, *key),
+            "UPDATE tasks SET node = ?, function = ?, version = ?, attempt = ?, continues = ?,"
+            " model = ? WHERE client = ? AND id = ?",
+            (node, function, version, attempt, continues, model, *key),
         )
+
+    def note_attempt(self, key: tuple[str, str], attempt: int) -> None:
+        """Write that there was an attempt beside the one that holds the task; does not wait."""
+        self._tell("UPDATE tasks SET attempt = ? WHERE client = ? AND id = ?", (attempt, *key))
 
     def note_explanation(self, key: tuple[str, str], explanation: dict[str, Any]) -> None:
         """Write why it went where it went; does not wait."""
@@ -215,9 +209,29 @@ class Ledger:
 
         self._note(work)
 
-    def note_shown(self, key: tuple[str, str], next_seq: int) -> None:
-        """Write how much the client has been shown; does not wait."""
-        self._tell("UPDATE tasks SET next_seq = ? WHERE client = ? AND id = ?", (next_seq, *key))
+    def note_shown(
+        self, key: tuple[str, str], next_seq: int, *, since: int = 0, chunks: bytes = b""
+    ) -> None:
+        """Write how much the client has been shown; does not wait.
+
+        Args:
+            key: ``(client, task id)``.
+            next_seq: First number it may not have seen.
+            since: What it had seen when this was written last.
+            chunks: What was shown from there on, packed; empty where nobody could go on with it.
+        """
+
+        def work(db: sqlite3.Connection) -> None:
+            done = db.execute(
+                "UPDATE tasks SET next_seq = ? WHERE client = ? AND id = ? AND ended_at IS NULL",
+                (next_seq, *key),
+            )
+            if chunks and done.rowcount:
+                db.execute(
+                    "INSERT OR REPLACE INTO shown VALUES (?, ?, ?, ?)", (*key, since, chunks)
+                )
+
+        self._note(work)
 
     def note_told(self, key: tuple[str, str]) -> None:
         """Write that the client's broker has the final event; does not wait."""
@@ -256,6 +270,7 @@ class Ledger:
                 (terminal, seq, chunks, code, ended_at, told, *key),
             )
             db.execute("DELETE FROM requests WHERE client = ? AND id = ?", key)
+            db.execute("DELETE FROM shown WHERE client = ? AND id = ?", key)
 
         await self._ask(work)
 
@@ -380,7 +395,7 @@ class Ledger:
         """Own the connection until told to close. Runs on the ledger's thread."""
         try:
             db = self._open()
-        except (sqlite3.Error, ConfigurationError) as exc:
+        except (sqlite3.Error, OSError, ConfigurationError) as exc:
             self._answer(partial(_fail, opened, exc))
             self._answer(self._closed.set)
             return
@@ -389,6 +404,8 @@ class Ledger:
             while (jobs := self._take()) is not None:
                 if jobs:
                     self._transact(db, jobs)
+                if self._damage is not None:
+                    db = self._replace(db, self._damage)
         finally:
             with contextlib.suppress(sqlite3.Error):
                 db.close()
@@ -431,7 +448,9 @@ class Ledger:
 
     def _make_room(self, db: sqlite3.Connection, error: sqlite3.Error) -> None:
         """A full file gives up its oldest outcomes, so that later tasks find room."""
-        if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+        if is_damage(error):
+            self._damage = error
+        if code_of(error) != sqlite3.SQLITE_FULL:
             return
         try:
             db.execute("BEGIN IMMEDIATE")
@@ -470,27 +489,31 @@ class Ledger:
                 loop.call_soon_threadsafe(call)
 
     def _open(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
         try:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = NORMAL")
-            (page_bytes,) = db.execute("PRAGMA page_size").fetchone()
-            db.execute(f"PRAGMA max_page_count = {max(1, self._limit_bytes // page_bytes)}")
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            _check_version(self._path, version)
-            if version < _VERSION:
-                steps = "".join(_STEPS[version:])
-                db.executescript(f"BEGIN;{steps}PRAGMA user_version = {_VERSION};COMMIT;")
-        except BaseException:
+            return connect(self._path, limit_bytes=self._limit_bytes)
+        except sqlite3.Error as error:
+            if not is_damage(error):
+                raise
+            self._set_aside(error)
+            return connect(self._path, limit_bytes=self._limit_bytes)
+
+    def _replace(self, db: sqlite3.Connection, damage: sqlite3.Error) -> sqlite3.Connection:
+        """Go on with a new file; with the old one, until the next try, where that fails."""
+        with contextlib.suppress(sqlite3.Error):
             db.close()
-            raise
-        return db
+        try:
+            self._set_aside(damage)
+            fresh = connect(self._path, limit_bytes=self._limit_bytes)
+        except (sqlite3.Error, OSError, ConfigurationError) as error:
+            _log.error("ledger.not_replaced", path=str(self._path), error=str(error))
+            return db
+        self._damage = None
+        return fresh
 
-
-def _check_version(path: Path, version: int) -> None:
-    if version > _VERSION:
-        raise ConfigurationError(
-            f"ledger {path} is of version {version}, this router knows {_VERSION}: update it"
+    def _set_aside(self, damage: sqlite3.Error) -> None:
+        self._aside = set_aside(self._path, now_ms())
+        _log.error(
+            "ledger.damaged", path=str(self._path), error=str(damage), aside=str(self._aside)
         )
 
 
@@ -514,6 +537,12 @@ def _entries(db: sqlite3.Connection, where: str, values: tuple[Any, ...] = ()) -
     source = "tasks LEFT JOIN requests USING (client, id)"
     rows = db.execute(f"SELECT {_COLUMNS} FROM {source} WHERE {where}", values)  # noqa: S608
     return [Entry(*row) for row in rows]
+
+
+def _shown(db: sqlite3.Connection, key: tuple[str, str]) -> bytes | None:
+    """Return what was shown of a running task, packed; None when nothing was noted."""
+    rows = db.execute("SELECT chunks FROM shown WHERE client = ? AND id = ? ORDER BY since", key)
+    return b"".join(row[0] for row in rows) or None
 
 
 def _evict(db: sqlite3.Connection, count: int) -> int:

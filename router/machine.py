@@ -3,8 +3,10 @@
 ::
 
     received ─ journaled ─▶ accepted ─ chosen ─▶ invoked ─ report ─▶ admitted ─ chunk ─▶ streaming
-                                          ▲         │ refused, silent, lost, failed, unsure:
-                                          └─────────┘ next candidate
+                                ▲                 │  ▲ refused, silent, lost, failed, unsure:  │
+                 nobody yet can │                 └──┘ next candidate                          │
+                                └──── handing ◀──── lost or failed after something was shown ──┘
+                                       └─ fenced ─▶ invoked
     any of them ─ final event, cancel, deadline, nobody left ─▶ ended (exactly once)
 
 Only events of the node and the attempt that hold the task count; everything else is late and is
@@ -12,15 +14,24 @@ ignored. When a client cancels, or the deadline passes, the node has a short gra
 itself, because it may be saying something else at that very moment; only then the router does.
 Attempts, leases and refusals follow PROTOCOL section 5.
 
+When a node is lost in mid-answer, and its function says how another one can go on with it
+(``router.shown``), the next attempt is announced first. That announcement, once it comes back on
+the reply topics, is a fence: what the old node said before it is shown and counted, what it says
+after it is ignored by everybody. Only then the next node is invoked, with exactly what was shown.
+
+A second node may be asked beside one that takes long (a hedge); its answer is held back here. When
+it is there first, the slow node is asked to give the task up, and the answer is told behind a fence
+as well: two nodes never both tell one.
+
 In a cascade (``router.cascade``) an answer that is not sure enough comes back as a draft and a
 stronger candidate is asked. As long as nothing was shown the best draft is what the task ends
 with, whatever else would have ended it, save the client's own cancellation. It is told so much
 before the deadline as a node has to end by itself.
 """
 
-from collections import deque
-from enum import StrEnum
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Final, Literal, Self
 
 from capability_schemas.errors import (
     DeadlineExceeded,
@@ -29,48 +40,21 @@ from capability_schemas.errors import (
     TaskCancelled,
     Unavailable,
 )
-from capability_schemas.invocation import Report
-from router.cascade import DraftRoom, Escalation, is_stronger
-from router.events import (
-    Action,
-    CancelAsked,
-    CancelNode,
-    Choice,
-    Choose,
-    Chosen,
-    Draft,
-    End,
-    Event,
-    Invoke,
-    Journaled,
-    Learn,
-    MarkShown,
-    NodeGone,
-    Observed,
-    Reported,
-    SendAccepted,
-    Tick,
-    Uninvoked,
-    Unjournaled,
-    Verdict,
-)
-from router.patience import ReportPatience
+from capability_schemas.invocation import Cascade, Continuation, Report
+from router import events as ev
+from router.commons import Commons
+from router.course import Course
+from router.entry import Entry, unpack_chunks
+from router.events import UNASKED, WITH_NODE, Action, Choice, Draft, End, Event, Phase
+from router.held import Keep, Rivalry, lesson
 from router.settings import RouterSettings
+from router.shown import Origin
+from router.times import Times, is_due
+from router.turns import Turn, Turns
 from router.verdicts import exhausted, problem_of, verdict_on_end, verdict_on_failure
 
-
-class Phase(StrEnum):
-    """Where a task stands."""
-
-    RECEIVED = "received"
-    ACCEPTED = "accepted"
-    INVOKED = "invoked"
-    ADMITTED = "admitted"
-    STREAMING = "streaming"
-    ENDED = "ended"
-
-
-_WITH_NODE = frozenset({Phase.INVOKED, Phase.ADMITTED, Phase.STREAMING})
+_LAST_WORDS: Final = frozenset({"refused", "failed", "unsure", "held"})
+_LATE: Final = "the deadline passed before the task was done"
 
 
 class TaskMachine:
@@ -79,86 +63,70 @@ class TaskMachine:
     Args:
         deadline: UTC milliseconds.
         settings: Time limits and bounds.
-        patience: How long to wait for a report, shared by the tasks of a router.
-        room: What drafts may take, shared likewise.
+        commons: What it shares with the other tasks of a router; its own when None.
 
     Attributes:
         phase: Where it stands.
-        node: Who holds it.
-        attempt: How many nodes have been invoked; restored machines go on counting.
-        next_seq: Number of the next chunk or final event.
-        missed: Chunks whose number was skipped: shown to the client, not seen here.
-        cascade: The task's cascade; None where whatever comes is the answer.
+        turns: Who has been asked and who may be.
+        course: How far the answer has come, and how it can be gone on with.
     """
 
     def __init__(
-        self,
-        *,
-        deadline: int,
-        settings: RouterSettings,
-        patience: ReportPatience | None = None,
-        room: DraftRoom | None = None,
+        self, *, deadline: int, settings: RouterSettings, commons: Commons | None = None
     ) -> None:
         self.deadline = deadline
         self.phase = Phase.RECEIVED
-        self.node: str | None = None
-        self.attempt = 0
-        self.next_seq = 0
-        self.missed = 0
-        self.cascade: Escalation | None = None
+        self._commons = commons or Commons.of(settings)
+        self.turns = Turns(most=settings.attempts)
+        self.course = Course(settings=settings, room=self._commons.shown)
         self._settings = settings
-        self._patience = patience or ReportPatience(base_ms=settings.report_timeout_ms)
-        self._room = room or DraftRoom(settings.draft_bytes)
-        self._draft_bytes = 0
-        self._invoked_at = 0
-        self._choice: Choice | None = None
-        self._waiting: deque[Choice] = deque()
-        self._early: Chosen | None = None
-        self._problems: list[FoamError] = []
-        self._tried = 0
+        self._keep = Keep(self._commons)
+        self._rivalry = Rivalry(self.turns, self._commons, self._keep)
+        self._early: ev.Chosen | None = None
         self._closing: FoamError | None = None
-        self._closing_by: int | None = None
-        self._report_by: int | None = None
-        self._finish_by: int | None = None
+        self._times = Times()
+        self._hedge_after_ms: int | None = None
+        self._terms: Cascade | None = None
         self._final_seq = 0
-        self._settle_by: int | None = None
-        self._shown: deque[tuple[int, bytes]] = deque()
-        self._shown_bytes = 0
 
     @classmethod
     def restore(
-        cls,
-        *,
-        deadline: int,
-        settings: RouterSettings,
-        node: str | None,
-        attempt: int,
-        next_seq: int,
-        now: int,
-        patience: ReportPatience | None = None,
-        room: DraftRoom | None = None,
-    ) -> "TaskMachine":
-        """Take up a task that an earlier process accepted.
+        cls, entry: Entry, *, settings: RouterSettings, now: int, commons: Commons | None = None
+    ) -> Self:
+        """Take up a task that an earlier process, or another router, accepted.
 
         It listens for ``settle_ms`` for what its node has sent meanwhile. Then a task of which
-        nothing was shown is chosen for anew; one of which something was shown stays with its node.
-        Drafts are not journaled: a cascade starts again, for nothing of it was shown.
+        nothing was shown is chosen for anew; one of which something was shown stays with its node,
+        as long as that is there. Drafts are not journaled: a cascade starts again, for nothing of
+        it was shown.
 
         Args:
-            deadline: UTC milliseconds.
+            entry: What is known of it, the chunks shown so far included.
             settings: Time limits and bounds.
-            node: Who held it; None when nobody did.
-            attempt: Last attempt journaled.
-            next_seq: First number the client may not have seen.
             now: UTC milliseconds.
-            patience: As for a new machine.
-            room: Likewise.
+            commons: As for a new machine.
         """
-        machine = cls(deadline=deadline, settings=settings, patience=patience, room=room)
-        machine.phase = Phase.INVOKED if node is not None else Phase.ACCEPTED
-        machine.node, machine.attempt, machine.next_seq = node, attempt, next_seq
-        machine._settle_by = now + settings.settle_ms
+        machine = cls(deadline=entry.deadline, settings=settings, commons=commons)
+        machine.phase = Phase.INVOKED if entry.node is not None else Phase.ACCEPTED
+        machine.turns.resume(entry.node, entry.attempt)
+        machine.course.resume(entry.origin, unpack_chunks(entry.chunks or b""), entry.next_seq)
+        machine._times.settle = now + settings.settle_ms
         return machine
+
+    @property
+    def node(self) -> str | None:
+        """Who holds the task, or will."""
+        return None if self.turns.current is None else self.turns.current.node
+
+    @property
+    def attempt(self) -> int:
+        """Highest number of an attempt; restored machines go on counting."""
+        return self.turns.attempt
+
+    @property
+    def next_seq(self) -> int:
+        """Number of the next chunk or final event."""
+        return self.course.shown.next_seq
 
     @property
     def ended(self) -> bool:
@@ -166,19 +134,9 @@ class TaskMachine:
         return self.phase is Phase.ENDED
 
     @property
-    def shown(self) -> list[tuple[int, bytes]]:
-        """Chunks kept for ``resume``, with their numbers, oldest first."""
-        return list(self._shown)
-
-    @property
-    def shown_bytes(self) -> int:
-        """Their size."""
-        return self._shown_bytes
-
-    @property
     def _draft(self) -> Draft | None:
         """What the task ends with if nothing better comes; None once something was shown."""
-        return self.cascade.draft if self.cascade is not None and self.next_seq == 0 else None
+        return self.turns.draft if self.next_seq == 0 else None
 
     @property
     def _ends_at(self) -> int:
@@ -191,10 +149,7 @@ class TaskMachine:
         """When the next ``Tick`` is due, UTC milliseconds; None: not before another event."""
         if self.phase in {Phase.ENDED, Phase.RECEIVED}:
             return None
-        times = [self._closing_by, self._report_by, self._finish_by, self._settle_by]
-        if self._closing is None and self._settle_by is None:
-            times.append(self._ends_at)
-        return min((time for time in times if time is not None), default=None)
+        return self._times.earliest(closing=self._closing is not None, ends_at=self._ends_at)
 
     def handle(self, event: Event, now: int) -> list[Action]:
         """Take an event.
@@ -208,244 +163,304 @@ class TaskMachine:
         """
         if self.phase is Phase.ENDED:
             return []
-        match event:
-            case Observed():
-                return self._on_observed(event, now)
-            case Reported():
-                return self._on_report(event.report, now)
-            case Tick():
-                return self._on_tick(now)
-            case NodeGone():
-                return self._on_gone(event, now)
-            case CancelAsked():
-                return self._on_cancel(now)
-            case _:
-                return self._on_router(event, now)
-
-    def _on_router(
-        self, event: Journaled | Unjournaled | Chosen | Uninvoked, now: int
-    ) -> list[Action]:
-        """Take an event of the router's own making."""
-        match event:
-            case Journaled():
-                return self._on_journaled(now)
-            case Unjournaled():
-                return self._on_unjournaled(event.error)
-            case Chosen():
-                return self._on_chosen(event, now)
-            case Uninvoked():
-                return self._mend(event.error, now) if self.phase is Phase.INVOKED else []
+        return self._HANDLERS[type(event)](self, event, now)
 
     # ---- acceptance and choice
 
-    def _on_journaled(self, now: int) -> list[Action]:
+    def _on_journaled(self, _event: ev.Journaled, now: int) -> list[Action]:
         if self.phase is not Phase.RECEIVED:
             return []
         self.phase = Phase.ACCEPTED
-        actions: list[Action] = [SendAccepted()]
+        self._commons.retries.earn()
+        self._commons.hedges.earn()
+        actions: list[Action] = [ev.SendAccepted()]
         if self._closing is not None:
             return actions + self._end(self._closing)
         if now >= self.deadline:
-            return actions + self._end(self._past_deadline())
+            return actions + self._end(DeadlineExceeded(_LATE))
         if self._early is not None:
             early, self._early = self._early, None
             return actions + self._on_chosen(early, now)
         return actions
 
-    def _on_unjournaled(self, error: FoamError) -> list[Action]:
+    def _on_unjournaled(self, event: ev.Unjournaled, _now: int) -> list[Action]:
         if self.phase is not Phase.RECEIVED:
             return []
-        self.phase = Phase.ENDED
+        self.phase, error = Phase.ENDED, event.error
         return [End(seq=0, attempt=1, error=error, code=error.code.value, journaled=False)]
 
-    def _on_chosen(self, event: Chosen, now: int) -> list[Action]:
+    def _on_chosen(self, event: ev.Chosen, now: int) -> list[Action]:
         if self.phase is Phase.RECEIVED:
             self._early = event
             return []
-        if self.phase is not Phase.ACCEPTED or self._settle_by is not None:
+        if self.phase is not Phase.ACCEPTED or self._times.settle is not None:
             return []
+        if self.course.midway:
+            return self._hand_over(event.choices, now)
+        problems = self.turns.problems
         if event.problem is not None:
-            return self._end(exhausted(self._problems) if self._problems else event.problem)
-        self._waiting = deque(event.choices)
-        if self.cascade is None and event.min_confidence is not None and event.choices:
-            self.cascade = Escalation(accept=event.min_confidence, policy=event.policy)
-        if self.cascade is not None:
-            self._waiting = deque(self.cascade.order(event.choices))
-            if not self._waiting:
-                return self._end(self.cascade.denied())
-        return self._next(now)
+            return self._end(exhausted(problems) if problems else event.problem)
+        self._hedge_after_ms = event.hedge_after_ms
+        denied = self.turns.offer(event)
+        return self._next(now) if denied is None else self._end(denied)
 
     def _next(self, now: int) -> list[Action]:
         """Invoke the next candidate, or end for want of one."""
-        if self.cascade is not None:
-            allowed = self.cascade.admissible(self._waiting, now=now, ends_at=self._ends_at)
-            self._waiting = deque(allowed)
-        tries_left = self._settings.attempts - self._tried
-        if not self._waiting or tries_left <= 0:
-            return self._end(exhausted(self._problems))
-        choice, terms = self._waiting.popleft(), None
-        if self.cascade is not None:
-            choice, terms = self.cascade.ask(
-                choice, self._waiting, now=now, ends_at=self._ends_at, tries_left=tries_left - 1
-            )
-        self._tried += 1
-        self.attempt += 1
-        self.node, self._choice = choice.node, choice
-        self.phase = Phase.INVOKED
-        self._invoked_at = now
-        self._report_by = now + self._patience.timeout_ms
-        self._finish_by = None
-        return [Invoke(choice, self.attempt, self.next_seq, terms)]
+        asked = self.turns.next(now, self._ends_at)
+        if asked is None:
+            return self._end(exhausted(self.turns.problems))
+        choice, self._terms = asked
+        if self.course.before is None:
+            return self._begin(choice, self._give(choice, Phase.INVOKED, now), now)
+        # Somebody may be speaking yet: first all of that has to be known.
+        return [ev.Announce(choice, self._give(choice, Phase.HANDING, now).attempt)]
+
+    def _begin(
+        self, choice: Choice, turn: Turn, now: int, continuation: Continuation | None = None
+    ) -> list[Action]:
+        """Invoke a node; with nothing to go on with, the answer begins here."""
+        announced, self.phase, turn.since = self.phase is Phase.HANDING, Phase.INVOKED, now
+        self._times.report = now + self._commons.patience.timeout_ms
+        if continuation is None:
+            self.course.origin, slow_ms = Origin.of(choice), self._hedge_after_ms
+            if self._terms is None and slow_ms is not None and self._rivalry.worth:
+                self._times.hedge = now + slow_ms
+        how = ev.Invoke(choice, turn.attempt, self.next_seq, self._terms)
+        return [replace(how, continuation=continuation, announced=announced)]
+
+    def _give(self, choice: Choice, phase: Phase, now: int) -> Turn:
+        """Give the task to a node."""
+        self._times.stop()
+        self.phase = phase
+        self._times.report = now + self._commons.patience.timeout_ms
+        return self.turns.give(choice, now)
+
+    # ---- going on in mid-answer
+
+    def _go_on(self, problem: FoamError, now: int) -> list[Action]:
+        """Have another node go on with what was shown, or end by the problem."""
+        if not self.course.can_go_on(now):
+            return self._end(problem)
+        return self._hand_over(tuple(self.turns.waiting), now)
+
+    def _hand_over(self, known: tuple[Choice, ...], now: int) -> list[Action]:
+        """Announce who goes on with the answer; look again for a while where nobody can."""
+        choice = self.turns.successor(self.course.origin, known)
+        if choice is not None:
+            self._terms = self.turns.last_terms
+            return [ev.Announce(choice, self._give(choice, Phase.HANDING, now).attempt)]
+        if not self.turns.left or now >= self.course.patient_until:
+            problem, why = self.turns.problems[-1], self.turns.why_nobody(self.course.origin, known)
+            return self._end(NodeLost(f"{problem.message}; {why}", **problem.detail))
+        if self.phase is not Phase.ACCEPTED:  # those that were left are not all there are
+            return self._choose_anew()
+        self._times.look = now + self._settings.successor_pause_ms
+        return []
+
+    def _on_fenced(self, event: ev.Fenced, now: int) -> list[Action]:
+        """All that the node before has said is counted: go on with the next one."""
+        self.course.hush(event.attempt)
+        turn = self.turns.current
+        if self.phase is not Phase.HANDING or turn is None or event.attempt != turn.attempt:
+            return []
+        continuation = self.course.fenced()
+        self._times.stop()
+        if turn.hold:
+            return self._take_held(turn, now)
+        choice, origin = turn.choice, self.course.origin
+        fits = choice is not None and origin is not None and origin.successors([choice])
+        if choice is not None and (self.next_seq == 0 or (fits and continuation is not None)):
+            return self._begin(choice, turn, now, continuation)
+        # It was said to begin or to go on with less than there is now.
+        return self._go_on(self.turns.problems[-1], now)
+
+    # ---- a second node beside a slow one
+
+    def _take_held(self, turn: Turn, now: int) -> list[Action]:
+        """Behind the fence: the second node's answer is the task's, or will be."""
+        if self.next_seq > 0:  # the first one has begun to show its own after all
+            dropped: list[Action] = [ev.CancelNode(turn.node, turn.attempt, "superseded")]
+            return dropped + self._go_on(self.turns.problems[-1], now)
+        if turn.draft is not None:
+            self.leave()
+            return [End(seq=0, attempt=turn.attempt, draft=turn.draft)]
+        self.phase = Phase.ADMITTED
+        self._times.quiet = now + self._settings.hang_ms
+        return []
 
     # ---- the node's word
 
-    def _on_report(self, report: Report, now: int) -> list[Action]:
-        if not self._holds(report.node, report.attempt):
+    def _on_reported(self, event: ev.Reported, now: int) -> list[Action]:
+        report = event.report
+        if self._rivalry.owns(report.node, report.attempt):
+            actions = self._rivalry.hear(report, now)
+            if self._rivalry.answered:  # so long the first one may take to give up
+                self._times.quiet = now + self._commons.patience.timeout_ms
+            return actions
+        turn = self._holder(report.node, report.attempt)
+        if turn is None:
             return []
-        self._hear(now)
+        self._hear(turn, now)
+        turn.over = report.status in _LAST_WORDS
         if report.status in {"refused", "failed", "unsure"} and report.seq is not None:
             # What it has shown may still be under way, for reports and replies may cross.
-            self.missed += max(0, report.seq - self.next_seq)
-            self.next_seq = max(self.next_seq, report.seq)
+            self.course.owed_seq = max(self.next_seq, report.seq)
+        return self._on_word(turn, report, now)
+
+    def _on_word(self, turn: Turn, report: Report, now: int) -> list[Action]:
         match report.status:
             case "admitted":
                 if self.phase is Phase.INVOKED:
                     self.phase = Phase.ADMITTED
                 return []
             case "finished":
-                self._finish_by = now + self._settings.finish_grace_ms
+                self._times.finish = now + self._settings.finish_grace_ms
                 # Reports and replies travel on different topics and may cross.
                 self._final_seq = max(0, (report.seq or 0) - 1)
                 return []
-            case "refused":
-                self._prefer(report.peer)
-                return self._learn("refused", now) + self._mend(problem_of(report), now)
-            case "failed":
-                verdict = verdict_on_failure(report, stopped=self._closing is not None)
-                return self._learn(verdict, now) + self._mend(problem_of(report), now)
-            case "unsure":
-                return self._on_unsure(report, now)
+            case "unsure" | "held":
+                return self._on_answer(turn, report, now)
+        refused = report.status == "refused"
+        if refused:
+            self.turns.prefer(report.peer)
+        verdict = verdict_on_failure(report, stopped=self._closing is not None)
+        learnt = lesson(turn, "refused" if refused else verdict, now)
+        return learnt + self._mend(problem_of(report), now, begun=not refused)
 
-    def _on_unsure(self, report: Report, now: int) -> list[Action]:
-        """Keep an answer that is not sure enough, and ask a stronger candidate."""
-        kept = (
-            self.cascade is not None
-            and self._choice is not None
-            and self.cascade.answered(self._choice, report)
-        )
-        learnt = self._learn("unsure" if kept else "failed", now)
-        problem = problem_of(report)
-        if kept and self.cascade is not None and (self.cascade.settled or not self._keep()):
+    def _on_answer(self, turn: Turn, report: Report, now: int) -> list[Action]:
+        """Keep an answer that is not sure enough and ask a stronger node; tell a held one."""
+        problem, cascade, choice = problem_of(report), self.turns.cascade, turn.choice
+        if choice is not None and turn.hold and report.status == "held" and self.next_seq == 0:
+            draft = self._keep.keep(Draft.of(choice, report))
+            if draft is not None:
+                self.leave()
+                told: list[Action] = [End(seq=0, attempt=turn.attempt, draft=draft)]
+                return lesson(turn, "good", now) + told
+        if choice is None or cascade is None or not cascade.answered(choice, report):
+            return lesson(turn, "failed", now) + self._mend(problem, now)
+        learnt = lesson(turn, "unsure", now)
+        if cascade.settled or self._keep.keep(self._draft) is None:
             return learnt + self._end(self._closing or problem)
-        return learnt + self._mend(problem, now)
+        return learnt + self._mend(problem, now, begun=False)
 
-    def _keep(self) -> bool:
-        """Find room for the draft; tell whether there is any."""
-        draft_bytes = 0 if self._draft is None else len(self._draft.output)
-        kept = self._room.swap(self._draft_bytes, draft_bytes)
-        self._draft_bytes = draft_bytes if kept else self._draft_bytes
-        return kept
-
-    def _leave(self) -> None:
+    def leave(self) -> None:
         """Be over."""
         self.phase = Phase.ENDED
-        self._room.swap(self._draft_bytes, 0)
-        self._draft_bytes = 0
+        self.course.shown.release()
+        self._keep.keep(None)
 
-    def _prefer(self, peer: str | None) -> None:
-        """Try a node next that another has named, if it was chosen as a candidate itself.
-
-        In a cascade that must not skip a step.
-        """
-        named = [choice for choice in self._waiting if choice.node == peer]
-        if self.cascade is not None and self._choice is not None:
-            named = [choice for choice in named if not is_stronger(choice, self._choice)]
-        others = [choice for choice in self._waiting if choice not in named]
-        self._waiting = deque(named + others)
-
-    def _learn(self, verdict: Verdict | None, now: int) -> list[Action]:
-        """Say how the attempt went; nothing for one of an earlier process."""
-        if self._choice is None or verdict is None:
+    def _on_observed(self, event: ev.Observed, now: int) -> list[Action]:
+        if self.course.is_late(event):  # until the fence: the client has heard it too
+            return self._on_late(event)
+        turn = self._holder(event.source, event.attempt)
+        if turn is None or turn.hold:
             return []
-        return [Learn(self._choice, verdict, now - self._invoked_at)]
-
-    def _on_observed(self, event: Observed, now: int) -> list[Action]:
-        if not self._holds(event.source, event.attempt):
-            return []
-        self._hear(now)
+        self._hear(turn, now)
+        self._times.quiet = now + self._settings.hang_ms
         if event.event == "working" or event.seq is None:
             if self.phase is Phase.INVOKED:
                 self.phase = Phase.ADMITTED
             return []
+        first = self._rivalry.drop() if self.turns.rival else []
         if event.event == "chunk":
-            return self._on_chunk(event.seq, event.payload)
-        self._leave()
-        return [
-            *self._learn(verdict_on_end(event), now),
-            End(seq=event.seq, attempt=self.attempt, payload=event.payload, code=event.code),
-        ]
+            self.phase = Phase.STREAMING
+            return first + self._show(event.seq, event.payload)
+        return first + lesson(turn, verdict_on_end(event), now) + self._over(event)
 
-    def _hear(self, now: int) -> None:
-        """The node that holds the task has given a sign of itself."""
-        if self._report_by is not None:
-            self._patience.answered(now - self._invoked_at)
-        self._report_by = self._settle_by = None
-
-    def _on_chunk(self, seq: int, payload: bytes) -> list[Action]:
-        self.phase = Phase.STREAMING
-        if seq < self.next_seq:
-            return []  # delivered twice
-        self.missed += seq - self.next_seq
-        first = self.next_seq == 0
-        self.next_seq = seq + 1
-        self._shown.append((seq, payload))
-        self._shown_bytes += len(payload)
-        while self._shown and (
-            len(self._shown) > self._settings.shown_events
-            or self._shown_bytes > self._settings.shown_bytes
-        ):
-            self._shown_bytes -= len(self._shown.popleft()[1])
-        return [MarkShown()] if first else []
-
-    def _on_gone(self, event: NodeGone, now: int) -> list[Action]:
-        self._waiting = deque(choice for choice in self._waiting if choice.node != event.node)
-        if self.phase not in _WITH_NODE or event.node != self.node:
+    def _on_late(self, event: ev.Observed) -> list[Action]:
+        if event.seq is None or event.event == "working":
             return []
-        # The node may be alive behind a broken line: its lease on the task ends here.
-        lost: list[Action] = [CancelNode(event.node, self.attempt, "superseded")]
-        error = NodeLost(
-            f"node {event.node} was lost while it had the task: {event.reason}", node=event.node
-        )
-        return lost + self._learn("lost", now) + self._mend(error, now)
+        chunk = event.event == "chunk"
+        return self._show(event.seq, event.payload) if chunk else self._over(event)
 
-    def _mend(self, problem: FoamError, now: int, *, choose: bool = False) -> list[Action]:
+    def _over(self, event: ev.Observed) -> list[Action]:
+        """End by a node's own word."""
+        last = self._rivalry.drop()
+        self.leave()
+        seq = self.next_seq if event.seq is None else event.seq
+        attempt = event.attempt or max(1, self.attempt)
+        return [*last, End(seq=seq, attempt=attempt, payload=event.payload, code=event.code)]
+
+    def _show(self, seq: int, payload: bytes) -> list[Action]:
+        """Take note of a chunk that the client has seen."""
+        return [ev.MarkShown()] if self.course.shown.add(seq, payload) else []
+
+    def _hear(self, turn: Turn, now: int) -> None:
+        """The node that holds the task has given a sign of itself."""
+        if self._times.report is not None:
+            self._commons.patience.answered(now - turn.since)
+        self._times.report = self._times.settle = None
+
+    def _on_gone(self, event: ev.NodeGone, now: int) -> list[Action]:
+        self.turns.drop(event.node)
+        if event.node != self.node:
+            return self._rivalry.gone(event.node, now)
+        why = f"node {event.node} was lost while it had the task: {event.reason}"
+        error = NodeLost(why, node=event.node)
+        turn = self.turns.current
+        if self.phase is Phase.HANDING and turn is not None:
+            # It has not been asked yet; or it was held back, and its answer may be here already.
+            return [] if turn.draft is not None else self._mend(error, now, begun=turn.hold)
+        return self._lose(error, now) if self.phase in WITH_NODE else []
+
+    def _lose(self, error: FoamError, now: int, *, choose: bool = False) -> list[Action]:
+        """Go on without a node that may be alive behind a broken line: its lease ends here."""
+        turn = self.turns.current
+        if turn is None:
+            return self._end(error)
+        lost: list[Action] = [ev.CancelNode(turn.node, turn.attempt, "superseded")]
+        return lost + lesson(turn, "lost", now) + self._mend(error, now, choose=choose)
+
+    def _on_uninvoked(self, event: ev.Uninvoked, now: int) -> list[Action]:
+        turn, unasked = self.turns.current, self.phase in {Phase.INVOKED, Phase.HANDING}
+        if self._rivalry.uninvoked(event.attempt) or not unasked or turn is None:
+            return []
+        if event.attempt not in {None, turn.attempt}:
+            return []
+        turn.over = True
+        return self._mend(event.error, now, begun=False)
+
+    def _mend(
+        self, problem: FoamError, now: int, *, choose: bool = False, begun: bool = True
+    ) -> list[Action]:
         """Go on without the node that has the task.
 
         Args:
             problem: Why.
             now: UTC milliseconds.
             choose: Whether to choose anew rather than to take the next candidate.
+            begun: Whether the node may have begun with it.
         """
-        self._problems.append(problem)
-        self._report_by = self._finish_by = None
+        turns = self.turns
+        turns.problems.append(problem)
+        self._times.stop()
+        if self.phase is not Phase.HANDING and turns.current is not None:
+            silent = turns.current.over and not self.course.midway
+            self.course.before = None if silent else turns.current
         if self._closing is not None:
             return self._end(self._closing)
-        if self.next_seq > 0:
-            # Something was shown. Continuing it elsewhere needs the shown prefix in the
-            # invocation, which protocol version 1 does not carry yet: a clear end instead.
+        if begun and self.course.once:
             return self._end(problem)
-        untried = not self._waiting and self._tried == 0
-        if choose or untried or self._settle_by is not None:
+        if not self.course.midway and (rival := turns.promote()) is not None and rival.choice:
+            self.phase = Phase.HANDING
+            self._times.report = now + self._commons.patience.timeout_ms
+            return [ev.Announce(rival.choice, rival.attempt)]
+        if begun and not self._commons.retries.take(now):
+            return self._end(problem)
+        if self.course.midway:
+            return self._go_on(problem, now)
+        untried = not turns.waiting and turns.tried == 0
+        if choose or untried or self._times.settle is not None:
             return self._choose_anew()
         return self._next(now)
 
     def _choose_anew(self) -> list[Action]:
-        self.phase, self.node, self._settle_by = Phase.ACCEPTED, None, None
-        return [Choose()]
+        self.phase, self.turns.current, self._times.settle = Phase.ACCEPTED, None, None
+        return [ev.Choose()]
 
     # ---- the client and the clock
 
-    def _on_cancel(self, now: int) -> list[Action]:
+    def _on_cancel(self, _event: ev.CancelAsked, now: int) -> list[Action]:
         cancelled = TaskCancelled("the client cancelled the task")
         if self._closing is not None:
             # In the grace of the deadline there may be a draft, which is not wanted any more.
@@ -456,90 +471,110 @@ class TaskMachine:
     def _close(
         self, error: FoamError, reason: Literal["client", "deadline"], now: int
     ) -> list[Action]:
-        if self.phase is Phase.ACCEPTED:
+        if self.phase in UNASKED:
             return self._end(error)
         self._closing = error
-        if self.phase is Phase.RECEIVED or self.node is None:
+        turn = self.turns.current
+        if self.phase is Phase.RECEIVED or turn is None:
             return []
-        grace_ms = (
-            self._settings.cancel_grace_ms
-            if reason == "client"
-            else self._settings.deadline_grace_ms
-        )
-        self._closing_by = now + grace_ms
-        self._report_by = self._settle_by = None
-        return [CancelNode(self.node, self.attempt, reason)]
+        client, settings = reason == "client", self._settings
+        grace_ms = settings.cancel_grace_ms if client else settings.deadline_grace_ms
+        self._times.closing = now + grace_ms
+        self._times.report = self._times.settle = None
+        return [*self._rivalry.drop(), ev.CancelNode(turn.node, turn.attempt, reason)]
 
-    def _on_tick(self, now: int) -> list[Action]:
+    def _on_tick(self, _event: ev.Tick, now: int) -> list[Action]:
+        due = self._times
         if self.phase is Phase.RECEIVED:
             return []
-        if self._closing is not None and _is_due(self._closing_by, now):
-            return self._end(self._closing)
-        if self._closing is None and self._settle_by is None and now >= self._ends_at:
-            return self._close(self._past_deadline(), "deadline", now)
-        if _is_due(self._finish_by, now):
-            self.next_seq = max(self.next_seq, self._final_seq)
-            return self._learn("lost", now) + self._end(
-                Unavailable(f"node {self.node} reports an end that never arrived", node=self.node)
-            )
-        if self.phase is Phase.INVOKED and _is_due(self._report_by, now):
+        if self._closing is not None:
+            if is_due(due.closing, now):
+                return self._end(self._closing)
+        elif due.settle is None and now >= self._ends_at:
+            return self._close(DeadlineExceeded(_LATE), "deadline", now)
+        if is_due(due.finish, now):
+            self.course.shown.skip_to(self._final_seq)
+            unsaid = f"node {self.node} reports an end that never arrived"
+            lost = lesson(self.turns.current, "lost", now)
+            return lost + self._end(Unavailable(unsaid, node=self.node))
+        if is_due(due.report, now):
             return self._on_silence(now)
-        if _is_due(self._settle_by, now):
+        if is_due(due.settle, now):
             return self._on_settled(now)
+        return [] if self._closing is not None else self._on_pause_over(now)
+
+    def _on_pause_over(self, now: int) -> list[Action]:
+        due = self._times
+        if is_due(due.look, now):
+            due.look = None
+            return [ev.Choose()]
+        if is_due(due.hedge, now):
+            due.hedge = None
+            return [] if self.course.midway else self._rivalry.begin(now)
+        if is_due(due.quiet, now):
+            return self._lose(NodeLost(f"node {self.node} has fallen silent", node=self.node), now)
         return []
 
     def _on_silence(self, now: int) -> list[Action]:
-        patient_until = self._invoked_at + self._patience.timeout_ms
-        if now < patient_until:  # answers to others have turned out to take longer
-            self._report_by = patient_until
+        turn, patience_ms = self.turns.current, self._commons.patience.timeout_ms
+        if turn is None or self.phase not in {Phase.INVOKED, Phase.HANDING}:
+            self._times.report = None
             return []
-        node, waited_ms = self.node or "", now - self._invoked_at
-        self._patience.missed()
-        dropped: list[Action] = [CancelNode(node, self.attempt, "superseded")]
-        error = NodeLost(
-            f"node {node} did not answer the invocation within {waited_ms} ms", node=node
-        )
+        if self.phase is Phase.HANDING and turn.choice is not None:
+            # Lost with a broker, perhaps: said once more it is as good a fence.
+            self._times.report = now + patience_ms
+            return [ev.Announce(turn.choice, turn.attempt)]
+        patient_until = turn.since + patience_ms
+        if now < patient_until:  # answers to others have turned out to take longer
+            self._times.report = patient_until
+            return []
+        self._commons.patience.missed()
+        waited_ms = now - turn.since
+        why = f"node {turn.node} did not answer the invocation within {waited_ms} ms"
         # With nobody else to ask, the same node is asked again while it passes for alive: after the
         # loss of a broker the router may be back before the node is.
-        again = not self._waiting and self._tried < self._settings.attempts
-        again = again and self._draft is None
-        return dropped + self._learn("lost", now) + self._mend(error, now, choose=again)
+        again = not self.turns.waiting and self.turns.left > 0 and self._draft is None
+        return self._lose(NodeLost(why, node=turn.node), now, choose=again)
 
     def _on_settled(self, now: int) -> list[Action]:
+        turn, self._times.settle = self.turns.current, None
         if now >= self.deadline:
-            self._settle_by = None
-            return self._close(self._past_deadline(), "deadline", now)
-        if self.next_seq > 0:
-            self._settle_by = None
-            if self.node is None:
-                return self._end(NodeLost("it is not known which node had begun the task"))
-            self.phase = Phase.STREAMING
-            return []
-        superseded: list[Action] = (
-            [CancelNode(self.node, self.attempt, "superseded")] if self.node is not None else []
-        )
-        return superseded + self._choose_anew()
+            return self._close(DeadlineExceeded(_LATE), "deadline", now)
+        if turn is None:
+            unknown = NodeLost("it is not known which node had begun the task")
+            return self._end(unknown) if self.next_seq > 0 else self._choose_anew()
+        if self.next_seq > 0 or self.course.once:
+            self.phase = Phase.STREAMING if self.next_seq > 0 else Phase.ADMITTED
+            self._times.quiet = now + self._settings.hang_ms if self.next_seq > 0 else None
+            return [ev.CheckNode(turn.node)]
+        self.course.before = turn
+        return [ev.CancelNode(turn.node, turn.attempt, "superseded"), *self._choose_anew()]
 
-    def _past_deadline(self) -> FoamError:
-        return DeadlineExceeded("the deadline passed before the task was done")
-
-    def _holds(self, node: str, attempt: int | None) -> bool:
-        """Tell whether a node's word on an attempt is the one that counts."""
-        return (
-            self.phase in _WITH_NODE
-            and node == self.node
-            and (attempt is None or attempt == self.attempt)
-        )
+    def _holder(self, node: str, attempt: int | None) -> Turn | None:
+        """Return the turn that a node speaks of, if its word counts."""
+        turn = self.turns.current
+        counts = self.phase in WITH_NODE and turn is not None and turn.is_of(node, attempt)
+        return turn if counts else None
 
     def _end(self, error: FoamError) -> list[Action]:
         """End without a node's word: by the draft, where there is one, else by an error."""
-        self._leave()
-        seq, attempt = self.next_seq, max(1, self.attempt)
-        draft = self._draft
-        if draft is not None and self.cascade and not isinstance(error, TaskCancelled):
-            return [End(seq=seq, attempt=attempt, draft=draft, steps=self.cascade.steps)]
-        return [End(seq=seq, attempt=attempt, error=error, code=error.code.value)]
+        last = self._rivalry.drop()
+        self.course.shown.skip_to(self.course.owed_seq)
+        self.leave()
+        end = End(seq=self.next_seq, attempt=max(1, self.attempt))
+        if self._draft is not None and not isinstance(error, TaskCancelled):
+            return [*last, replace(end, draft=self._draft, steps=self.turns.steps)]
+        return [*last, replace(end, error=error, code=error.code.value)]
 
-
-def _is_due(time: int | None, now: int) -> bool:
-    return time is not None and now >= time
+    _HANDLERS: ClassVar[Mapping[type, Callable[[Any, Any, int], list[Action]]]] = {
+        ev.Journaled: _on_journaled,
+        ev.Unjournaled: _on_unjournaled,
+        ev.Chosen: _on_chosen,
+        ev.Uninvoked: _on_uninvoked,
+        ev.Reported: _on_reported,
+        ev.Observed: _on_observed,
+        ev.Fenced: _on_fenced,
+        ev.NodeGone: _on_gone,
+        ev.CancelAsked: _on_cancel,
+        ev.Tick: _on_tick,
+    }

@@ -7,7 +7,7 @@ from capability_schemas.invocation import Invocation
 from capability_schemas.reply import ErrorEvent, Result, Routed, Timing
 from capability_schemas.task import TaskPolicy
 from capability_schemas.wire import encode
-from router.events import Draft, End, Invoke
+from router.events import Announce, Draft, End, Invoke
 from router.intake import Arrival
 
 
@@ -41,12 +41,14 @@ def make_invocation(
         session=task.session,
         policy=None if policy == TaskPolicy() else policy,
         cascade=action.cascade,
+        continuation=action.continuation,
+        hold=action.hold,
         trace=task.trace,
         sent_at=now,
     )
 
 
-def make_routed(arrival: Arrival, action: Invoke, now: int) -> Routed:
+def make_routed(arrival: Arrival, action: Invoke | Announce, now: int) -> Routed:
     """Return the event that tells the client who is asked, and why."""
     choice = action.choice
     return Routed(
@@ -90,5 +92,5 @@ def _answer(arrival: Arrival, end: End, draft: Draft, now: int) -> Result:
         timing=None if step.total_ms is None else Timing(total_ms=step.total_ms),
         confidence=step.confidence,
         digest=draft.digest,
-        cascade=end.steps,
+        cascade=end.steps or None,
     )

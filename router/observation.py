@@ -8,11 +8,15 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final
 
+from capability_schemas.ids import is_identifier
 from router.events import Observed
+from router.ownership import Claim
+from router.shadow import Route
 
 _MAX_CODE: Final = 64
 _MAX_COUNT: Final = 2**53
 _WATCHED: Final = frozenset({"working", "chunk", "result", "error"})
+_WORDS: Final = frozenset({"accepted", "routed"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +27,39 @@ class Observation:
         client: Whose reply topic it is.
         task_id: Task named in the payload; with ``reply_to`` the topic names another level.
         event: The event for the machine of the task.
+        reply: Reply topic without its last level.
     """
 
     client: str
     task_id: str
     event: Observed
+    reply: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """``(client, task id)``."""
+        return self.client, self.task_id
+
+
+@dataclass(frozen=True, slots=True)
+class RouterWord:
+    """What a router told a client.
+
+    Attributes:
+        key: ``(client, task id)``.
+        reply: Reply topic without its last level.
+        router: Who said it.
+        claim: That it has the task (``accepted``), until when at the latest.
+        deadline: With a claim, UTC milliseconds.
+        route: Who it asked (``routed``).
+    """
+
+    key: tuple[str, str]
+    reply: str
+    router: str
+    claim: Claim | None = None
+    deadline: int = 0
+    route: Route | None = None
 
 
 class ReplyReader:
@@ -35,7 +67,8 @@ class ReplyReader:
 
     Args:
         root: Topic prefix and site.
-        router_id: This router, whose own events are skipped unread.
+        router_id: This router, of whose own events only ``routed`` is read, and ``accepted`` of a
+            task taken over: that they have come back says that everything before them has.
         limit_bytes: Larger payloads are not read.
     """
 
@@ -44,7 +77,7 @@ class ReplyReader:
         self._own = "/" + router_id
         self._limit_bytes = limit_bytes
 
-    def read(self, topic: str, payload: bytes) -> Observation | None:
+    def read(self, topic: str, payload: bytes) -> Observation | RouterWord | None:
         """Read one message.
 
         Args:
@@ -52,9 +85,11 @@ class ReplyReader:
             payload: Its bytes.
 
         Returns:
-            None when it is the router's own or no event of a running task.
+            None when it is no event of a running task, or the router's own but for those.
         """
-        if topic.endswith(self._own) or len(payload) > self._limit_bytes:
+        if len(payload) > self._limit_bytes:
+            return None
+        if topic.endswith(self._own) and not _is_fence(payload):
             return None
         client, _, rest = topic[self._skip :].partition("/")
         source = rest.rpartition("/")[2]
@@ -64,15 +99,42 @@ class ReplyReader:
             return None
         if not isinstance(fields, dict) or fields.get("v", 1) != 1:
             return None
-        task_id, kind = fields.get("task"), fields.get("event")
-        if not isinstance(kind, str) or kind not in _WATCHED or not isinstance(task_id, str):
+        task_id, kind = str(fields.get("task")), fields.get("event")
+        if not isinstance(kind, str) or not is_identifier(fields.get("task")):
             return None
-        return _observation(client, task_id, source, kind, fields, payload)
+        reply = topic.rpartition("/")[0]
+        if kind in _WORDS:
+            return _word((client, task_id), reply, source, kind, fields)
+        if kind not in _WATCHED or source == self._own[1:]:
+            return None
+        observed = _observed(source, kind, fields, payload)
+        return None if observed is None else Observation(client, task_id, observed, reply)
 
 
-def _observation(
-    client: str, task_id: str, source: str, kind: Any, fields: dict[str, Any], payload: bytes
-) -> Observation | None:
+def _is_fence(payload: bytes) -> bool:
+    """Tell whether an event of our own says by its return that all before it has been heard."""
+    return b'"routed"' in payload or (b'"accepted"' in payload and b'"attempt"' in payload)
+
+
+def _word(
+    key: tuple[str, str], reply: str, router: str, kind: str, fields: dict[str, Any]
+) -> RouterWord | None:
+    attempt = fields.get("attempt", 1)
+    if not _is_count(attempt, 1):
+        return None
+    if kind == "accepted":
+        deadline = fields.get("deadline")
+        if fields.get("router") != router or not _is_count(deadline, 0):
+            return None
+        claim = Claim(router, attempt)
+        return RouterWord(key, reply, router, claim=claim, deadline=int(deadline or 0))
+    node, function, version = (str(fields.get(name)) for name in ("node", "function", "version"))
+    if not (is_identifier(node) and is_identifier(function)):
+        return None
+    return RouterWord(key, reply, router, route=Route(node, function, version[:64], attempt))
+
+
+def _observed(source: str, kind: Any, fields: dict[str, Any], payload: bytes) -> Observed | None:
     seq, attempt = fields.get("seq"), fields.get("attempt", 1)
     if kind == "working":
         seq = attempt = None
@@ -83,7 +145,7 @@ def _observation(
         isinstance(code, str) and code.isascii() and len(code) <= _MAX_CODE
     ):
         return None
-    return Observation(client, task_id, Observed(source, kind, seq, attempt, payload, code))
+    return Observed(source, kind, seq, attempt, payload, code)
 
 
 def _is_count(value: Any, least: int) -> bool:

@@ -289,6 +289,9 @@ def _choice(one: Candidate, place: int, ranking: Ranking, sure: Meant) -> Choice
         probability=sure.probability,
         margin=sure.margin,
         ambiguous=sure.ambiguous,
+        continues=record.continues,
+        model=record.model.digest if record.model is not None else None,
+        idempotent=record.idempotent,
     )
 
 

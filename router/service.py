@@ -17,21 +17,24 @@ from capability_schemas.capability import CatalogRecord
 from capability_schemas.errors import FoamError, Overloaded, ProtocolError
 from capability_schemas.ids import now_ms
 from capability_schemas.invocation import UNSURE_LIMIT_BYTES, Report
-from capability_schemas.node import NodeLoad, NodeState, Presence, RouterState
+from capability_schemas.node import NodeLoad, NodeState
 from capability_schemas.reply import ErrorEvent, Result
 from capability_schemas.task import CancelRequest, ResumeRequest, peek_task_id
 from capability_schemas.topics import TopicKind, Topics
-from capability_schemas.wire import DEFAULT_LIMIT_BYTES, Model, decode, encode
+from capability_schemas.wire import DEFAULT_LIMIT_BYTES, Model, decode
 from registry.search import CapabilitySearch
 from router.admin import AdminDesk
 from router.breaker import Breakers
 from router.catalogue import Fleet
 from router.dispatch import Dispatcher
-from router.intake import Arrival, Intake, Refusal
+from router.intake import Intake
 from router.ledger import Ledger
 from router.meaning import EncoderFactory, Meaning, QueryEncoder
 from router.observation import ReplyReader
-from router.replies import Outcome, ReplyDesk
+from router.ownership import RouterBook
+from router.peers import CLAIMS, PeerDesk, encode_state
+from router.reception import OUTCOME, Reception
+from router.replies import ReplyDesk
 from router.reputation import Reputation
 from router.routing import TaskRouting
 from router.rules import RuleFile
@@ -43,7 +46,6 @@ from router.upkeep import Upkeep
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _CONTROL_LIMIT_BYTES: Final = 64 * 1024
 _REPORT_LIMIT_BYTES: Final = UNSURE_LIMIT_BYTES + _CONTROL_LIMIT_BYTES
-_OVERFLOW_RETRY_MS: Final = 1_000
 
 
 def router_will(topics: Topics, router_id: str, *, epoch: int, at: int) -> Will:
@@ -57,7 +59,7 @@ def router_will(topics: Topics, router_id: str, *, epoch: int, at: int) -> Will:
     """
     return Will(
         topic=topics.build(TopicKind.ROUTER_STATE, router=router_id),
-        payload=_state(router_id, "offline", epoch, at, "connection lost"),
+        payload=encode_state(router_id, "offline", epoch=epoch, at=at, reason="connection lost"),
     )
 
 
@@ -111,8 +113,6 @@ class RouterService(Service):
         self._router_id = router_id
         self._settings = settings or RouterSettings()
         self._clock = clock
-        self._epoch = clock() if epoch is None else epoch
-        self._presence: Presence = "birth"
         self.stats = RouterStats()
         self.fleet = Fleet(
             heartbeat_s=self._settings.heartbeat_s,
@@ -160,6 +160,39 @@ class RouterService(Service):
             clock=clock,
             spawn=self.spawn,
         )
+        self.book = RouterBook(
+            own=router_id,
+            heartbeat_s=self._settings.router_heartbeat_s,
+            missed=self._settings.missed_heartbeats,
+        )
+        events = EventSource(
+            session=session, topics=topics, source=router_id, component="router", clock=clock
+        )
+        self.reception = Reception(
+            session=session,
+            topics=topics,
+            intake=self._intake,
+            book=self.book,
+            dispatcher=self.dispatcher,
+            fleet=self.fleet,
+            replies=self._replies,
+            ledger=ledger,
+            settings=self._settings,
+            stats=self.stats,
+            events=events,
+            clock=clock,
+            spawn=self.spawn,
+        )
+        self._peers = PeerDesk(
+            session=session,
+            topics=topics,
+            book=self.book,
+            reception=self.reception,
+            dispatcher=self.dispatcher,
+            events=events,
+            epoch=clock() if epoch is None else epoch,
+            clock=clock,
+        )
         self._steering = SteeringDesk(
             fleet=self.fleet,
             meaning=self._meaning,
@@ -167,9 +200,7 @@ class RouterService(Service):
             reputation=reputation,
             breakers=breakers,
             ledger=ledger,
-            events=EventSource(
-                session=session, topics=topics, source=router_id, component="router", clock=clock
-            ),
+            events=events,
             rules=rules,
             default=self._settings.weights,
             spawn=self.spawn,
@@ -184,6 +215,7 @@ class RouterService(Service):
             ledger=ledger,
             stats=self.stats,
             steering=self._steering,
+            book=self.book,
             router_id=router_id,
             clock=clock,
         )
@@ -193,12 +225,16 @@ class RouterService(Service):
             meaning=self._meaning,
             steering=self._steering,
             dispatcher=self.dispatcher,
+            reception=self.reception,
+            peers=self._peers,
             replies=self._replies,
             ledger=ledger,
+            events=events,
             settings=self._settings,
             clock=clock,
         )
         self._listening = False
+        self._was_cut = False
         self._ready = asyncio.Event()
         self._forget_connection: Callable[[], None] | None = None
 
@@ -212,8 +248,11 @@ class RouterService(Service):
         self.dispatcher.restore(unfinished)
         self._forget_connection = self._session.on_connection(self._on_connection)
         await self.listen()
-        self._session.announce(self._state_topic, self._birth)
+        self._session.announce(self._peers.topic, self._peers.state)
         self.spawn(self.dispatcher.keep_time(), name="clock")
+        self.spawn(self.reception.keep_time(), name="shadows")
+        self.spawn(self._peers.beat(), name="heartbeat")
+        self.spawn(self._upkeep.catch_up(), name="catch-up")
         self.spawn(self._upkeep.get_informed(), name="inform")
         self.spawn(self._upkeep.sweep(), name="sweep")
         self.spawn(self._upkeep.calibrate(), name="calibrate")
@@ -233,9 +272,9 @@ class RouterService(Service):
     async def _on_stop(self) -> None:
         if self._forget_connection is not None:
             self._forget_connection()
-        self._presence = "offline"
-        self._session.announce(self._state_topic, self._birth)
-        self._session.retract(self._state_topic)
+        self._peers.presence = "offline"
+        self._session.announce(self._peers.topic, self._peers.state)
+        self._session.retract(self._peers.topic)
         self.dispatcher.note_progress()
         try:
             await self._steering.save()
@@ -245,16 +284,17 @@ class RouterService(Service):
     async def _on_stopped(self) -> None:
         await self._meaning.close()
 
-    @property
-    def _state_topic(self) -> str:
-        return self._topics.build(TopicKind.ROUTER_STATE, router=self._router_id)
-
-    def _birth(self) -> bytes:
-        return _state(self._router_id, self._presence, self._epoch, self._clock(), "")
-
     def _on_connection(self, up: bool) -> None:
         if up:
             self.fleet.wake_all(self._clock())
+            self.book.wake_all(self._clock())
+        if self._was_cut and up:
+            self.spawn(self._upkeep.resume(), name="resume")
+        elif not up and not self.book.alone:
+            # Others take its tasks over meanwhile: nothing may be begun that they do not see.
+            self.dispatcher.hold()
+            self.reception.fall_behind()
+        self._was_cut = not up and not self.book.alone
 
     async def listen(self) -> None:
         """Subscribe; call it before the session is entered. Idempotent; starting implies it.
@@ -266,17 +306,20 @@ class RouterService(Service):
         if self._listening:
             return
         self._listening = True
-        own = self._router_id
+        own, topics = self._router_id, self._topics
         filters: list[tuple[str, Handler, int]] = [
             (self._topics.filter(TopicKind.CATALOG), self._on_catalog, 1),
             (self._topics.filter(TopicKind.NODE_STATE), self._on_node_state, 1),
             (self._topics.filter(TopicKind.NODE_LOAD), self._on_node_load, 0),
-            (self._topics.filter(TopicKind.REPORT, router=own), self._on_report, 1),
+            (topics.filter(TopicKind.ROUTER_STATE), self._on_router_state, 1),
+            (topics.filter(TopicKind.EVENT, kind=CLAIMS), self._peers.hear_claims, 1),
+            (topics.filter(TopicKind.EVENT, kind=OUTCOME), self._peers.hear_outcome, 1),
+            (topics.filter(TopicKind.REPORT), self._on_report, 1),
             (self._topics.filter(TopicKind.REPLY), self._on_reply, 1),
             (self._topics.filter(TopicKind.ADMIN, target=own), self._fresh(self._on_admin), 1),
             (self._topics.filter(TopicKind.CANCEL), self._fresh(self._on_cancel), 1),
             (self._topics.filter(TopicKind.RESUME), self._fresh(self._on_resume), 1),
-            (self._topics.filter(TopicKind.TASK), self._fresh(self._on_task), 1),
+            (self._topics.filter(TopicKind.TASK), self._fresh(self.reception.take), 1),
         ]
         tasks = filters[-1][0]
         for topic_filter, handler, qos in filters:
@@ -285,7 +328,7 @@ class RouterService(Service):
                 self._when_ready(handler),
                 qos=qos,
                 queue_limit=self._settings.queue_limit,
-                on_overflow=self._on_task_overflow if topic_filter == tasks else None,
+                on_overflow=self.reception.overflow if topic_filter == tasks else None,
             )
 
     def _fresh(self, handler: Handler) -> Handler:
@@ -314,72 +357,11 @@ class RouterService(Service):
 
     # ---- tasks
 
-    async def _on_task(self, message: Message) -> None:
-        try:
-            read = self._intake.read(message.topic, message.payload, self._clock())
-        except ProtocolError:
-            self.stats.dropped["topic"] += 1
-            return
-        if await self._answer_known(read):
-            return
-        if isinstance(read, Refusal):
-            self._refuse(read.reply, read.task_id, read.error)
-            return
-        try:
-            self.dispatcher.take(read)
-        except Overloaded as error:
-            self._refuse(read.reply, read.task_id, error)
-
-    async def _answer_known(self, read: Arrival | Refusal) -> bool:
-        """Answer a repeated id; tell whether it was one. Runs nothing.
-
-        Ids that are neither live nor recent are left to the journal, which finds them while it
-        writes; a refused task is not written, so its id is looked up here.
-        """
-        live = self.dispatcher.live(read.key)
-        if live is not None:
-            self.stats.repeated += 1
-            self.dispatcher.accept_again(live)
-            return True
-        outcome = self._replies.recall(read.key)
-        if outcome is None and isinstance(read, Refusal) and read.named:
-            outcome = await self._look_up(read.key)
-        if outcome is None:
-            return False
-        self.stats.repeated += 1
-        self._replies.repeat(outcome.reply, [outcome.terminal])
-        return True
-
-    async def _look_up(self, key: tuple[str, str]) -> Outcome | None:
-        try:
-            entry = await self._ledger.find(*key)
-        except FoamError as error:
-            _log.warning("ledger.unread", error=error.message)
-            return None
-        return Outcome.of(entry) if entry is not None else None
-
-    def _refuse(self, reply: str, task_id: str, error: FoamError) -> None:
-        self.stats.refused[error.code.value] += 1
-        self._replies.refuse(reply, task_id, error)
-
-    def _on_task_overflow(self, message: Message) -> None:
-        if message.retain:
-            return  # a kept copy, see _fresh
-        error = Overloaded("the router has no room for the task", retry_after_ms=_OVERFLOW_RETRY_MS)
-        try:
-            refusal = self._intake.refuse(message.topic, message.payload, error, self._clock())
-        except ProtocolError:
-            self.stats.dropped["topic"] += 1
-            return
-        if refusal.named and self.dispatcher.live(refusal.key) is not None:
-            return  # a repetition: the task itself is safe
-        self._refuse(refusal.reply, refusal.task_id, refusal.error)
-
     async def _on_cancel(self, message: Message) -> None:
         client = self._level(message, "client")
         request = self._read(CancelRequest, message)
         if client is not None and request is not None:
-            self.dispatcher.cancel((client, request.task))
+            self.reception.cancel((client, request.task))
 
     async def _on_resume(self, message: Message) -> None:
         """Repeat what the client missed; a task not known (yet) is passed over."""
@@ -390,19 +372,23 @@ class RouterService(Service):
         key = (client, request.task)
         live = self.dispatcher.live(key)
         if live is not None:
-            missed = [data for seq, data in live.machine.shown if seq >= request.from_seq]
+            missed = [data for _, data in live.machine.course.shown.since(request.from_seq)]
             self._replies.repeat(live.arrival.reply, missed)
             return
-        outcome = self._replies.recall(key) or await self._look_up(key)
+        outcome = await self.reception.find_outcome(key)
         if outcome is not None:
             self._replies.repeat(outcome.reply, outcome.replay(request.from_seq))
 
     # ---- nodes
 
     async def _on_reply(self, message: Message) -> None:
-        observation = self._reader.read(message.topic, message.payload)
-        if observation is not None:
-            self.dispatcher.observe(observation)
+        item = self._reader.read(message.topic, message.payload)
+        if item is not None:
+            self.reception.hear(item)
+
+    async def _on_router_state(self, message: Message) -> None:
+        self._upkeep.heard()
+        await self._peers.hear_state(message)
 
     async def _on_report(self, message: Message) -> None:
         node = self._level(message, "node")
@@ -513,7 +499,3 @@ class RouterService(Service):
             self.stats.dropped["decode"] += 1
             _log.debug("frame.dropped", topic=message.topic, reason=error.message)
             return None
-
-
-def _state(router_id: str, presence: Presence, epoch: int, at: int, reason: str) -> bytes:
-    return encode(RouterState(router=router_id, state=presence, epoch=epoch, at=at, reason=reason))

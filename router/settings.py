@@ -147,6 +147,13 @@ class RouterSettings(BaseModel):
         candidates: Distinct capabilities taken from the search for one task.
         nearest: Near misses named in ``no_capable_node``.
         attempts: Most nodes tried for one task.
+        retry_share: How often a task may be given to another node after one that had begun with
+            it, as a share of all tasks: in an outage not everything is done twice.
+        retries_per_s: The same that may be done in any case, a second.
+        hedge_share: How often a second node may be asked beside one that takes long (functions that
+            are declared idempotent), as a share of all tasks; 0: never.
+        hedge_samples: Runs of a function that must have been seen before it is known what takes
+            long: longer than 95 of 100 runs.
         report_timeout_ms: How long a node may leave an invocation unanswered, on top of the
             measured round trip.
         cancel_grace_ms: How long a node has to end a cancelled task itself.
@@ -156,10 +163,22 @@ class RouterSettings(BaseModel):
             most before it chooses a node for the first time.
         quiet_ms: Catalogue and presence count as complete when nothing has come for so long.
         heartbeat_s: Interval of a node's load where its birth names none.
-        missed_heartbeats: So many missed in a row mean that the node is gone.
+        missed_heartbeats: So many missed in a row mean that the node (or router) is gone; on a line
+            where they are often late, up to four times as many.
+        router_heartbeat_s: Interval at which a router repeats its state for other routers.
+        takeover_ms: How long the router that a task belongs to may leave it without a word before
+            the next one takes it; the one after that waits twice as long, and so on.
+        shadow_bytes: Bytes kept of the tasks of other routers.
         sweep_s: Interval of liveness checks and housekeeping.
         shown_events: Chunks kept per live task for ``resume``; the oldest go first.
-        shown_bytes: Bytes of chunks kept per live task.
+        shown_bytes: Bytes of chunks kept per live task. An answer of which the beginning is no
+            longer kept cannot be gone on with on another node.
+        all_shown_bytes: Bytes of chunks kept for all live tasks together.
+        hang_ms: How long a node that has begun may say nothing, not even ``working``, before it
+            counts as lost: three times what nodes are silent for at the most.
+        successor_ms: How long somebody is looked for who can go on with an answer whose node was
+            lost: that node itself may be back by then.
+        successor_pause_ms: Time between two such looks.
         draft_bytes: Bytes of unsure answers kept for all cascades together. One that finds no room
             ends its task: the surest answer so far is the result.
         recent_bytes: Bytes of chunks kept for tasks that have ended.
@@ -181,6 +200,10 @@ class RouterSettings(BaseModel):
     candidates: Annotated[int, Field(ge=1, le=64)] = 8
     nearest: Annotated[int, Field(ge=0, le=16)] = 3
     attempts: Annotated[int, Field(ge=1, le=16)] = 5
+    retry_share: Share = 0.2
+    retries_per_s: Annotated[float, Field(ge=0)] = 10.0
+    hedge_share: Share = 0.05
+    hedge_samples: Annotated[int, Field(ge=5, le=1_000)] = 20
     report_timeout_ms: Milliseconds = 1_000
     cancel_grace_ms: Milliseconds = 1_000
     deadline_grace_ms: Milliseconds = 300
@@ -189,9 +212,16 @@ class RouterSettings(BaseModel):
     quiet_ms: Milliseconds = 250
     heartbeat_s: Annotated[float, Field(gt=0)] = 5.0
     missed_heartbeats: Annotated[int, Field(ge=1)] = 3
+    router_heartbeat_s: Annotated[float, Field(gt=0)] = 2.0
+    takeover_ms: Milliseconds = 2_000
+    shadow_bytes: Annotated[int, Field(ge=0)] = 64 * _MIB
     sweep_s: Annotated[float, Field(gt=0)] = 0.5
     shown_events: Annotated[int, Field(ge=1)] = 4_096
     shown_bytes: Annotated[int, Field(ge=1024)] = 2 * _MIB
+    all_shown_bytes: Annotated[int, Field(ge=0)] = 128 * _MIB
+    hang_ms: Annotated[int, Field(ge=100, le=3_600_000)] = 45_000
+    successor_ms: Milliseconds = 10_000
+    successor_pause_ms: Annotated[int, Field(ge=10, le=60_000)] = 250
     draft_bytes: Annotated[int, Field(ge=0)] = 64 * _MIB
     recent_bytes: Annotated[int, Field(ge=0)] = 16 * _MIB
     retention_s: Annotated[float, Field(gt=0)] = 3_600.0

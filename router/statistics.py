@@ -1,10 +1,47 @@
 """Counters of a router."""
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 _SAMPLES: Final = 4_096
+_RUNS: Final = 200
+_FUNCTIONS: Final = 2_000
+_SLOW: Final = 0.95
+
+
+class FunctionTimes:
+    """How long the latest runs of each function took, from invocation to end, as a router sees it.
+
+    Bounded: ``_RUNS`` runs of each of ``_FUNCTIONS`` functions, the longest unheard of go first.
+    """
+
+    def __init__(self) -> None:
+        self._runs: OrderedDict[tuple[str, str], deque[int]] = OrderedDict()
+
+    def add(self, function: str, version: str, took_ms: int) -> None:
+        """Take a run that went well."""
+        key = (function, version)
+        runs = self._runs.get(key)
+        if runs is None:
+            runs = self._runs[key] = deque(maxlen=_RUNS)
+        runs.append(took_ms)
+        self._runs.move_to_end(key)
+        if len(self._runs) > _FUNCTIONS:
+            self._runs.popitem(last=False)
+
+    def slow_ms(self, function: str, version: str, *, samples: int) -> int | None:
+        """Return what 95 of 100 runs stay below, milliseconds.
+
+        Args:
+            function: Its name.
+            version: Its version.
+            samples: Fewest runs it takes to tell.
+        """
+        runs = self._runs.get((function, version))
+        if runs is None or len(runs) < min(samples, _RUNS):
+            return None
+        return _quantile(sorted(runs), _SLOW)
 
 
 @dataclass(slots=True)
@@ -14,7 +51,13 @@ class RouterStats:
     Attributes:
         accepted: Tasks journaled.
         repeated: Tasks whose id was known: nothing was run.
+        taken_over: Tasks that belonged to another router, or that it had and was lost with.
+        given_up: Tasks left to a router with a better claim.
+        unwatched: Tasks of other routers that there was no room to follow.
         rerouted: Invocations after the first of a task, for want of an answer.
+        continued: Invocations that went on with an answer whose node was lost.
+        hedged: Invocations of a second node beside one that took long.
+        times: How long runs of functions take.
         escalated: Invocations after the first of a task, for want of a sure answer.
         missed_chunks: Chunks the client was shown and the router did not see.
         ended: Tasks ended, by error code or ``result``.
@@ -25,7 +68,13 @@ class RouterStats:
 
     accepted: int = 0
     repeated: int = 0
+    taken_over: int = 0
+    given_up: int = 0
+    unwatched: int = 0
     rerouted: int = 0
+    continued: int = 0
+    hedged: int = 0
+    times: FunctionTimes = field(default_factory=FunctionTimes)
     escalated: int = 0
     missed_chunks: int = 0
     ended: Counter[str] = field(default_factory=Counter)
@@ -39,7 +88,12 @@ class RouterStats:
         return {
             "accepted": self.accepted,
             "repeated": self.repeated,
+            "taken_over": self.taken_over,
+            "given_up": self.given_up,
+            "unwatched": self.unwatched,
             "rerouted": self.rerouted,
+            "continued": self.continued,
+            "hedged": self.hedged,
             "escalated": self.escalated,
             "missed_chunks": self.missed_chunks,
             "ended": dict(self.ended),

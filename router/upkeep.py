@@ -6,12 +6,15 @@ from typing import Final
 
 import structlog
 
+from broker.events import EventSource
 from broker.session.base import Session
 from capability_schemas.errors import Overloaded
 from router.catalogue import Fleet
 from router.dispatch import Dispatcher
 from router.ledger import Ledger
 from router.meaning import Meaning
+from router.peers import PeerDesk
+from router.reception import Reception
 from router.replies import ReplyDesk
 from router.settings import RouterSettings
 from router.sharing import CollectorRest
@@ -37,8 +40,11 @@ class Upkeep:
         meaning: Encoder and search.
         steering: Calibrates, and follows the rules.
         dispatcher: Live tasks.
+        reception: Tasks that wait until it is known who has them.
+        peers: The other routers.
         replies: Outcomes that a full disk refused.
         ledger: Journal.
+        events: Where a damaged journal is told.
         settings: Intervals.
         clock: UTC milliseconds.
     """
@@ -51,8 +57,11 @@ class Upkeep:
         meaning: Meaning,
         steering: SteeringDesk,
         dispatcher: Dispatcher,
+        reception: Reception,
+        peers: PeerDesk,
         replies: ReplyDesk,
         ledger: Ledger,
+        events: EventSource,
         settings: RouterSettings,
         clock: Callable[[], int],
     ) -> None:
@@ -61,8 +70,11 @@ class Upkeep:
         self._meaning = meaning
         self._steering = steering
         self._dispatcher = dispatcher
+        self._reception = reception
+        self._peers = peers
         self._replies = replies
         self._ledger = ledger
+        self._events = events
         self._settings = settings
         self._clock = clock
         self._catalogue_changed = asyncio.Event()
@@ -85,15 +97,29 @@ class Upkeep:
         A persistent session hands over the tasks that waited for it before the catalogue, which
         is sent again on the subscriptions: judged at once, they would find nobody.
         """
+        await self._listen(lambda: bool(self._fleet.records))
+        self._dispatcher.be_informed()
+        _log.info("router.informed", functions=len(self._fleet.records))
+
+    async def catch_up(self) -> None:
+        """Have tasks taken once it is known what other routers did with those that waited."""
+        await self._listen(lambda: True)
+        self._reception.catch_up()
+
+    async def resume(self) -> None:
+        """Go on after the connection was lost."""
+        await self.catch_up()
+        self._dispatcher.be_informed()
+
+    async def _listen(self, knows: Callable[[], bool]) -> None:
+        """Return when nothing new comes and something is known, or after the settling time."""
         loop = asyncio.get_running_loop()
         latest = loop.time() + self._settings.settle_ms / 1000
         while (left_s := latest - loop.time()) > 0:
             heard = self._heard
             await asyncio.sleep(min(left_s, self._settings.quiet_ms / 1000))
-            if heard == self._heard and self._fleet.records:
-                break
-        self._dispatcher.be_informed()
-        _log.info("router.informed", functions=len(self._fleet.records))
+            if heard == self._heard and knows():
+                return
 
     async def sweep(self) -> None:
         """Look for silent nodes and keep the ledger in order, until cancelled."""
@@ -103,8 +129,10 @@ class Upkeep:
             rounds += 1
             now = self._clock()
             self.look_for_silent(now, asyncio.get_running_loop().time())
+            self._reception.sweep()
             self._dispatcher.note_progress()
             await self._replies.save_again()
+            self._tell_of_damage()
             await self._steering.follow_rules()
             for _ in range(_TENDED):
                 if not self._meaning.maintain():
@@ -117,6 +145,12 @@ class Upkeep:
                         await self._steering.save()
                 except Overloaded as error:
                     _log.warning("ledger.unpruned", error=error.message)
+
+    def _tell_of_damage(self) -> None:
+        aside = self._ledger.take_damage()
+        if aside is not None:
+            lost = "what was journaled in it: tasks accepted before may end without an answer"
+            self._events.emit("ledger_damaged", {"aside": str(aside), "lost": lost})
 
     def look_for_silent(self, now: int, monotonic_s: float) -> None:
         """Give up nodes whose heartbeats stopped; none when it was the router that heard nobody.
@@ -132,7 +166,9 @@ class Upkeep:
         jumped = known is not None and abs(offset_ms - known) > _JUMP_MS
         if jumped or not self._session.connected:
             self._fleet.wake_all(now)
+            self._peers.wake_all(now)
             return
+        self._peers.look_for_silent(now)
         for node in self._fleet.silenced(now):
             self._dispatcher.node_gone(node, "its heartbeats stopped")
 

@@ -134,10 +134,11 @@ _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
             _below(TopicKind.CATALOG),
             _subscribe(TopicKind.NODE_STATE),
             _subscribe(TopicKind.NODE_LOAD),
-            _subscribe(TopicKind.REPORT, "router"),
+            _subscribe(TopicKind.REPORT),  # those meant for a router whose tasks it takes over too
             _below(TopicKind.REPLY),
             _subscribe(TopicKind.ADMIN, "target"),
             _subscribe(TopicKind.ROUTER_STATE),
+            _subscribe(TopicKind.EVENT),  # what other routers tell each other
             _publish(TopicKind.INVOKE),
             _publish(TopicKind.CONTROL),
             _publish(TopicKind.REPLY, "source"),

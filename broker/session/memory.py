@@ -101,6 +101,10 @@ class MemoryBroker:
         self.leave(link, will=True)
         link.end("the connection was cut")
 
+    def forget_absent(self) -> None:
+        """Forget the sessions that outlived their connections, as a restarted broker does."""
+        self._away.clear()
+
     def hold(self, client_id: str) -> None:
         """Break one connection and let it wait outside until ``release``."""
         self._held.add(client_id)

@@ -1,5 +1,6 @@
 """Settings of an MQTT session."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 from urllib.parse import unquote, urlsplit
@@ -11,6 +12,7 @@ from capability_schemas.errors import ConfigurationError
 
 DEFAULT_PORTS: Final = {"mqtt": 1883, "mqtts": 8883}
 MAX_PAYLOAD_BYTES: Final = 16 * 1024 * 1024
+_BETWEEN_URLS: Final = re.compile(r",(?=\s*[a-z]+://)")  # a comma may stand in a password
 
 Version = Literal["3.1.1", "5"]
 
@@ -59,6 +61,15 @@ class BrokerUrl:
             username=None if parts.username is None else unquote(parts.username),
             password=None if parts.password is None else SecretStr(unquote(parts.password)),
         )
+
+    @classmethod
+    def parse_all(cls, text: str) -> "tuple[BrokerUrl, ...]":
+        """Read the URLs of one broker, or of the brokers of a cluster, separated by commas.
+
+        Raises:
+            ConfigurationError: One of them is no such URL.
+        """
+        return tuple(cls.parse(url.strip()) for url in _BETWEEN_URLS.split(text))
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host

@@ -3,13 +3,14 @@
 Modules: `app` (the application and its error boundary), `codes` (exit codes), `ask`, `processes`
 (up, broker, registry, router), `node` (run, check), `look` (nodes, functions), `routing` (explain,
 whatif, weights, calibrate), `rules`, `admin`, `device`, `enrollment` (token, enroll, audit),
-`model`, `doctor`, `demo`, `evaluate`. Commands import what they need when they run, so that ``foam
-node`` stays as light as a node should be.
+`model`, `doctor`, `demo`, `evaluate`, `chaos`. Commands import what they need when they run, so
+that ``foam node`` stays as light as a node should be.
 """
 
 from foam.cli import (
     admin,
     ask,
+    chaos,
     demo,
     device,
     doctor,
@@ -28,6 +29,7 @@ __all__ = [
     "admin",
     "app",
     "ask",
+    "chaos",
     "demo",
     "device",
     "doctor",

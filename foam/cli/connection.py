@@ -26,7 +26,11 @@ _OPTIONS: Final[dict[str, Any]] = {
     "data": DataOption,
     "url": Annotated[
         str | None,
-        typer.Option("--url", help="Broker, mqtt://[user:password@]host:port (FOAM_URL)."),
+        typer.Option(
+            "--url",
+            help="Broker, mqtt://[user:password@]host:port, or several of one cluster, separated "
+            "by commas (FOAM_URL).",
+        ),
     ],
     "username": Annotated[
         str | None, typer.Option("--username", help="Name to log on with (FOAM_USERNAME).")

@@ -1,4 +1,4 @@
-"""Looking at a mesh: ``foam nodes``, ``foam functions``."""
+"""Looking at a mesh: ``foam nodes``, ``foam functions``, ``foam routers``."""
 
 import json
 import shutil
@@ -20,6 +20,7 @@ __all__ = [
     "new_table",
     "nodes",
     "print_rich",
+    "routers",
     "show",
 ]
 
@@ -135,6 +136,19 @@ def _draw_nodes(answer: dict[str, Any]) -> None:
     print_rich(table)
 
 
+def _draw_routers(answer: dict[str, Any]) -> None:
+    table = new_table("router", "state", "seen")
+    for row in answer.get("routers", ()):
+        state = "ready" if row.get("state") == "birth" else str(row.get("state", ""))
+        seen = row.get("seen_ms_ago")
+        table.add_row(
+            row["router"],
+            state if row.get("live") or state != "ready" else "silent",
+            f"{seen / 1000:.0f} s ago" if seen is not None else "",
+        )
+    print_rich(table)
+
+
 def _draw_functions(answer: dict[str, Any]) -> None:
     table = new_table("function", "version", "node", "live", "description")
     for row in answer.get("functions", ()):
@@ -164,6 +178,17 @@ def nodes(
 ) -> None:
     """List the nodes of the mesh."""
     show(settings, "nodes", _draw_nodes, as_json=as_json)
+
+
+@app.command(epilog=CODES_EPILOG)
+@connected()
+def routers(
+    settings: Settings,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """List the routers that share the tasks of the mesh."""
+    show(settings, "routers", _draw_routers, as_json=as_json)
 
 
 @app.command(epilog=CODES_EPILOG)

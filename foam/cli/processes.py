@@ -95,6 +95,9 @@ def up(
         list[Path] | None,
         typer.Option("--node", help="Node file (TOML or Python) to run; may be repeated."),
     ] = None,
+    routers: Annotated[
+        int, typer.Option("--routers", help="How many routers share the tasks.", min=1, max=16)
+    ] = 1,
     supervised: SupervisedOption = False,
 ) -> None:
     """Run a whole mesh on this machine; Ctrl-C stops it.
@@ -111,6 +114,7 @@ def up(
         ),
         site=settings.site or "local",
         nodes=tuple(path.absolute() for path in node) if node else _named_nodes(nodes),
+        routers=routers,
         supervised=supervised,
     )
     run_async(run_up(settings, plan))
@@ -186,14 +190,19 @@ def registry(
 def router(
     settings: Settings,
     *,
+    router_id: Annotated[
+        str | None,
+        typer.Option("--id", help="Its id, to run one beside others (default: router-1)."),
+    ] = None,
     identity: IdentityOption = None,
     supervised: SupervisedOption = False,
 ) -> None:
-    """Run a router alone."""
+    """Run a router alone, or one more beside others: they share the tasks."""
     from foam.wiring import run_router
 
     status = ProcessStatus(title="router", supervised=supervised)
-    run_reporting(run_router(settings, identity_file=identity, status=status), status)
+    main = run_router(settings, router_id=router_id, identity_file=identity, status=status)
+    run_reporting(main, status)
 
 
 def run_reporting(main: Coroutine[Any, Any, int], status: ProcessStatus) -> None:

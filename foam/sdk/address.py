@@ -19,7 +19,7 @@ class MeshAddress:
     """A mesh and the identity to use there.
 
     Attributes:
-        url: Broker, without credentials.
+        url: Broker, without credentials; of a cluster several, separated by commas.
         site: Site level of the topics.
         client: Level ``{client}`` of the topics.
         username: Name to log on with; None at a broker that asks for none.
@@ -35,6 +35,11 @@ class MeshAddress:
     password: SecretStr | None
     router: str = ROUTER_ID
     tls: TlsSettings = field(default_factory=TlsSettings)
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The broker, or the brokers of the cluster, one by one."""
+        return tuple(str(url) for url in BrokerUrl.parse_all(self.url))
 
 
 def external_person(url: BrokerUrl) -> Person | None:
@@ -74,14 +79,14 @@ def find_mesh(settings: Settings, *, admin: bool = False) -> MeshAddress:
     except NotFound:
         if settings.url is None:
             raise
-    given = BrokerUrl.parse(settings.url) if settings.url is not None else None
-    url = str(given) if given is not None else record.broker if record is not None else ""
+    given = BrokerUrl.parse_all(settings.url) if settings.url is not None else ()
+    url = ",".join(map(str, given)) or (record.broker if record is not None else "")
     own = (
         record
-        if record is not None and BrokerUrl.parse(record.broker) == BrokerUrl.parse(url)
+        if record is not None and BrokerUrl.parse_all(record.broker) == BrokerUrl.parse_all(url)
         else None
     )
-    person = external_person(given) if given is not None else None
+    person = external_person(given[0]) if given else None
     if person is None and own is not None:
         person = own.admin if admin else own.device
     if settings.username is not None:

@@ -36,11 +36,15 @@ from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode, first_problem
 from foam.logging import configure_library_logging
 from foam.sdk.address import MeshAddress, find_mesh
+from foam.sdk.routers import RouterWatch
 from foam.settings import load_settings
 
 __all__ = ["MeshClient", "TaskHandle"]
 
 _CONNECT_S: Final = 10.0
+_EVERYWHERE: Final = frozenset({"cordon", "uncordon"})
+"""Orders that every router keeps for itself."""
+
 _SILENCE_S: Final = 2.0
 """Silence after which a task is published again, seconds; doubles each time."""
 
@@ -160,7 +164,7 @@ class MeshClient:
     A program that has not configured structlog gets warnings on stderr.
 
     Args:
-        url: Broker, ``mqtt://[user:password@]host:port``.
+        url: Broker, ``mqtt://[user:password@]host:port``; several of a cluster, with commas.
         client: Level ``{client}`` of the topics; the user name when omitted.
         username: Name to log on with.
         password: Its password.
@@ -208,7 +212,7 @@ class MeshClient:
         self._topics = Topics(site=address.site)
         self._session = MqttSession(
             settings=SessionSettings(
-                urls=(address.url,),
+                urls=address.urls,
                 client_id=f"{self.client}-{secrets.token_hex(4)}",
                 username=address.username,
                 password=address.password,
@@ -216,6 +220,7 @@ class MeshClient:
             )
         )
         self._inbox = ReplyInbox(session=self._session, topics=self._topics, client=self.client)
+        self._routers = RouterWatch(session=self._session, topics=self._topics)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -371,7 +376,8 @@ class MeshClient:
 
         Args:
             verb: What to do: ``nodes``, ``functions``, ``explain``, ``stats``, ``drain`` …
-            target: Who shall do it; the router of the mesh when omitted.
+            target: Who shall do it; when omitted the router of the mesh, or another live one if
+                that is gone. What every router keeps for itself, all of them are told.
             timeout_s: Time limit, seconds.
             args: Arguments of the verb, JSON values.
 
@@ -382,13 +388,15 @@ class MeshClient:
             DeadlineExceeded: No answer: it is not running, or this client may not ask it.
             FoamError: What it answered.
         """
-        return await call_admin(
-            self._inbox,
-            target=target or self.address.router,
-            verb=verb,
-            args=args,
-            timeout_s=timeout_s,
-        )
+        ask = partial(call_admin, self._inbox, verb=verb, args=args, timeout_s=timeout_s)
+        if target is not None:
+            return await ask(target=target)
+        live = await self._routers.live(preferred=self.address.router)
+        first, *others = live or [self.address.router]
+        answer = await ask(target=first)
+        for router in others if verb in _EVERYWHERE else ():
+            await ask(target=router)
+        return answer
 
     async def admin_pages(
         self, verb: str, *, target: str | None = None, timeout_s: float = 10.0, **args: Any

@@ -28,7 +28,7 @@ def member_session(
     """Make a member's session; its MQTT client id is the identity (PROTOCOL section 6)."""
     return MqttSession(
         settings=SessionSettings(
-            urls=(member.url,),
+            urls=member.urls,
             client_id=member.identity.id,
             username=member.username,
             password=member.password,

@@ -14,7 +14,7 @@ from foam.mesh import REGISTRY_ID, ROUTER_ID, MeshFolder, load_key
 from foam.process import Process, run_process
 from foam.settings import Settings
 from foam.status import ProcessStatus
-from foam.wiring.member import connect, keep_papers, member_session
+from foam.wiring.member import connect, keep_papers, member_session, wait_for_access
 
 if TYPE_CHECKING:
     from registry.encoders.thread import EncoderThread
@@ -73,7 +73,7 @@ async def run_registry(
             key=key,
             credentials=credentials,
             authority=Authority(folder.authority, site=member.site) if with_tls else None,
-            brokers=lambda: folder.public_brokers() or (member.url,),
+            brokers=lambda: folder.public_brokers() or member.urls,
             certificates=folder.takes_certificates(),
         )
 
@@ -151,12 +151,17 @@ class _IndexThread:
 
 
 async def run_router(
-    settings: Settings, *, identity_file: Path | None, status: ProcessStatus
+    settings: Settings,
+    *,
+    router_id: str | None = None,
+    identity_file: Path | None,
+    status: ProcessStatus,
 ) -> int:
     """Run a router until told to end.
 
     Args:
         settings: Data folder, broker, site, encoder.
+        router_id: Its id; ``router-1`` when None. Each router of a data folder has its own.
         identity_file: Its identity; that of the data folder when None.
         status: Where readiness is reported.
 
@@ -176,11 +181,12 @@ async def run_router(
         Member.resolve,
         settings,
         role=Role.ROUTER,
-        default_id=ROUTER_ID,
+        default_id=router_id or ROUTER_ID,
         identity_file=identity_file,
     )
     folder = MeshFolder(settings.data).prepare()
     topics = Topics(site=member.site)
+    database, index = folder.router_files(member.identity.id)
     epoch = now_ms()
     rules = RuleFile(settings.rules_file, required=settings.rules is not None)
     await asyncio.to_thread(rules.load)
@@ -190,7 +196,7 @@ async def run_router(
 
     async def assemble(process: Process) -> Mapping[str, Any]:
         encoder = await _encoder(process, settings)
-        ledger = await process.hold(Ledger(path=folder.router_database))
+        ledger = await process.hold(Ledger(path=database))
         background = await process.hold(_IndexThread())
         session = member_session(
             member,
@@ -207,12 +213,14 @@ async def run_router(
             rules=rules,
             encoders=another_encoder,
             background=background,
-            index_folder=folder.router_index,
+            index_folder=index,
             chance=random.SystemRandom(),
             epoch=epoch,
         )
         # First the subscriptions: a kept session hands over what waited for it as it connects.
         await router.listen()
+        if member.is_new:
+            await wait_for_access(member)
         await connect(process, session, member.url)
         keep_papers(process, member, session)
         await process.enter(router)

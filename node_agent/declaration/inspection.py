@@ -7,6 +7,7 @@ from typing import Final
 from capability_schemas.errors import ConfigurationError, NotFound, Unavailable
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.problem import Problem
+from node_agent.continuation import check_continues
 from node_agent.declaration.introspection import Introspector
 from node_agent.declaration.reader import Declaration
 from node_agent.pool.memory import total_memory_bytes
@@ -90,6 +91,7 @@ class DeclaredFunctions:
         for spec in self._specs.values():
             try:
                 self.runtime(spec.name).check(spec)
+                check_continues(spec)
             except ConfigurationError as exc:
                 wrong.append(exc.message)
         if wrong:

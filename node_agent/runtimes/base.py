@@ -49,6 +49,8 @@ class Request:
             ``{"content": text or None, "tool_calls": [{"id", "name", "arguments"}]}``.
         session: Affinity key: calls of one session share a prompt prefix.
         policy: Demands of the task; they hold for the functions that this one asks, too.
+        shown: The beginning of the answer, which another node has given: go on behind it, and end
+            with the whole. Only for functions that continue from a prefix.
     """
 
     id: str
@@ -58,6 +60,7 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)
     session: str | None = None
     policy: TaskPolicy | None = None
+    shown: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,6 +155,7 @@ class ChildInstance(Service):
                 "left_ms": request.left_ms,
                 "options": request.options,
                 "session": request.session,
+                "shown": request.shown,
             }
         )
         try:

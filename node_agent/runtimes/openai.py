@@ -24,6 +24,10 @@ from node_agent.worker.engines.base import fill_template
 _SITE_SUFFIXES = (".local", ".lan", ".internal", ".home.arpa", ".localhost")
 """Ends of names that mean the own site (RFC 6762, RFC 8375, RFC 6761; ``.lan`` by custom)."""
 
+_GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
+"""What makes vLLM and its kin go on behind the last message; llama-server does so by itself. That a
+server does it at all is what ``continues`` in the declaration of a function says."""
+
 _OWN_FIELDS = ("model", "messages", "stream", "stream_options", "input")
 
 
@@ -239,6 +243,9 @@ def request_body(request: base.Request) -> dict[str, Any]:
     if options.get("system"):
         system = fill_template(options["system"], values)
         messages.insert(0, {"role": "system", "content": system})
+    if request.shown is not None:
+        messages.append({"role": "assistant", "content": request.shown})
+        body |= _GO_ON
     return {**body, "messages": messages}
 
 

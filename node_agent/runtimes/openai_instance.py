@@ -128,7 +128,9 @@ class OpenAIInstance(InLoopInstance):
             await put(await self._embeddings(body))
             return
         answer = ChatAnswer(
-            tools=bool(request.options.get("tools")), parse=bool(request.options.get("parse"))
+            tools=bool(request.options.get("tools")),
+            parse=bool(request.options.get("parse")),
+            shown=request.shown or "",
         )
         first: float | None = None
         try:

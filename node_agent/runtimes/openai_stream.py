@@ -83,12 +83,13 @@ class ChatAnswer:
     Args:
         tools: Whether the call offered tools, which gives the output their form.
         parse: Whether the words are JSON, the output what they mean.
+        shown: The beginning of the words, which another node has shown.
     """
 
-    def __init__(self, *, tools: bool, parse: bool) -> None:
+    def __init__(self, *, tools: bool, parse: bool, shown: str = "") -> None:
         self._tools = tools
         self._parse = parse
-        self._text: list[str] = []
+        self._text: list[str] = [shown]
         self._calls: dict[int, dict[str, str]] = {}
         self._logprob = math.inf
         self._usage: dict[str, int] = {}

@@ -36,6 +36,7 @@ class Request:
         options: What the invocation asks of a model beyond its prompt.
         deadline: ``time.monotonic()`` seconds at which it is worthless, or None.
         session: Affinity key, or None.
+        shown: The beginning of the answer, given by another node: go on behind it.
         cancelled: Set when the agent no longer wants the answer.
     """
 
@@ -45,6 +46,7 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)
     deadline: float | None = None
     session: str | None = None
+    shown: str | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
@@ -58,6 +60,7 @@ class Request:
             options=frame.get("options") or {},
             deadline=None if left_ms is None else time.monotonic() + left_ms / 1000,
             session=frame.get("session"),
+            shown=frame.get("shown"),
         )
 
 

@@ -45,14 +45,17 @@ class TokenStream:
         request_id: Whose text it is.
         emit: Sends a frame.
         quiet: Only gather.
+        shown: What others have been shown of the answer already.
     """
 
-    def __init__(self, request_id: str, emit: Emit, *, quiet: bool = False) -> None:
+    def __init__(
+        self, request_id: str, emit: Emit, *, quiet: bool = False, shown: str = ""
+    ) -> None:
         self._id = request_id
         self._emit = emit
         self._quiet = quiet
         self._pending: list[str] = []
-        self._parts: list[str] = []
+        self._parts: list[str] = [shown]
         self._sent_at = 0.0
 
     def add(self, text: str) -> None:
@@ -104,6 +107,7 @@ def make_prompt(request: Request) -> Prompt:
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         schema=tool_schema(tools) if tools else options.get("schema"),
         session=request.session,
+        shown=request.shown or "",
         **{name: options[name] for name in _SAMPLING if name in options},
     )
 
@@ -196,7 +200,12 @@ class EngineHost:
         if self._engine is None:
             return
         self._known[request.id] = request
-        stream = TokenStream(request.id, self._emit, quiet=bool(request.options.get("tools")))
+        stream = TokenStream(
+            request.id,
+            self._emit,
+            quiet=bool(request.options.get("tools")),
+            shown=request.shown or "",
+        )
         self._engine.submit(
             Job(
                 prompt=functools.partial(make_prompt, request),

@@ -74,7 +74,7 @@ DOORS = {
     "scipy": {"foam/demo/"},
     "semantic_version": {"capability_schemas/"},
     "sentence_transformers": {"registry/encoders/sentence_transformers.py"},
-    "sqlite3": {"registry/store/", "router/ledger.py", "router/ledger/"},
+    "sqlite3": {"registry/store/", "router/ledger.py", "router/ledger_file.py"},
     "tokenizers": {"foam/models/training/", "registry/encoders/onnx.py"},
     "torch": {"foam/models/training/", "registry/encoders/"},
     "transformers": {"registry/encoders/export.py"},

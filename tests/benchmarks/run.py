@@ -6,8 +6,9 @@
     python tests/benchmarks/run.py routing --data FOLDER --semantic-router OTHER/bin/python
 
 Verbs: ``round_trip``, ``first_token``, ``throughput``, ``footprint``, ``fifty``; ``streams``,
-``cold_start``, ``runtimes``, ``prediction``, ``routing_scale``, ``rules``, ``brokers`` and
-``routing``, which need no mesh; ``all``. Tables go to stdout, the same numbers to ``--json``.
+``cold_start``, ``runtimes``, ``prediction``, ``failover``, ``routing_scale``, ``rules``,
+``brokers`` and ``routing``, which need no mesh of theirs; ``all``. Tables go to stdout, the same
+numbers to ``--json``.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from benchmarks import (  # noqa: E402 - the test folders are no installed packa
     batched_decoding,
     broker_throughput,
     cold_start,
+    fail_over,
     finish_prediction,
     first_token,
     identities,
@@ -57,6 +59,7 @@ WITHOUT_MESH: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "prediction": finish_prediction.measure,
     "routing_scale": routing_scale.measure,
     "rules": rule_matching.measure,
+    "failover": fail_over.measure,
     "identities": identities.measure,
     "joining": identities.measure_joining,
 }

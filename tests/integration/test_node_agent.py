@@ -54,6 +54,7 @@ FUNCTIONS = (
     python("stubborn"),
     python("polite"),
     python("flood", limits={"output_bytes": 1000}),
+    python("recite", continues="skip"),
     FunctionSpec(
         name="talk",
         description="Answer with the language model.",
@@ -853,3 +854,96 @@ async def test_what_calls_have_shown_is_claimed(agent, router, broker, eventuall
     router.invoke("add", {"a": 1}, task="t2")
     await router.ended("t2")
     await eventually(lambda: "first_ms" in json.loads(claims_of(broker, "add")[-1])["resources"])
+
+
+ASKED = "Extract JSON: The humidity of greenhouse-7 is 48 %."
+
+
+def going_on(shown, **fields):
+    return {"attempt": 2, "seq": 3, "continuation": {"shown": shown, "chunks": 3}, **fields}
+
+
+def text_of(chunks):
+    return "".join(event["data"] for event in chunks)
+
+
+@pytest.mark.llm
+async def test_the_model_goes_on_behind_a_text_exactly_as_if_it_had_written_it(agent, router):
+    router.invoke("talk", text=ASKED, task="whole")
+    whole = (await router.ended("whole"))[-1]
+    for at in range(1, len(whole["output"]) + 1):  # within tokens, too
+        shown = whole["output"][:at]
+        router.invoke("talk", text=ASKED, task=f"t{at}", **going_on([shown]))
+        *chunks, result = await router.ended(f"t{at}")
+        assert shown + text_of(chunks) == whole["output"]
+        assert result["output"] == whole["output"]
+        assert result["digest"] == whole["digest"]
+        assert result["usage"] == whole["usage"]
+        assert [event["seq"] for event in (*chunks, result)] == list(range(3, 4 + len(chunks)))
+        assert result["attempt"] == 2
+
+
+@pytest.mark.llm
+async def test_the_model_goes_on_behind_a_text_that_it_would_not_have_written(agent, router):
+    router.invoke("talk", text=ASKED, **going_on(['{"device": "pump-1'], seq=1))
+    *chunks, result = await router.ended()
+    assert result["output"].startswith('{"device": "pump-1')
+    assert '{"device": "pump-1' + text_of(chunks) == result["output"]
+
+
+async def test_a_function_says_it_again_and_shows_only_what_is_new(agent, router):
+    router.invoke("recite", {"lines": 4}, **going_on(["line 0\nline 1\nli"]))
+    *chunks, result = await router.ended()
+    assert text_of(chunks) == "ne 2\nline 3\n"
+    assert result["output"] == "line 0\nline 1\nline 2\nline 3\n"
+    assert [event["seq"] for event in router.of()] == list(range(3, 4 + len(chunks)))
+
+
+@pytest.mark.parametrize("shown", ["line 0\nlime", "line 0\nline 1\nline 2\nline 3\nline 4"])
+async def test_a_function_that_says_something_else_is_found_out(agent, router, shown):
+    router.invoke("recite", {"lines": 4}, **going_on([shown]))
+    (error,) = await router.ended()
+    assert (error["code"], error["seq"]) == ("execution_failed", 3)
+    assert 'continues = "skip"' in error["message"]
+
+
+async def test_a_function_that_cannot_go_on_says_so(agent, router):
+    router.invoke("words", text="a b c", **going_on(["a "]))
+    (error,) = await router.ended()
+    assert error["code"] == "execution_failed"
+    assert "cannot go on" in error["message"]
+
+
+async def test_a_held_answer_goes_to_the_router_only(agent, router):
+    router.invoke("words", text="a b c", attempt=2, hold=True)
+    await router.eventually(lambda: "held" in router.statuses())
+    (report,) = [one for one in router.reports if one["status"] == "held"]
+    assert report["output"] == "a b c "
+    assert router.of() == []
+
+
+async def test_an_answer_too_large_to_be_held_is_given_up(agent, router):
+    router.invoke("recite", {"lines": 30_000}, hold=True)
+    await router.ended()
+    assert router.statuses()[-1] == "failed"
+    assert router.reports[-1]["code"] == "too_large"
+    assert router.of() == []
+
+
+async def test_a_node_that_was_overtaken_gives_the_task_back(agent, router, tmp_path, eventually):
+    marker = tmp_path / "begun"
+    router.invoke("polite", {"marker": str(marker)})
+    await eventually(marker.exists)
+    router.control(verb="cancel", task="t1", reason="overtaken")
+    await router.ended()
+    assert router.statuses()[-1] == "failed"
+    assert "overtaken" in router.reports[-1]["reason"]
+    assert router.of() == []
+
+
+async def test_a_node_that_has_shown_something_is_not_overtaken(agent, router, eventually):
+    router.invoke("recite", {"lines": 40, "pause_s": 0.01})
+    await eventually(router.of)
+    router.control(verb="cancel", task="t1", reason="overtaken")
+    events = await router.ended()
+    assert events[-1]["event"] == "result"

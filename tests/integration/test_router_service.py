@@ -298,7 +298,7 @@ async def test_a_node_whose_heartbeats_stop_is_lost(mesh: Mesh, eventually: Any)
     mesh.submit(id="t", function="echo")
     await eventually(lambda: node.invocations)
     await mesh.broker.settle()
-    mesh.router.fleet.node("edge-1").seen_at -= 3 * 60_000 + 1
+    mesh.router.fleet.node("edge-1").pulse.seen_at -= 3 * 60_000 + 1
     await eventually(lambda: mesh.final("t"))
     assert mesh.of("t")[-1]["event"] == "result"
 

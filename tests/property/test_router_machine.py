@@ -11,6 +11,7 @@ from capability_schemas.invocation import Report
 from capability_schemas.task import TaskPolicy
 from router.events import (
     Action,
+    Announce,
     CancelAsked,
     CancelNode,
     Choice,
@@ -18,19 +19,22 @@ from router.events import (
     Chosen,
     End,
     Event,
+    Fenced,
     Invoke,
     Journaled,
     Learn,
     NodeGone,
     Observed,
+    Phase,
     Reported,
     SendAccepted,
     Tick,
     Uninvoked,
     Unjournaled,
 )
-from router.machine import Phase, TaskMachine
+from router.guard import GuardedMachine
 from router.settings import RouterSettings
+from support.journal import journaled
 
 SETTINGS = RouterSettings()
 NODES = st.sampled_from(["a", "b", "c"])
@@ -48,7 +52,7 @@ class OneTask(RuleBasedStateMachine):
         self.now = 0
         self.actions: list[Action] = []
         self.invoked: list[int] = []
-        self.task = TaskMachine(deadline=60_000, settings=SETTINGS)
+        self.task = GuardedMachine(deadline=60_000, settings=SETTINGS)
 
     @initialize(
         fresh=st.booleans(),
@@ -61,14 +65,11 @@ class OneTask(RuleBasedStateMachine):
         self, fresh: bool, deadline: int, node: str | None, attempt: int, next_seq: int
     ) -> None:
         self.task = (
-            TaskMachine(deadline=deadline, settings=SETTINGS)
+            GuardedMachine(deadline=deadline, settings=SETTINGS)
             if fresh
-            else TaskMachine.restore(
-                deadline=deadline,
+            else GuardedMachine.restore(
+                journaled(node, attempt=attempt, next_seq=next_seq, deadline=deadline),
                 settings=SETTINGS,
-                node=node,
-                attempt=attempt,
-                next_seq=next_seq,
                 now=0,
             )
         )
@@ -86,9 +87,12 @@ class OneTask(RuleBasedStateMachine):
         )
         for action in actions:
             if isinstance(action, Invoke):
-                assert action.attempt > self.known_attempt
-                assert action.seq == shown == 0
+                assert action.attempt > self.known_attempt or action.announced
+                assert action.seq == shown == self.task.next_seq == 0
                 assert action.cascade is None or bool(action.cascade.steps) == self.drafted
+                self.known_attempt = action.attempt
+            if isinstance(action, Announce):
+                assert action.attempt >= self.known_attempt
                 self.known_attempt = action.attempt
             if isinstance(action, Learn):
                 assert attempt not in self.judged, "an attempt is judged once"
@@ -181,6 +185,16 @@ class OneTask(RuleBasedStateMachine):
         if holder and running:
             assert self.task.ended
 
+    @rule(attempt=ATTEMPTS)
+    def fenced(self, attempt: int) -> None:
+        """What was announced comes back, or something of another time."""
+        self.feed(Fenced(attempt))
+
+    @precondition(lambda self: self.task.phase is Phase.HANDING or self.task.wake_at is not None)
+    @rule()
+    def fenced_in_time(self) -> None:
+        self.feed(Fenced(self.task.attempt))
+
     @rule(node=NODES)
     def gone(self, node: str) -> None:
         self.feed(NodeGone(node, "offline"))
@@ -222,6 +236,7 @@ class OneTask(RuleBasedStateMachine):
             pending = [action for action in self.actions if isinstance(action, Choose)]
             if pending:
                 self.feed(Chosen((), NoCapableNode("nobody")))
+            self.feed(Fenced(self.task.attempt))
             if self.task.wake_at is not None:
                 self.now = max(self.now, self.task.wake_at)
                 self.feed(Tick())
@@ -238,7 +253,7 @@ class OneCascade(OneTask):
         accept=st.sampled_from([0.3, 0.6]),
     )
     def begin(self, nodes: list[Any], deadline: int, accept: float) -> None:
-        self.task = TaskMachine(deadline=deadline, settings=SETTINGS)
+        self.task = GuardedMachine(deadline=deadline, settings=SETTINGS)
         self.known_attempt, self.judged, self.drafted = 0, set(), False
         self.journaled()
         self.chosen(nodes, accept, local=False)

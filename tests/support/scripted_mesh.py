@@ -126,7 +126,9 @@ class Mesh:
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.client: MemorySession
         self.router: RouterService
-        self._router_life: AsyncExitStack | None = None
+        self.routers: dict[str, RouterService] = {}
+        self._router_lives: dict[str, AsyncExitStack] = {}
+        self._router_sessions: dict[str, MemorySession] = {}
 
     async def session(self, name: str, **options: Any) -> MemorySession:
         session = MemorySession(broker=self.broker, client_id=name, **options)
@@ -138,37 +140,54 @@ class Mesh:
             self.topics.filter(TopicKind.REPLY, client=name), self._on_reply
         )
 
-    async def start_router(self, settings: RouterSettings = QUICK) -> RouterService:
-        life = self._router_life = AsyncExitStack()
+    async def start_router(
+        self,
+        settings: RouterSettings = QUICK,
+        *,
+        name: str = "router-1",
+        epoch: int = 1,
+        will: bool = True,
+    ) -> RouterService:
+        life = self._router_lives[name] = AsyncExitStack()
         ledger = await life.enter_async_context(
-            Ledger(path=self.path / "router.sqlite", limit_bytes=settings.ledger_bytes)
+            Ledger(path=self.path / f"{name}.sqlite", limit_bytes=settings.ledger_bytes)
         )
         encoder = await life.enter_async_context(EncoderThread(encoder=self.words))
         session = MemorySession(
             broker=self.broker,
-            client_id="router-1",
-            will=router_will(self.topics, "router-1", epoch=1, at=1),
+            client_id=name,
+            will=router_will(self.topics, name, epoch=epoch, at=1) if will else None,
             clean=False,
         )
-        self.router = RouterService(
+        self._router_sessions[name] = session
+        router = RouterService(
             session=session,
             topics=self.topics,
             search=CapabilitySearch(space=self.words.space),
             encoder=encoder,
             ledger=ledger,
-            router_id="router-1",
+            router_id=name,
             settings=settings,
+            epoch=epoch,
         )
-        await self.router.listen()
+        self.routers[name] = router
+        if name == "router-1":
+            self.router = router
+        await router.listen()
         await life.enter_async_context(session)
-        await life.enter_async_context(self.router)
+        await life.enter_async_context(router)
         await self.broker.settle()
-        return self.router
+        return router
 
-    async def stop_router(self) -> None:
-        life, self._router_life = self._router_life, None
+    async def stop_router(self, name: str = "router-1") -> None:
+        life = self._router_lives.pop(name, None)
         if life is not None:
             await life.aclose()
+
+    async def kill_router(self, name: str) -> None:
+        """Have a router gone without a word of its own; its journal stays."""
+        await self._router_sessions[name].abort()
+        await self.stop_router(name)
 
     async def node(
         self, name: str, behaviour: Behaviour = answer, *records: CatalogRecord

@@ -49,6 +49,8 @@ class Prompt:
         stop: Texts that end the answer and are not part of it.
         schema: JSON Schema the answer must follow, or None.
         session: Affinity key: a prompt of the same session likely begins like the one before.
+        shown: The beginning of the answer, as text that somebody has been shown already: the answer
+            goes on behind it, and only what follows is handed out.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -63,6 +65,7 @@ class Prompt:
     stop: tuple[str, ...] = ()
     schema: Mapping[str, Any] | None = None
     session: str | None = None
+    shown: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,9 @@ the measured speed so that a decode stays below `PIECE_S`. A cancelled call is d
 decodes, so that bound is also how long a cancel takes inside a prompt; the abort callback of
 llama.cpp would end the others' decode as well, and is not needed.
 
+An answer that was begun elsewhere is said again first (`repetition`): its tokens are drafted from
+the text that was shown, many for one decode, and the model confirms them.
+
 As in every batched engine, a floating-point sum may come out differently in another batch: answers
 of a well-trained model do not change with their company, near ties could.
 """
@@ -22,6 +25,7 @@ from typing import Final, Protocol
 from node_agent.worker.base import InvocationError
 from node_agent.worker.engines.base import Completion, Job, Prompt, StopScanner, overflow
 from node_agent.worker.engines.prefixes import Sequence, place
+from node_agent.worker.engines.repetition import ANOTHER, DRAFTED, Repetition
 
 PIECE_S: Final = 0.100
 """Longest piece of prompts when nobody else decodes, seconds."""
@@ -63,6 +67,10 @@ class Backend(Protocol):
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the token ids of a prompt."""
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """Cut a text into tokens, without marks around it and without special ones in it."""
         ...
 
     def sampler(self, prompt: Prompt) -> Sampler:
@@ -115,10 +123,12 @@ class _Run:
         "limit",
         "lowest",
         "pending",
+        "repetition",
         "sampler",
         "scanner",
         "sequence",
         "started",
+        "strict",
         "token",
     )
 
@@ -137,6 +147,8 @@ class _Run:
         self.lowest = 0.0
         self.first_at = 0.0
         self.scanner: StopScanner | None = None
+        self.repetition: Repetition | None = None
+        self.strict = False
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.pending = False
 
@@ -252,6 +264,11 @@ class Scheduler:
         run = _Run(job, ids, sequence, sampler, started)
         run.limit = room if prompt.max_tokens is None else min(prompt.max_tokens, room)
         run.scanner = StopScanner(prompt.stop) if prompt.stop else None
+        if prompt.shown:
+            backend, run.strict = self._backend, prompt.schema is not None
+            run.repetition = Repetition(
+                prompt.shown, tokenize=backend.tokenize, piece=backend.piece
+            )
         # In the order of their sequences: llama.cpp computes neighbours in one go.
         bisect.insort(self._runs, run, key=lambda one: one.sequence.number)
 
@@ -274,21 +291,24 @@ class Scheduler:
 
     def _decode(self, runs: list[_Run]) -> None:
         pieces = self._pieces(runs)
+        drafts = self._drafts(runs, self._backend.n_batch - sum(pieces.values()))
         tokens: list[int] = []
         positions: list[int] = []
         numbers: list[int] = []
         outputs: list[int] = []
-        ready: list[_Run] = []
+        ready: list[tuple[_Run, list[int]]] = []
         for run in runs:
             held = len(run.sequence.tokens)
             piece = pieces.get(run, 0)
-            new = [run.token] if run.count else run.ids[held : held + piece]
+            new = [run.token, *drafts[run]] if run.count else run.ids[held : held + piece]
             tokens += new
             positions += range(held, held + len(new))
             numbers += [run.sequence.number] * len(new)
             if run.count or (new and held + len(new) == len(run.ids)):
-                outputs.append(len(tokens) - 1)
-                ready.append(run)
+                last = len(tokens)
+                places = list(range(last - len(new) if run.count else last - 1, last))
+                outputs += places
+                ready.append((run, places))
         started = time.monotonic()
         try:
             self._backend.decode(tokens, positions, numbers, outputs)
@@ -296,12 +316,12 @@ class Scheduler:
             self._apart(runs, exc)
             return
         now = time.monotonic()
-        self._keep(runs, pieces)
+        self._keep(runs, pieces, drafts)
         if len(pieces) == len(runs) and len(tokens) >= LEAST_PIECE:
             measured = (now - started) / len(tokens)
             self._prefill_token_s += _WEIGHT * (measured - self._prefill_token_s)
         if ready:
-            self._choose(ready, outputs, now)
+            self._choose(ready, drafts, now)
 
     def _apart(self, runs: list[_Run], error: InvocationError) -> None:
         """Decode answers one by one after a failure together: the one behind it fails alone."""
@@ -327,27 +347,77 @@ class Scheduler:
                 room -= length
         return pieces
 
-    def _keep(self, runs: list[_Run], pieces: dict[_Run, int]) -> None:
+    def _drafts(self, runs: list[_Run], room: int) -> dict[_Run, list[int]]:
+        """Return the tokens to be confirmed of each answer that is said again; none of others."""
+        saying = [run for run in runs if run.count]
+        room -= len(saying)
+        drafts: dict[_Run, list[int]] = {}
+        for run in saying:
+            most = min(DRAFTED, room, run.limit - run.count)
+            again = run.repetition is not None and not run.repetition.over and most > 0
+            drafts[run] = run.repetition.draft(most) if again and run.repetition else []
+            room -= len(drafts[run])
+        return drafts
+
+    def _keep(
+        self, runs: list[_Run], pieces: dict[_Run, int], drafts: dict[_Run, list[int]]
+    ) -> None:
         """Note what the sequences hold now."""
         for run in runs:
             held = run.sequence.tokens
             if run.count:
-                held.append(run.token)
+                held += [run.token, *drafts[run]]
             else:
                 held += run.ids[len(held) : len(held) + pieces.get(run, 0)]
 
-    def _choose(self, ready: list[_Run], outputs: list[int], now: float) -> None:
-        chosen = [run.sampler.sample(at) for run, at in zip(ready, outputs, strict=True)]
-        certain = self._backend.certainties(chosen)
-        for run, token, logarithm in zip(ready, chosen, certain, strict=True):
+    def _choose(
+        self, ready: list[tuple[_Run, list[int]]], drafts: dict[_Run, list[int]], now: float
+    ) -> None:
+        chosen = [self._sample(run, places, drafts.get(run, [])) for run, places in ready]
+        rows = [
+            token
+            for (_, places), tokens in zip(ready, chosen, strict=True)
+            for token in tokens + [0] * (len(places) - len(tokens))
+        ]
+        certain = iter(self._backend.certainties(rows))
+        for (run, places), tokens in zip(ready, chosen, strict=True):
+            known = [next(certain) for _ in places]
             if not run.count:
                 run.first_at = now
-            run.count += 1
-            run.token = token
-            run.lowest = min(run.lowest, logarithm)
-            finish = self._say(run, token)
-            if finish:
-                self._end(run, finish)
+            if not tokens or not self._cut_back(run, len(places) - len(tokens)):
+                self._end(run, InvocationError("execution_failed", ANOTHER))
+                continue
+            for token, logarithm in zip(tokens, known, strict=False):
+                run.count += 1
+                run.token = token
+                run.lowest = min(run.lowest, logarithm)
+                finish = self._say(run, token)
+                if finish:
+                    self._end(run, finish)
+                    break
+
+    def _sample(self, run: _Run, places: list[int], draft: list[int]) -> list[int]:
+        """Choose tokens as far as the draft is confirmed; none when it cannot be said again."""
+        tokens: list[int] = []
+        for at, place_ in enumerate(places):
+            token: int | None = run.sampler.sample(place_)
+            if run.repetition is not None and token is not None:
+                token = run.repetition.take(token)
+                # A grammar has gone on with what was chosen, and cannot be told otherwise.
+                if token is None or (run.strict and run.repetition.forced):
+                    return []
+            tokens.append(token if token is not None else 0)
+            if at < len(draft) and token != draft[at]:
+                break
+        return tokens
+
+    def _cut_back(self, run: _Run, excess: int) -> bool:
+        """Forget the tokens of a draft that were not confirmed; tell whether that was possible."""
+        if not excess:
+            return True
+        held = run.sequence.tokens
+        del held[len(held) - excess :]
+        return self._backend.cut(run.sequence.number, len(held))
 
     def _say(self, run: _Run, token: int) -> str:
         """Hand out the text of a token; returns why the answer ends with it, or nothing."""
@@ -356,11 +426,16 @@ class Scheduler:
             return "stop"
         if run.scanner is not None:
             text = run.scanner.feed(text)
-        if text:
-            run.job.on_text(text)
+        self._hand_out(run, text)
         if run.scanner is not None and run.scanner.stopped:
             return "stopped"
         return "length" if run.count >= run.limit else ""
+
+    def _hand_out(self, run: _Run, text: str) -> None:
+        if run.repetition is not None:
+            text = run.repetition.fresh(text)
+        if text:
+            run.job.on_text(text)
 
     def _text(self, run: _Run, token: int) -> str | None:
         """Return what a token adds to the text, whole characters only; None at the end."""
@@ -393,8 +468,7 @@ class Scheduler:
             rest = run.decoder.decode(b"", final=True)
             if run.scanner is not None:
                 rest = run.scanner.feed(rest) + run.scanner.flush()
-            if rest:
-                run.job.on_text(rest)
+            self._hand_out(run, rest)
         ended = time.monotonic()
         first_at = run.first_at or ended
         run.job.on_end(

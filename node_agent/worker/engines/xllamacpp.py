@@ -2,7 +2,8 @@
 
 It batches, keeps prefixes and schedules by itself; a thread of ours waits for each answer. A cancel
 takes effect with the next token or the next piece of the prompt, whose size is therefore chosen by
-the measured speed. Special tokens spelled out in the words of a user count as such.
+the measured speed. Special tokens spelled out in the words of a user count as such. An answer that
+was begun elsewhere is generated again from its beginning, and compared with what was shown of it.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from node_agent.worker.base import InvocationError
 from node_agent.worker.engines.base import Completion, EngineOptions, Job, Prompt, overflow
 from node_agent.worker.engines.chat import PLAIN_TOOLS, plain_messages, state_tools
 from node_agent.worker.engines.memory import check_fits, resident_bytes
+from node_agent.worker.engines.repetition import Echo
 from node_agent.worker.engines.scheduler import LEAST_PIECE, PIECE_S
 
 _QUIET: Final = 0
@@ -101,7 +103,13 @@ class XllamaCppEngine:
         """Answer one prompt on the calling thread; see `base.Engine`."""
         if cancelled.is_set():
             return Completion(finish="cancelled")
-        answer = _Answer(on_text, cancelled)
+        echo = Echo(prompt.shown)
+
+        def hand_out(text: str) -> None:
+            if fresh := echo.fresh(text):
+                on_text(fresh)
+
+        answer = _Answer(hand_out if prompt.shown else on_text, cancelled)
         self._server.handle_chat_completions(_request(prompt), answer.take)
         return answer.completion()
 

@@ -33,6 +33,14 @@ def words(text: str) -> Iterator[str]:
 
 
 @function
+def recite(lines: int, pause_s: float = 0.0) -> Iterator[str]:
+    """Say numbered lines, the same every time."""
+    for number in range(lines):
+        yield f"line {number}\n"
+        time.sleep(pause_s)
+
+
+@function
 def nested(depth: int) -> list[object]:
     """Return a list in a list in a list."""
     value: list[object] = []

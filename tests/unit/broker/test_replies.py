@@ -45,7 +45,7 @@ def test_repetitions_are_dropped():
     assert order.push(routed(), "router-1") == [routed()]
     assert order.push(routed(), "router-1") == []
     assert order.push(routed(2), "router-1") == [routed(2)]
-    assert order.push(chunk(0), "edge-1") == [chunk(0)]
+    assert order.push(chunk(0, attempt=2), "edge-1") == [chunk(0, attempt=2)]
     assert order.push(chunk(0), "edge-1") == []
     working = Working(task=TASK, at=NOW)
     assert order.push(working, "edge-1") == [working]

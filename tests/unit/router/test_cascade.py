@@ -18,15 +18,18 @@ from capability_schemas.errors import (
 from capability_schemas.invocation import Cascade, Report
 from capability_schemas.reply import Usage
 from capability_schemas.task import TaskPolicy
-from router.cascade import DraftRoom, Escalation
+from router.cascade import Escalation
+from router.commons import Commons, Room
 from router.events import (
     Action,
+    Announce,
     CancelAsked,
     CancelNode,
     Choice,
     Chosen,
     End,
     Event,
+    Fenced,
     Invoke,
     Journaled,
     Learn,
@@ -36,8 +39,9 @@ from router.events import (
     Tick,
     Uninvoked,
 )
-from router.machine import TaskMachine
+from router.guard import GuardedMachine
 from router.settings import RouterSettings
+from support.journal import journaled
 
 SETTINGS = RouterSettings(
     report_timeout_ms=100, cancel_grace_ms=50, deadline_grace_ms=30, finish_grace_ms=40
@@ -199,8 +203,8 @@ def test_what_json_has_no_words_for_is_no_answer(output: Any) -> None:
 # ---- the machine
 
 
-class Task(TaskMachine):
-    """A machine that sets aside what it has learnt about nodes."""
+class Task(GuardedMachine):
+    """A machine that sets aside what it has learnt; each fence is back at once."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -208,6 +212,11 @@ class Task(TaskMachine):
 
     def handle(self, event: Event, now: int) -> list[Action]:
         actions = super().handle(event, now)
+        while actions and isinstance(fence := actions[-1], Announce):
+            behind = super().handle(Fenced(fence.attempt), now)
+            actions = actions[:-1] + [
+                replace(one, announced=False) if isinstance(one, Invoke) else one for one in behind
+            ]
         self.learnt += [
             (action.choice.node, action.verdict, action.took_ms)
             for action in actions
@@ -217,10 +226,13 @@ class Task(TaskMachine):
 
 
 def begun(
-    *choices: Choice, deadline: int = 10_000, room: DraftRoom | None = None, **policy: Any
+    *choices: Choice, deadline: int = 10_000, room: Room | None = None, **policy: Any
 ) -> Task:
     """Return a task in a cascade over the choices, with the first one invoked at 0."""
-    task = Task(deadline=deadline, settings=SETTINGS, room=room)
+    commons = Commons.of(SETTINGS)
+    if room is not None:
+        commons = replace(commons, drafts=room)
+    task = Task(deadline=deadline, settings=SETTINGS, commons=commons)
     task.handle(Journaled(), 0)
     chosen = Chosen(choices, min_confidence=0.6, policy=TaskPolicy(**policy))
     (invoke,) = task.handle(chosen, 0)
@@ -304,7 +316,8 @@ def test_whatever_becomes_of_the_next_step_the_draft_is_the_answer(event: Event)
     end = end_of(task.handle(event, 20))
     assert end.draft is not None
     assert (json.loads(end.draft.output), end.code) == ("said by small", None)
-    assert end.attempt == 2
+    lost = isinstance(event, NodeGone)
+    assert end.attempt == (3 if lost else 2)  # what a node may say yet is of a lower one
 
 
 def test_a_silent_next_step_is_superseded_and_not_asked_again() -> None:
@@ -451,7 +464,7 @@ def test_what_was_shown_counts_although_its_chunks_lag_behind_the_report() -> No
     task = after_a_draft()
     end = end_of(task.handle(report("failed", seq=2, code="execution_failed"), 20))
     assert (end.seq, end.code, end.draft) == (2, "execution_failed", None)
-    assert task.missed == 2
+    assert task.course.shown.missed == 2
 
 
 def test_a_client_that_cancels_in_the_grace_of_the_deadline_gets_no_draft() -> None:
@@ -475,7 +488,7 @@ def test_a_cancelled_task_is_cancelled_whatever_is_handed_back() -> None:
 
 
 def test_drafts_of_all_tasks_together_are_bounded() -> None:
-    room = DraftRoom(20)  # one answer of 15 bytes
+    room = Room(20)  # one answer of 15 bytes
     first, second, third = (begun(SMALL, LARGE, room=room) for _ in range(3))
     assert isinstance(first.handle(Reported(unsure(SMALL)), 10)[0], Invoke)
     assert room.held_bytes == 15
@@ -488,7 +501,7 @@ def test_drafts_of_all_tasks_together_are_bounded() -> None:
 
 
 def test_a_surer_draft_takes_the_place_of_the_one_before() -> None:
-    room = DraftRoom(20)
+    room = Room(20)
     task = begun(SMALL, LARGE, CLOUD, room=room)
     task.handle(Reported(unsure(SMALL)), 10)
     (invoke,) = task.handle(Reported(unsure(LARGE, 0.4, attempt=2)), 20)
@@ -500,9 +513,7 @@ def test_a_surer_draft_takes_the_place_of_the_one_before() -> None:
 
 
 def test_a_restored_cascade_starts_again() -> None:
-    task = TaskMachine.restore(
-        deadline=10_000, settings=SETTINGS, node="large", attempt=2, next_seq=0, now=0
-    )
+    task = Task.restore(journaled("large", attempt=2), settings=SETTINGS, now=0)
     actions = task.handle(Reported(unsure(LARGE, attempt=2)), 5)
     assert not [action for action in actions if isinstance(action, End | Learn)]
     (invoke,) = task.handle(Chosen((SMALL, LARGE), min_confidence=0.6), 6)

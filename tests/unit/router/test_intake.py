@@ -12,7 +12,7 @@ TOPIC = "foam/v1/local/task/pump-7"
 
 @pytest.fixture
 def intake() -> Intake:
-    return Intake(topics=Topics(), limit_bytes=4096, new_id=lambda now: f"made-{now}")
+    return Intake(topics=Topics(), limit_bytes=4096, new_id=lambda mark, at: f"made-{at}")
 
 
 def arrived(intake: Intake, **fields: Any) -> Arrival:

@@ -8,6 +8,7 @@ import pytest
 from capability_schemas.errors import ConfigurationError, Overloaded, Unavailable
 from router.entry import Entry, pack_chunks, unpack_chunks
 from router.ledger import Ledger
+from router.shown import Origin
 
 
 def entry(task_id: str = "t", client: str = "c", task: bytes = b"{}", at: int = 1) -> Entry:
@@ -166,13 +167,9 @@ async def test_cordons_are_kept(tmp_path: Path) -> None:
         assert await ledger.cordons() == ["b"]
 
 
-@pytest.mark.parametrize("content", ["not a database, but long enough to be looked at" * 99, None])
-async def test_a_file_that_is_no_ledger_is_said(tmp_path: Path, content: str | None) -> None:
+async def test_a_place_where_no_ledger_can_be_is_said(tmp_path: Path) -> None:
     path = tmp_path / "l.sqlite"
-    if content is None:
-        path.mkdir()
-    else:
-        path.write_text(content)
+    path.mkdir()
     with pytest.raises(ConfigurationError, match="cannot be opened"):
         async with Ledger(path=path):
             pass
@@ -209,13 +206,46 @@ async def test_memos_outlive_the_ledger_until_they_are_forgotten(tmp_path: Path)
         assert await ledger.memo("weights") is None
 
 
+async def test_what_was_shown_of_a_running_task_is_there_after_a_restart(tmp_path: Path) -> None:
+    path, first, second = tmp_path / "l.sqlite", [(0, b"a"), (1, b"b")], [(2, b"c")]
+    async with Ledger(path=path) as ledger:
+        await ledger.journal(entry())
+        ledger.note_route(
+            entry().key,
+            node="a",
+            function="f",
+            version="1.0.0",
+            attempt=1,
+            continues="prefix",
+            model="sha256:1",
+        )
+        ledger.note_shown(entry().key, 2, since=0, chunks=pack_chunks(first))
+        ledger.note_shown(entry().key, 3, since=2, chunks=pack_chunks(second))
+        ledger.note_attempt(entry().key, 4)
+    async with Ledger(path=path) as ledger:
+        (found,) = await ledger.unfinished()
+        assert unpack_chunks(found.chunks or b"") == (*first, *second)
+        assert (found.next_seq, found.attempt) == (3, 4)
+        assert found.origin == Origin("f", "1.0.0", "prefix", "sha256:1")
+        await ledger.conclude(
+            found.key, terminal=b"x", seq=3, chunks=None, code=None, ended_at=9, told=True
+        )
+        ledger.note_shown(found.key, 4, since=3, chunks=b"late")
+    db = sqlite3.connect(path)
+    assert db.execute("SELECT count(*) FROM shown").fetchone() == (0,)
+    db.close()
+
+
 async def test_a_file_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
     path = tmp_path / "l.sqlite"
     async with Ledger(path=path) as ledger:
         await ledger.journal(entry())
     db = sqlite3.connect(path)
     db.execute("UPDATE tasks SET explanation = ?", ('{"chosen":["b","f"]}',))
-    db.executescript("DROP TABLE memos; PRAGMA user_version = 1;")
+    db.executescript(
+        "DROP TABLE memos; DROP TABLE shown; ALTER TABLE tasks DROP COLUMN continues;"
+        "ALTER TABLE tasks DROP COLUMN model; PRAGMA user_version = 1;"
+    )
     db.close()
     async with Ledger(path=path) as ledger:
         found = await ledger.explanation("t")

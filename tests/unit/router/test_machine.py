@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,30 +12,36 @@ from capability_schemas.errors import (
     TaskCancelled,
 )
 from capability_schemas.invocation import Report
+from router.commons import Commons
 from router.events import (
     Action,
+    Announce,
     CancelAsked,
     CancelNode,
+    CheckNode,
     Choice,
     Choose,
     Chosen,
     End,
     Event,
+    Fenced,
     Invoke,
     Journaled,
     Learn,
     MarkShown,
     NodeGone,
     Observed,
+    Phase,
     Reported,
     SendAccepted,
     Tick,
     Uninvoked,
     Unjournaled,
 )
-from router.machine import Phase, TaskMachine
+from router.guard import GuardedMachine
 from router.patience import ReportPatience
 from router.settings import RouterSettings
+from support.journal import journaled
 
 SETTINGS = RouterSettings(
     report_timeout_ms=100, cancel_grace_ms=50, deadline_grace_ms=30, finish_grace_ms=40
@@ -42,11 +49,16 @@ SETTINGS = RouterSettings(
 A, B = Choice("a", "f", "1.0.0", 0.9), Choice("b", "f", "1.0.0", 0.8)
 
 
-class Task(TaskMachine):
-    """A machine that sets aside what it has learnt about nodes."""
+class Task(GuardedMachine):
+    """A machine that sets aside what it has learnt; each fence is back at once."""
 
     def handle(self, event: Event, now: int) -> list[Action]:
         actions = super().handle(event, now)
+        while actions and isinstance(fence := actions[-1], Announce):
+            behind = super().handle(Fenced(fence.attempt), now)
+            actions = actions[:-1] + [
+                replace(one, announced=False) if isinstance(one, Invoke) else one for one in behind
+            ]
         self.learnt = [action for action in actions if isinstance(action, Learn)]
         return [action for action in actions if not isinstance(action, Learn)]
 
@@ -82,7 +94,7 @@ def test_journaled_then_chosen_then_streamed_then_ended() -> None:
     assert task.handle(report("admitted"), 1) == []
     assert task.phase is Phase.ADMITTED
     assert task.handle(chunk(0), 2) == [MarkShown()]
-    assert task.handle(chunk(1), 2) == []
+    assert task.handle(chunk(1), 2) == [MarkShown()]
     final = task.handle(Observed("a", "result", 2, 1, b"done"), 3)
     assert final == [End(seq=2, attempt=1, payload=b"done")]
     assert task.ended
@@ -150,7 +162,7 @@ def test_silence_supersedes_the_node_and_moves_on() -> None:
     assert task.wake_at == 100
     assert task.handle(Tick(), 99) == []
     assert task.handle(Tick(), 100) == [CancelNode("a", 1, "superseded"), Invoke(B, 2, 0)]
-    assert task.handle(chunk(0), 101) == []
+    assert task.handle(chunk(0, attempt=3), 101) == []
     assert task.handle(report("admitted"), 101) == []
     assert task.phase is Phase.INVOKED
 
@@ -174,7 +186,8 @@ def test_a_silent_node_that_is_gone_when_asked_again_is_lost() -> None:
 
 def test_silence_is_judged_by_what_answers_take_by_then() -> None:
     patience = ReportPatience(base_ms=100)
-    task = Task(deadline=10_000, settings=SETTINGS, patience=patience)
+    commons = replace(Commons.of(SETTINGS), patience=patience)
+    task = Task(deadline=10_000, settings=SETTINGS, commons=commons)
     task.handle(Journaled(), 0)
     task.handle(Chosen((A, B)), 0)
     patience.answered(800)  # another task's, in the same burst
@@ -279,7 +292,7 @@ def test_a_final_event_may_lag_behind_its_report_but_not_for_ever() -> None:
     task = machine(A)
     task.handle(report("finished", seq=3), 1)
     assert task.handle(chunk(0), 2) == [MarkShown()]
-    assert len(task.shown) == 1
+    assert len(task.course.shown.chunks) == 1
     end = end_of(task.handle(Tick(), 41))
     assert end.code == "internal"
     assert end.seq == 2
@@ -299,26 +312,25 @@ def test_repeated_chunks_are_kept_once_and_gaps_are_counted() -> None:
     task = machine(A)
     for seq in (0, 0, 1, 4):
         task.handle(chunk(seq), 1)
-    assert [seq for seq, _ in task.shown] == [0, 1, 4]
+    assert [seq for seq, _ in task.course.shown.chunks] == [0, 1, 4]
     assert task.next_seq == 5
-    assert task.missed == 2
+    assert task.course.shown.missed == 2
 
 
 def test_kept_chunks_are_bounded() -> None:
     settings = RouterSettings(shown_events=10, shown_bytes=1024)
-    task = TaskMachine(deadline=1_000, settings=settings)
+    task = Task(deadline=1_000, settings=settings)
     task.handle(Journaled(), 0)
     task.handle(Chosen((A,)), 0)
     for seq in range(30):
         task.handle(Observed("a", "chunk", seq, 1, b"x" * 200), 1)
-    assert [seq for seq, _ in task.shown] == [25, 26, 27, 28, 29]
-    assert task.shown_bytes == 1_000
+    assert [seq for seq, _ in task.course.shown.chunks] == [25, 26, 27, 28, 29]
+    assert task.course.shown.size_bytes == 1_000
 
 
-def restored(node: str | None = "a", next_seq: int = 0, deadline: int = 10_000) -> TaskMachine:
-    return TaskMachine.restore(
-        deadline=deadline, settings=SETTINGS, node=node, attempt=1, next_seq=next_seq, now=0
-    )
+def restored(node: str | None = "a", next_seq: int = 0, deadline: int = 10_000) -> GuardedMachine:
+    entry = journaled(node, attempt=1, next_seq=next_seq, deadline=deadline)
+    return Task.restore(entry, settings=SETTINGS, now=0)
 
 
 def test_a_restored_task_takes_what_its_node_said_meanwhile() -> None:
@@ -342,7 +354,7 @@ def test_a_restored_task_that_nobody_had_is_routed() -> None:
 
 def test_a_restored_stream_stays_with_its_node_or_is_lost_with_it() -> None:
     task = restored(next_seq=4)
-    assert task.handle(Tick(), SETTINGS.settle_ms) == []
+    assert task.handle(Tick(), SETTINGS.settle_ms) == [CheckNode("a")]
     assert task.wake_at == 10_000
     end = end_of(task.handle(NodeGone("a", "offline"), 2_000))
     assert isinstance(end.error, NodeLost)

@@ -10,8 +10,10 @@ from router.upkeep import Upkeep
 
 def upkeep_of(**parts: Any) -> Upkeep:
     """An upkeep of which only some parts are there."""
-    needed = ("session", "fleet", "meaning", "steering", "dispatcher", "replies", "ledger")
-    return Upkeep(**dict.fromkeys((*needed, "settings", "clock")) | parts)  # type: ignore[arg-type]  # parts that are not used
+    needed = ("session", "fleet", "meaning", "steering", "dispatcher", "reception", "replies")
+    peers = SimpleNamespace(wake_all=lambda _: None, look_for_silent=lambda _: None)
+    others = {"peers": peers, **dict.fromkeys((*needed, "ledger", "events", "settings", "clock"))}
+    return Upkeep(**others | parts)  # type: ignore[arg-type]  # parts that are not used
 
 
 def test_a_clock_that_is_set_makes_no_node_silent() -> None:

@@ -96,6 +96,10 @@ class LlamaBackend:
             ids = [model.bos, *ids]
         return ids
 
+    def tokenize(self, text: str) -> list[int]:
+        """Cut a text into tokens, without marks around it and without special ones in it."""
+        return self._model.tokenize(text, False)
+
     def sampler(self, prompt: Prompt) -> Sampler:
         """Make the sampler of an answer."""
         return self._samplers.make(prompt)

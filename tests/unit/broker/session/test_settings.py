@@ -64,3 +64,12 @@ def test_unknown_settings_and_impossible_pairs_are_refused(tmp_path):
         SessionSettings(urls=(), client_id="a")
     with pytest.raises(ValidationError):
         SessionSettings(urls=("mqtt://h",), client_id="a/b")
+
+
+def test_the_brokers_of_a_cluster_stand_in_one_setting() -> None:
+    urls = BrokerUrl.parse_all("mqtt://user:a,b@one:1, mqtts://two,mqtt://three:3")
+    assert [str(url) for url in urls] == ["mqtt://one:1", "mqtts://two:8883", "mqtt://three:3"]
+    assert urls[0].password is not None
+    assert urls[0].password.get_secret_value() == "a,b"
+    with pytest.raises(ConfigurationError, match="http"):
+        BrokerUrl.parse_all("mqtt://one,http://two")

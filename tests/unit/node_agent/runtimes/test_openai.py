@@ -1,6 +1,7 @@
 """The openai runtime without a server: options, bodies, and answers put together."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -8,7 +9,7 @@ from capability_schemas.errors import ConfigurationError, ExecutionFailed, Inval
 from node_agent.runtimes.base import Request, RuntimeContext
 from node_agent.runtimes.openai import OpenAIRuntime, is_inside, request_body
 from node_agent.runtimes.openai_stream import ChatAnswer, EventStream, Garbage, vectors
-from support.calls import spec_of
+from support.calls import request, spec_of
 
 RUNTIME = OpenAIRuntime(RuntimeContext())
 LOCAL = "http://127.0.0.1:11434/v1"
@@ -322,3 +323,16 @@ def test_numbers_beyond_all_numbers_are_garbage():
     answer = ChatAnswer(tools=False, parse=False)
     answer.add({"usage": {"prompt_tokens": -3}, "choices": [{"finish_reason": "stop"}]})
     assert answer.final(prefill_ms=0, decode_ms=0).usage["input_tokens"] == 0
+
+
+def test_a_text_that_was_shown_is_the_beginning_of_the_answer() -> None:
+    spec = spec_of("openai", model="m", options={"base_url": "http://127.0.0.1:1/v1"})
+    runtime = OpenAIRuntime(RuntimeContext())
+    asked = replace(request(runtime, spec, text="how hot?"), shown="It is ")
+    body = request_body(asked)
+    assert body["messages"][-1] == {"role": "assistant", "content": "It is "}
+    assert body["continue_final_message"] is True
+    answer = ChatAnswer(tools=False, parse=False, shown="It is ")
+    said = answer.add({"choices": [{"delta": {"content": "40 C"}, "finish_reason": "stop"}]})
+    assert said == "40 C"
+    assert answer.final(prefill_ms=1, decode_ms=1).output == "It is 40 C"

@@ -32,6 +32,9 @@ class Model:
     def encode(self, prompt):
         return [ord(c) for c in prompt.messages[0]["content"]]
 
+    def tokenize(self, text):
+        return [ord(c) for c in text]
+
     def sampler(self, prompt):
         self.samplers += 1
         return Letters(self)
@@ -356,3 +359,36 @@ def test_a_file_that_is_missing_while_a_prompt_is_made_ends_that_call_only():
     work(scheduler, bad, good)
     assert isinstance(bad.end, FileNotFoundError)
     assert good.text == "z"
+
+
+def test_what_was_shown_is_confirmed_many_tokens_at_a_time_and_not_handed_out():
+    model, scheduler = make(sequences=1)
+    call = Call("say: a", shown="bcdefghijk")
+    work(scheduler, call)
+    assert call.text == "lmnopqrstuvwxyz"
+    assert call.end.output_tokens == len("bcdefghijklmnopqrstuvwxyz") + 1
+    assert max(len(batch) for batch in model.batches) >= 8
+    assert model.memory[0] == [ord(c) for c in "say: abcdefghijklmnopqrstuvwxyz"]
+
+
+def test_what_the_model_would_not_say_is_said_for_it():
+    model, scheduler = make(sequences=1)
+    call = Call("say: a", shown="bxy")
+    work(scheduler, call)
+    assert call.text == "z"
+    assert model.memory[0] == [ord(c) for c in "say: abxyz"]
+
+
+def test_two_answers_are_said_again_beside_each_other():
+    _, scheduler = make(sequences=2)
+    calls = [Call("say: a", shown="bcdef"), Call("talk: m", shown="nop"), Call("go: s")]
+    work(scheduler, *calls)
+    assert [call.text for call in calls] == ["ghijklmnopqrstuvwxyz", "qrstuvwxyz", "tuvwxyz"]
+
+
+def test_an_answer_under_a_grammar_that_comes_out_differently_ends_with_an_error():
+    _, scheduler = make(sequences=1)
+    call = Call("say: a", shown="bxy", schema={"type": "string"})
+    work(scheduler, call)
+    assert isinstance(call.end, InvocationError)
+    assert "say again" in call.end.message

@@ -1,0 +1,153 @@
+"""A router with nodes that are lost in mid-answer, or slow."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capability_schemas.capability import CatalogRecord, ModelInfo
+from capability_schemas.ids import now_ms
+from capability_schemas.invocation import Invocation
+from capability_schemas.topics import TopicKind, Topics
+from router.intake import Arrival, Intake
+from support.capabilities import make_record
+from support.scripted_mesh import QUICK, Mesh, ScriptedNode, admit, answer
+
+
+@pytest.fixture
+async def mesh(tmp_path: Path, topics: Topics) -> AsyncIterator[Mesh]:
+    async with AsyncExitStack() as stack:
+        mesh = Mesh(stack, tmp_path, topics)
+        await mesh.start_client()
+        await mesh.start_router()
+        yield mesh
+        await mesh.stop_router()
+
+
+def record(mesh: Mesh, node: str, **more: Any) -> CatalogRecord:
+    model = ModelInfo(name="m", digest="sha256:1")
+    return make_record(mesh.words, node, continues="prefix", model=model, **more)
+
+
+def begin(node: ScriptedNode, invocation: Invocation) -> None:
+    node.report(invocation, "admitted")
+    node.reply(invocation, event="chunk", seq=0, data="hel")
+    node.reply(invocation, event="chunk", seq=1, data="lo ")
+
+
+def go_on(node: ScriptedNode, invocation: Invocation) -> None:
+    assert invocation.continuation is not None
+    assert invocation.continuation.shown == ("hello ",)
+    node.report(invocation, "admitted")
+    node.reply(invocation, event="chunk", seq=invocation.seq, data="world")
+    node.reply(invocation, event="result", seq=invocation.seq + 1, output="hello world")
+
+
+def numbered(mesh: Mesh, task: str) -> list[tuple[str, int]]:
+    kinds = {"chunk", "result", "error"}
+    return [(event["event"], event["seq"]) for event in mesh.of(task) if event["event"] in kinds]
+
+
+async def two_nodes(mesh: Mesh) -> list[ScriptedNode]:
+    """Start two nodes of which whoever is asked first only begins."""
+
+    def behave(node: ScriptedNode, invocation: Invocation) -> None:
+        (begin if invocation.continuation is None else go_on)(node, invocation)
+
+    names = ("edge-1", "edge-2")
+    return [await mesh.node(name, behave, record(mesh, name)) for name in names]
+
+
+def first_of(nodes: list[ScriptedNode]) -> ScriptedNode:
+    return next(node for node in nodes if node.invocations)
+
+
+async def test_another_node_goes_on_where_the_lost_one_was(mesh: Mesh, eventually: Any) -> None:
+    nodes = await two_nodes(mesh)
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: mesh.kinds("t").count("chunk") == 2)
+    first_of(nodes).be("offline")
+    await eventually(lambda: mesh.final("t"))
+    assert numbered(mesh, "t") == [("chunk", 0), ("chunk", 1), ("chunk", 2), ("result", 3)]
+    assert mesh.kinds("t").count("routed") == 2
+    attempts = [event["attempt"] for event in mesh.of("t") if event["event"] == "routed"]
+    assert attempts == [1, 2]
+    assert mesh.router.stats.continued == 1
+
+
+async def test_a_router_that_was_restarted_knows_what_was_shown(
+    mesh: Mesh, eventually: Any
+) -> None:
+    nodes = await two_nodes(mesh)
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: mesh.kinds("t").count("chunk") == 2)
+    await mesh.stop_router()
+    first_of(nodes).be("offline")
+    await mesh.start_router()
+    await eventually(lambda: mesh.final("t"))
+    assert numbered(mesh, "t") == [("chunk", 0), ("chunk", 1), ("chunk", 2), ("result", 3)]
+    assert mesh.of("t")[-1]["output"] == "hello world"
+
+
+async def test_a_node_that_comes_back_is_passed_over(mesh: Mesh, eventually: Any) -> None:
+    nodes = await two_nodes(mesh)
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: mesh.kinds("t").count("chunk") == 2)
+    lost = first_of(nodes)
+    lost.be("offline")
+    await eventually(lambda: mesh.final("t"))
+    lost.reply(lost.invocations[0], event="chunk", seq=2, data="twice")
+    lost.reply(lost.invocations[0], event="result", seq=3, output="twice")
+    await mesh.broker.settle()
+    assert mesh.router.stats.ended == {"result": 1}
+    assert ("cancel", "superseded") in [(one["verb"], one["reason"]) for one in lost.orders]
+
+
+async def test_a_slow_node_is_overtaken_by_another_one(mesh: Mesh, eventually: Any) -> None:
+    await mesh.stop_router()
+    settings = QUICK.model_copy(update={"hedge_share": 1.0, "hedge_samples": 5})
+    router = await mesh.start_router(settings)
+    nodes: list[ScriptedNode] = []
+    slow = [False]
+
+    def behave(node: ScriptedNode, invocation: Invocation) -> None:
+        if invocation.hold:
+            node.report(invocation, "admitted")
+            node.report(invocation, "held", output="hello world")
+            return
+        (admit if slow[0] else answer)(node, invocation)
+
+    for name in ("edge-1", "edge-2"):
+        made = make_record(mesh.words, name, idempotent=True)
+        nodes.append(await mesh.node(name, behave, made))
+    for number in range(6):
+        mesh.submit(id=f"quick-{number}", function="echo")
+        await eventually(lambda number=number: mesh.final(f"quick-{number}"))
+    slow[0] = True
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: mesh.final("t"))
+    assert numbered(mesh, "t") == [("result", 0)]
+    final = mesh.final("t")
+    assert final is not None
+    assert (final["output"], final["attempt"]) == ("hello world", 2)
+    holder = next(node for node in nodes if node.invocations[-1].attempt == 1)
+    assert "overtaken" in [order["reason"] for order in holder.orders]
+    assert router.stats.hedged >= 1
+
+
+async def test_one_task_taken_twice_at_the_same_moment_runs_once(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node = await mesh.node("edge-1", answer)
+    intake = Intake(topics=mesh.topics, limit_bytes=100_000)
+    topic = mesh.topics.build(TopicKind.TASK, client="pump-7")
+    read = intake.read(topic, b'{"id": "t", "function": "echo"}', now_ms())
+    assert isinstance(read, Arrival)
+    mesh.router.dispatcher.take(read)
+    mesh.router.dispatcher.take(read)
+    await eventually(lambda: mesh.final("t"))
+    assert mesh.kinds("t").count("result") == 1
+    assert len(node.invocations) == 1
+    await eventually(lambda: len(mesh.router.dispatcher) == 0)

@@ -1,0 +1,386 @@
+"""Two routers over one broker in memory: each task is one router's, whatever is killed."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capability_schemas.topics import TopicKind, Topics
+from router.ownership import rank
+from support.capabilities import make_record
+from support.scripted_mesh import QUICK, Mesh, ScriptedNode, admit, answer, begin, say_nothing
+
+SETTINGS = QUICK.model_copy(update={"takeover_ms": 400, "router_heartbeat_s": 0.1})
+PATIENT = SETTINGS.model_copy(update={"takeover_ms": 60_000})
+ROUTERS = ("router-1", "router-2")
+
+
+def owned_by(router: str, count: int = 1, routers: tuple[str, ...] = ROUTERS) -> list[str]:
+    """Return ids of tasks that belong to a router."""
+    names = (f"{router}-{number}" for number in range(10_000))
+    mine = (name for name in names if rank(f"pump-7/{name}", routers)[0] == router)
+    return [next(mine) for _ in range(count)]
+
+
+@pytest.fixture
+async def mesh(tmp_path: Path, topics: Topics) -> AsyncIterator[Mesh]:
+    async with AsyncExitStack() as stack:
+        mesh = Mesh(stack, tmp_path, topics)
+        await mesh.start_client()
+        yield mesh
+        for name in tuple(mesh.routers):
+            await mesh.stop_router(name)
+
+
+async def start_both(mesh: Mesh, eventually: Any, settings: Any = SETTINGS) -> None:
+    for name in ROUTERS:
+        await mesh.start_router(settings, name=name)
+    await know_each_other(mesh, eventually)
+
+
+async def know_each_other(mesh: Mesh, eventually: Any) -> None:
+    for name in ROUTERS:
+        router = mesh.routers[name]
+        await eventually(lambda router=router: len(router.book.order("x")) == 2)
+        await eventually(lambda router=router: router.reception.caught_up)
+
+
+def finals(mesh: Mesh, task: str) -> list[dict[str, Any]]:
+    return [event for event in mesh.of(task) if event["event"] in {"result", "error"}]
+
+
+def ended_once(mesh: Mesh, task: str) -> bool:
+    """Whether a task has ended, its numbers run without a gap and nothing was shown twice."""
+    numbers = [event["seq"] for event in mesh.of(task) if event["event"] == "chunk"]
+    last = finals(mesh, task)
+    return len(last) == 1 and [*numbers, last[0]["seq"]] == list(range(len(numbers) + 1))
+
+
+def sources(mesh: Mesh, task: str) -> set[str]:
+    return {
+        topic.rpartition("/")[2]
+        for topic, event in mesh.events
+        if event["task"] == task and event["event"] == "accepted"
+    }
+
+
+async def test_each_task_is_taken_by_the_router_it_belongs_to(mesh: Mesh, eventually: Any) -> None:
+    node = await mesh.node("edge-1")
+    await start_both(mesh, eventually)
+    for router in ROUTERS:
+        for task in owned_by(router, 5):
+            mesh.submit(id=task, function="echo")
+            await eventually(lambda task=task: mesh.final(task))
+            assert sources(mesh, task) == {router}
+            assert ended_once(mesh, task)
+    await mesh.broker.settle()
+    assert len(node.invocations) == 10
+    for name in ROUTERS:
+        assert mesh.routers[name].stats.accepted == 5
+        await eventually(lambda name=name: len(mesh.routers[name].reception.shadows) == 0)
+
+
+async def test_tasks_without_an_id_are_taken_once(mesh: Mesh, eventually: Any) -> None:
+    node = await mesh.node("edge-1")
+    await start_both(mesh, eventually)
+    for number in range(20):
+        mesh.send(f"echo this text {number % 4}".encode())  # the same words are another task
+    await eventually(lambda: sum(event["event"] == "result" for _, event in mesh.events) == 20)
+    await mesh.broker.settle()
+    assert len(node.invocations) == 20
+    assert len({invocation.task for invocation in node.invocations}) == 20
+    for name in ROUTERS:
+        await eventually(lambda name=name: len(mesh.routers[name].reception.shadows) == 0)
+
+
+async def test_what_is_wrong_with_a_task_is_said_once(mesh: Mesh, eventually: Any) -> None:
+    await start_both(mesh, eventually)
+    for router in ROUTERS:
+        (task,) = owned_by(router)
+        mesh.submit(id=task, text="x", colour="red")
+        await eventually(lambda task=task: mesh.final(task))
+    mesh.send(b'{"colour": "red"}')
+    await eventually(lambda: len(mesh.events) == 3)
+    for name in ROUTERS:
+        await eventually(lambda name=name: len(mesh.routers[name].reception.shadows) == 0)
+    await mesh.broker.settle()
+    assert [event["code"] for _, event in mesh.events] == ["invalid_task"] * 3
+
+
+async def test_a_task_of_a_router_that_says_nothing_is_taken_by_the_next(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node = await mesh.node("edge-1")
+    await start_both(mesh, eventually)
+    mesh.broker.hold("router-1")  # cut off, its will is out: nobody waits for it
+    (task,) = owned_by("router-1")
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: mesh.final(task))
+    assert sources(mesh, task) == {"router-2"}
+    mesh.broker.release("router-1")
+    await eventually(lambda: len(mesh.routers["router-2"].book.order("x")) == 2)
+    await eventually(lambda: mesh.routers["router-1"].reception.caught_up)
+    await mesh.broker.settle()
+    assert ended_once(mesh, task)
+    assert len(node.invocations) == 1
+
+
+@pytest.mark.parametrize("behaviour", [say_nothing, admit, begin])
+async def test_a_killed_routers_task_goes_on_with_the_other(
+    mesh: Mesh, eventually: Any, behaviour: Any
+) -> None:
+    node = await mesh.node("edge-1", behaviour)
+    await start_both(mesh, eventually, PATIENT)
+    (task,) = owned_by("router-1")
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: node.invocations)
+    await mesh.broker.settle()
+    node.behaviour = answer
+    await mesh.kill_router("router-1")
+    if behaviour is begin:  # the node goes on: nobody has told it otherwise
+        await eventually(lambda: "router-2" in sources(mesh, task))
+        first = node.invocations[0]
+        node.reply(first, event="chunk", seq=1, data="lo")
+        node.reply(first, event="result", seq=2, output="hello", node="edge-1")
+    await eventually(lambda: mesh.final(task))
+    await mesh.broker.settle()
+    assert ended_once(mesh, task)
+    assert mesh.routers["router-2"].stats.taken_over == 1
+    attempts = [invocation.attempt for invocation in node.invocations]
+    assert attempts == ([1] if behaviour is begin else [1, 101])
+
+
+async def test_the_other_router_goes_on_with_what_was_shown_when_the_node_is_lost_too(
+    mesh: Mesh, eventually: Any
+) -> None:
+    first = await mesh.node("edge-1", begin, make_record(mesh.words, "edge-1", continues="skip"))
+    await start_both(mesh, eventually, PATIENT)
+    (task,) = owned_by("router-1")
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: first.invocations)
+    await mesh.broker.settle()
+    second = await mesh.node("edge-2", admit, make_record(mesh.words, "edge-2", continues="skip"))
+    await mesh.kill_router("router-1")
+    await eventually(lambda: "router-2" in sources(mesh, task))
+    first.be("offline")
+    await eventually(lambda: second.invocations)
+    invocation = second.invocations[0]
+    assert (invocation.attempt, invocation.seq) == (101, 1)
+    assert invocation.continuation is not None
+    assert invocation.continuation.shown == ("hel",)
+    second.reply(invocation, event="chunk", seq=1, data="lo")
+    second.reply(invocation, event="result", seq=2, output="hello", node="edge-2")
+    await eventually(lambda: mesh.final(task))
+    await mesh.broker.settle()
+    assert ended_once(mesh, task)
+
+
+async def test_a_router_whose_will_is_lost_is_missed_by_its_heartbeats(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node = await mesh.node("edge-1", admit)
+    for name in ROUTERS:
+        await mesh.start_router(PATIENT, name=name, will=False)
+    await eventually(lambda: len(mesh.routers["router-2"].book.order("x")) == 2)
+    (task,) = owned_by("router-1")
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: node.invocations)
+    node.behaviour = answer
+    await mesh.kill_router("router-1")
+    await eventually(lambda: mesh.final(task), timeout_s=30)
+    assert ended_once(mesh, task)
+
+
+async def test_a_restarted_router_leaves_its_task_to_the_one_that_took_it_over(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node = await mesh.node("edge-1", admit)
+    await start_both(mesh, eventually, PATIENT)
+    (task,) = owned_by("router-1")
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: node.invocations)
+    await mesh.kill_router("router-1")
+    await eventually(lambda: len(node.invocations) == 2)
+    await mesh.start_router(PATIENT, name="router-1", epoch=2)
+    again = mesh.routers["router-1"]
+    await eventually(lambda: again.stats.given_up == 1)
+    node.reply(node.invocations[1], event="result", seq=0, output="done", node="edge-1")
+    await eventually(lambda: mesh.final(task))
+    await mesh.broker.settle()
+    assert ended_once(mesh, task)
+    assert [invocation.attempt for invocation in node.invocations] == [1, 101]
+    assert all(order["attempt"] < 101 for order in node.orders)
+    mesh.submit(id=task, function="echo")  # the first owner knows the outcome, too
+    await eventually(lambda: len(finals(mesh, task)) == 2)
+    await mesh.broker.settle()
+    assert len(finals(mesh, task)) == 2
+    assert len(node.invocations) == 2
+
+
+async def test_a_restarted_router_learns_how_its_task_ended(mesh: Mesh, eventually: Any) -> None:
+    node = await mesh.node("edge-1", admit)
+    await start_both(mesh, eventually, PATIENT)
+    (task,) = owned_by("router-1")
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: node.invocations)
+    await mesh.broker.settle()
+    node.behaviour = answer
+    await mesh.kill_router("router-1")
+    await eventually(lambda: mesh.final(task))
+    mesh.broker.forget_absent()  # nor does the broker tell it
+    again = await mesh.start_router(PATIENT, name="router-1", epoch=2)
+    await eventually(lambda: len(again.dispatcher) == 0)
+    await mesh.broker.settle()
+    assert ended_once(mesh, task)
+    assert len(node.invocations) == 2
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: len(finals(mesh, task)) == 2)
+    await mesh.broker.settle()
+    assert len(node.invocations) == 2
+
+
+async def test_a_router_hears_what_waited_for_it_before_it_takes_a_task_over(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node = await mesh.node("edge-1")
+    await start_both(mesh, eventually, PATIENT)
+    await mesh.kill_router("router-2")  # the broker keeps its session
+    tasks = [*owned_by("router-1", 3), *owned_by("router-2", 3)]
+    for task in tasks:
+        mesh.submit(id=task, function="echo")
+        await eventually(lambda task=task: mesh.final(task))
+    await mesh.broker.settle()
+    await mesh.kill_router("router-1")
+    late = await mesh.start_router(PATIENT, name="router-2", epoch=2)
+    await eventually(lambda: late.reception.caught_up)
+    mesh.submit(id="after", function="echo")
+    await eventually(lambda: mesh.final("after"))
+    await mesh.broker.settle()
+    assert all(ended_once(mesh, task) for task in tasks)
+    assert len(node.invocations) == len(tasks) + 1
+
+
+async def test_an_id_is_known_to_the_router_that_is_left(mesh: Mesh, eventually: Any) -> None:
+    node = await mesh.node("edge-1")
+    await start_both(mesh, eventually)
+    (task,) = owned_by("router-1")
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: mesh.final(task))
+    await mesh.broker.settle()
+    await mesh.kill_router("router-1")
+    await mesh.stop_router("router-2")
+    await mesh.start_router(SETTINGS, name="router-2", epoch=2)  # from the journal
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: len(finals(mesh, task)) == 2)
+    await mesh.broker.settle()
+    assert len(node.invocations) == 1
+    assert finals(mesh, task)[0] == finals(mesh, task)[1]
+
+
+async def test_an_id_is_known_to_a_router_that_came_later(mesh: Mesh, eventually: Any) -> None:
+    node = await mesh.node("edge-1")
+    await mesh.start_router(SETTINGS, name="router-1")
+    await eventually(lambda: mesh.router.reception.caught_up)
+    (task,) = owned_by("router-2")
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: mesh.final(task))
+    later = await mesh.start_router(SETTINGS, name="router-2")
+    await eventually(lambda: mesh.router.book.order(f"pump-7/{task}")[0] == "router-2")
+    await eventually(lambda: later.reception.caught_up)
+    node.behaviour = say_nothing
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: len(finals(mesh, task)) == 2)
+    await mesh.broker.settle()
+    assert finals(mesh, task)[0] == finals(mesh, task)[1]
+    assert len(later.dispatcher) == 0
+    assert all(order["reason"] == "superseded" for order in node.orders)
+
+
+async def test_of_two_routers_that_did_not_see_each_other_one_keeps_the_task(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node = await mesh.node("edge-1", admit)
+    await start_both(mesh, eventually, PATIENT)
+    (task,) = owned_by("router-1")
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: node.invocations)
+    mesh.broker.hold("router-1")  # it lives on and thinks the task its own
+    await eventually(lambda: len(node.invocations) == 2)
+    mesh.broker.release("router-1")
+    await eventually(lambda: mesh.routers["router-1"].stats.given_up == 1)
+    assert len(mesh.routers["router-1"].dispatcher) == 0
+    late = node.invocations[1]
+    assert late.attempt == 101
+    assert late.router == "router-2"
+    node.reply(late, event="result", seq=0, output="done", node="edge-1")
+    await eventually(lambda: mesh.final(task))
+    await mesh.broker.settle()
+    assert ended_once(mesh, task)
+    assert len(node.invocations) == 2
+
+
+async def test_a_cancellation_reaches_whoever_takes_the_task_over(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node = await mesh.node("edge-1", admit)
+    await start_both(mesh, eventually, PATIENT)
+    (task,) = owned_by("router-1")
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: node.invocations)
+    await mesh.broker.settle()
+    mesh.broker.hold("router-1")
+    mesh.tell(TopicKind.CANCEL, task=task)
+    await eventually(lambda: mesh.final(task))
+    final = mesh.final(task)
+    assert final is not None
+    assert final["code"] == "cancelled"
+    assert ended_once(mesh, task)
+
+
+async def test_a_node_cannot_pass_for_a_router(mesh: Mesh, eventually: Any) -> None:
+    node = await mesh.node("edge-1", admit)
+    await start_both(mesh, eventually, PATIENT)
+    (task,) = owned_by("router-1")
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: node.invocations)
+    invocation = node.invocations[0]
+    node.reply(invocation, event="accepted", router="edge-1", deadline=9, attempt=201)
+    await mesh.broker.settle()
+    assert mesh.routers["router-1"].stats.given_up == 0
+    answer(node, invocation)
+    await eventually(lambda: mesh.final(task))
+    assert ended_once(mesh, task)
+
+
+async def test_routers_are_listed(mesh: Mesh, eventually: Any) -> None:
+    await start_both(mesh, eventually)
+    output = (await mesh.admin(eventually, "routers"))["output"]
+    assert [(row["router"], row["live"]) for row in output["routers"]] == [
+        ("router-1", True),
+        ("router-2", True),
+    ]
+
+
+async def test_every_task_ends_once_while_routers_come_and_go(mesh: Mesh, eventually: Any) -> None:
+    nodes: list[ScriptedNode] = [await mesh.node(name) for name in ("edge-1", "edge-2")]
+    await start_both(mesh, eventually, PATIENT)
+    tasks: list[str] = []
+    for turn in range(6):
+        victim = ROUTERS[turn % 2]
+        await know_each_other(mesh, eventually)
+        for number in range(10):
+            tasks.append(f"turn-{turn}-{number}")
+            mesh.submit(id=tasks[-1], function="echo", stream=False)
+        await mesh.kill_router(victim)
+        for number in range(10):
+            tasks.append(f"turn-{turn}-b-{number}")
+            mesh.submit(id=tasks[-1], function="echo", stream=False)
+        await mesh.start_router(PATIENT, name=victim, epoch=turn + 2)
+    for task in tasks:
+        await eventually(lambda task=task: mesh.final(task), timeout_s=30)
+    await mesh.broker.settle()
+    assert [task for task in tasks if len(finals(mesh, task)) != 1] == []
+    assert all(mesh.final(task)["event"] == "result" for task in tasks)  # type: ignore[index]
+    assert sum(len(node.invocations) for node in nodes) >= len(tasks)
