@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from capability_schemas.ids import Identifier
+from capability_schemas.passport import Passport
 from capability_schemas.wire import MAX_COUNT, Count, WireModel, WirePart
 
 Presence = Literal["birth", "draining", "sleeping", "offline"]
@@ -26,6 +27,8 @@ class NodeState(WireModel):
         agent: Version of the node agent.
         load_interval_s: How often load is sent; three missed mean the node is gone.
         wake_at: When a sleeping node returns, UTC milliseconds.
+        passport: Whose key signs its claims and results; shown with every birth, by those who have
+            one.
     """
 
     node: Identifier
@@ -36,16 +39,21 @@ class NodeState(WireModel):
     agent: str | None = None
     load_interval_s: Annotated[float, Field(gt=0)] | None = None
     wake_at: int | None = None
+    passport: Passport | None = None
 
 
 class RouterState(WireModel):
-    """Whether a router takes part; fields as in ``NodeState``."""
+    """Whether a router takes part; fields as in ``NodeState``.
+
+    Its passport is how nodes learn whose key signs their invocations.
+    """
 
     router: Identifier
     state: Presence
     epoch: Count
     at: int
     reason: str = ""
+    passport: Passport | None = None
 
 
 class FunctionLoad(WirePart):

@@ -8,12 +8,11 @@ from typing import Any, Final, Protocol, assert_never
 
 import structlog
 
-from broker.session.base import Session
+from broker.audit import Tally
 from capability_schemas.errors import FoamError, Overloaded
-from capability_schemas.invocation import Control, Report
+from capability_schemas.invocation import Report
 from capability_schemas.reply import Accepted
 from capability_schemas.task import FunctionRef, decode_task
-from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode
 from router.cascade import DraftRoom
 from router.catalogue import Fleet
@@ -43,7 +42,9 @@ from router.machine import Phase, TaskMachine
 from router.meaning import Query
 from router.messages import make_final, make_invocation, make_routed
 from router.observation import Observation
+from router.orders import OrderDesk
 from router.patience import ReportPatience
+from router.quota import Quotas
 from router.replies import Key, Outcome, ReplyDesk
 from router.routing import TaskRouting, Wanted
 from router.settings import RouterSettings
@@ -52,6 +53,7 @@ from router.statistics import RouterStats
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _LIVE_RETRY_MS: Final = 1_000
 _IDLE_ALARMS: Final = 1_000
+_REFUSALS: Final = ("policy_denied", "unauthorized", "overloaded", "too_large")
 
 
 class Spawn(Protocol):
@@ -60,6 +62,13 @@ class Spawn(Protocol):
     def __call__(self, coro: Coroutine[Any, Any, None], *, name: str) -> object:
         """Run it."""
         ...
+
+
+def note_refusal(tally: Tally, client: str, code: str | None, error: FoamError | None) -> None:
+    """Count a task that was refused for want of rights or quota; other ends pass."""
+    if code in _REFUSALS:
+        message = error.message if error is not None else ""
+        tally.note("task_refused", actor=client, subject=code, message=message)
 
 
 @dataclass(eq=False, slots=True)
@@ -93,8 +102,7 @@ class Dispatcher:
     """All live tasks of a router. Owned by its event loop; nothing awaits between check and act.
 
     Args:
-        session: Connection to the mesh.
-        topics: Topic grammar of the site.
+        orders: Tells nodes what to do.
         ledger: Journal.
         fleet: Nodes and records.
         routing: Finds candidates.
@@ -102,6 +110,8 @@ class Dispatcher:
         stats: Counters.
         router_id: This router.
         settings: Limits and time limits.
+        quotas: What each client may have.
+        refusals: Counts what policy forbids, for the audit trail.
         clock: UTC milliseconds.
         spawn: Runs background work in the router's life cycle.
     """
@@ -109,8 +119,7 @@ class Dispatcher:
     def __init__(
         self,
         *,
-        session: Session,
-        topics: Topics,
+        orders: OrderDesk,
         ledger: Ledger,
         fleet: Fleet,
         routing: TaskRouting,
@@ -118,11 +127,12 @@ class Dispatcher:
         stats: RouterStats,
         router_id: str,
         settings: RouterSettings,
+        quotas: Quotas,
+        refusals: Tally,
         clock: Callable[[], int],
         spawn: Spawn,
     ) -> None:
-        self._session = session
-        self._topics = topics
+        self._orders = orders
         self._ledger = ledger
         self._fleet = fleet
         self._routing = routing
@@ -130,6 +140,8 @@ class Dispatcher:
         self._stats = stats
         self._router_id = router_id
         self._settings = settings
+        self._quotas = quotas
+        self._refusals = refusals
         self._clock = clock
         self._spawn = spawn
         self._patience = ReportPatience(base_ms=settings.report_timeout_ms)
@@ -156,13 +168,15 @@ class Dispatcher:
         """Take a task whose key is not live.
 
         Raises:
-            Overloaded: As many tasks are live as may be.
+            Overloaded: As many tasks are live as may be, or the client has had its share.
+            TooLarge: The client may not send tasks of this size.
         """
         if len(self._live) >= self._settings.live_limit:
             raise Overloaded(
                 f"{len(self._live)} tasks are live, the limit of this router",
                 retry_after_ms=_LIVE_RETRY_MS,
             )
+        self._quotas.admit(arrival.client, arrival.size_bytes)
         machine = TaskMachine(
             deadline=arrival.deadline,
             settings=self._settings,
@@ -228,6 +242,7 @@ class Dispatcher:
             )
             live = LiveTask(arrival, machine, noted_seq=entry.next_seq)
             self._live[arrival.key] = live
+            self._quotas.restore(arrival.client)
             self._hold(live, entry.node)
             self._set_alarm(live)
 
@@ -286,6 +301,7 @@ class Dispatcher:
             self._feed(live, Journaled())
             return
         del self._live[arrival.key]
+        self._quotas.refund(arrival.client, arrival.size_bytes)
         self._stats.repeated += 1
         if known.terminal is not None:
             self._replies.repeat(known.reply, [known.terminal])
@@ -377,16 +393,14 @@ class Dispatcher:
         # The journal hears of it when the session has written: nobody waits for that.
         asyncio.get_running_loop().call_soon(self._note_route, live, action)
         try:
-            self._session.post(
-                self._topics.build(TopicKind.INVOKE, node=choice.node),
-                encode(
-                    make_invocation(
-                        arrival,
-                        action,
-                        policy=self._routing.policy(live.wanted),
-                        router=self._router_id,
-                        now=now,
-                    )
+            self._orders.invoke(
+                choice.node,
+                make_invocation(
+                    arrival,
+                    action,
+                    policy=self._routing.policy(live.wanted),
+                    router=self._router_id,
+                    now=now,
                 ),
             )
         except FoamError as error:
@@ -420,17 +434,14 @@ class Dispatcher:
         self._note_explanation(live)
 
     def _cancel_node(self, live: LiveTask, action: CancelNode) -> None:
-        order = Control(
-            verb="cancel",
-            task=live.arrival.task_id,
-            client=live.arrival.client,
-            attempt=action.attempt,
-            reason=action.reason,
-            sender=self._router_id,
-        )
         try:
-            self._session.post(
-                self._topics.build(TopicKind.CONTROL, node=action.node), encode(order)
+            self._orders.control(
+                action.node,
+                "cancel",
+                task=live.arrival.task_id,
+                client=live.arrival.client,
+                attempt=action.attempt,
+                reason=action.reason,
             )
         except FoamError as error:
             _log.warning("control.dropped", node=action.node, error=error.message)
@@ -438,6 +449,7 @@ class Dispatcher:
     def _finish(self, live: LiveTask, end: End) -> None:
         arrival, now = live.arrival, self._clock()
         self._live.pop(arrival.key, None)
+        self._quotas.end(arrival.client)
         self._hold(live, None)
         if not end.journaled:
             self._stats.refused[end.code or ""] += 1
@@ -446,6 +458,7 @@ class Dispatcher:
             return
         self._note_explanation(live)
         self._stats.ended[end.code or "result"] += 1
+        note_refusal(self._refusals, arrival.client, end.code, end.error)
         self._stats.missed_chunks += live.machine.missed
         outcome = Outcome(
             key=arrival.key,

@@ -27,6 +27,8 @@ class Arrival:
         received_at: UTC milliseconds.
         deadline: Absolute, UTC milliseconds.
         function: The function addressed by name, if any.
+        size_bytes: Size of the task as received.
+        named: Whether the client chose the id.
     """
 
     client: str
@@ -36,6 +38,8 @@ class Arrival:
     received_at: int
     deadline: int
     function: FunctionRef | None
+    size_bytes: int = 0
+    named: bool = True
 
     @property
     def key(self) -> tuple[str, str]:
@@ -115,6 +119,8 @@ class Intake:
             received_at=now,
             deadline=now + task.timeout_ms,
             function=function,
+            size_bytes=len(payload),
+            named=bool(task.id),
         )
 
     def refuse(self, topic: str, payload: bytes, error: FoamError, now: int) -> Refusal:

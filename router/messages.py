@@ -41,6 +41,7 @@ def make_invocation(
         session=task.session,
         policy=None if policy == TaskPolicy() else policy,
         cascade=action.cascade,
+        proof=task.proof,
         trace=task.trace,
         sent_at=now,
     )

@@ -9,28 +9,34 @@ from typing import Final
 
 import structlog
 
+from broker.access.policy import Role
+from broker.audit import AuditVoice
 from broker.events import EventSource
 from broker.lifecycle import Service
 from broker.session.base import Handler, Message, Session, Will
-from capability_schemas.admin import ADMIN_LIMIT_BYTES, AdminRequest, decode_admin_request
-from capability_schemas.capability import CatalogRecord
-from capability_schemas.errors import FoamError, Overloaded, ProtocolError
+from capability_schemas.errors import FoamError, Overloaded, ProtocolError, TooLarge
 from capability_schemas.ids import now_ms
 from capability_schemas.invocation import UNSURE_LIMIT_BYTES, Report
-from capability_schemas.node import NodeLoad, NodeState, Presence, RouterState
-from capability_schemas.reply import ErrorEvent, Result
-from capability_schemas.task import CancelRequest, ResumeRequest, peek_task_id
+from capability_schemas.node import Presence, RouterState
+from capability_schemas.passport import Passport, PassportBook
+from capability_schemas.provenance import Signer
+from capability_schemas.task import CancelRequest, ResumeRequest
 from capability_schemas.topics import TopicKind, Topics
-from capability_schemas.wire import DEFAULT_LIMIT_BYTES, Model, decode, encode
+from capability_schemas.wire import DEFAULT_LIMIT_BYTES, encode
 from registry.search import CapabilitySearch
 from router.admin import AdminDesk
+from router.administration import AdminLine
 from router.breaker import Breakers
 from router.catalogue import Fleet
-from router.dispatch import Dispatcher
+from router.dispatch import Dispatcher, note_refusal
 from router.intake import Arrival, Intake, Refusal
 from router.ledger import Ledger
 from router.meaning import EncoderFactory, Meaning, QueryEncoder
+from router.news import FRAME_LIMIT_BYTES, FleetNews, Frames
 from router.observation import ReplyReader
+from router.orders import OrderDesk
+from router.people import People
+from router.quota import QuotaFile, Quotas
 from router.replies import Outcome, ReplyDesk
 from router.reputation import Reputation
 from router.routing import TaskRouting
@@ -41,9 +47,10 @@ from router.steering import SteeringDesk
 from router.upkeep import Upkeep
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
-_CONTROL_LIMIT_BYTES: Final = 64 * 1024
-_REPORT_LIMIT_BYTES: Final = UNSURE_LIMIT_BYTES + _CONTROL_LIMIT_BYTES
+_REPORT_LIMIT_BYTES: Final = UNSURE_LIMIT_BYTES + FRAME_LIMIT_BYTES
 _OVERFLOW_RETRY_MS: Final = 1_000
+_LOOK_UPS: Final = 32
+"""Refused tasks at a time that may be repetitions: of more nobody looks in the journal."""
 
 
 def router_will(topics: Topics, router_id: str, *, epoch: int, at: int) -> Will:
@@ -57,7 +64,7 @@ def router_will(topics: Topics, router_id: str, *, epoch: int, at: int) -> Will:
     """
     return Will(
         topic=topics.build(TopicKind.ROUTER_STATE, router=router_id),
-        payload=_state(router_id, "offline", epoch, at, "connection lost"),
+        payload=_state(router_id, "offline", epoch, at, "connection lost", None),
     )
 
 
@@ -82,6 +89,10 @@ class RouterService(Service):
         background: Builds indexes; ``search`` was made with it. None: they are built at once.
         index_folder: Where the index is kept over restarts; None: nowhere.
         chance: Randomness of exploration; None: no exploration.
+        signer: Signs what nodes are told, and is shown with the router's state; None: unsigned.
+        book: Passports of administrators; None where no registry of the site is known.
+        unsigned_admin: Whether the broker's word will do for who administrates.
+        quotas: The file of quotas, loaded by its owner; None: the defaults hold.
         epoch: Start of this process, UTC milliseconds; now when omitted.
         clock: UTC milliseconds.
     """
@@ -101,6 +112,10 @@ class RouterService(Service):
         background: Executor | None = None,
         index_folder: Path | None = None,
         chance: random.Random | None = None,
+        signer: Signer | None = None,
+        book: PassportBook | None = None,
+        unsigned_admin: bool = True,
+        quotas: QuotaFile | None = None,
         epoch: int | None = None,
         clock: Callable[[], int] = now_ms,
     ) -> None:
@@ -113,6 +128,8 @@ class RouterService(Service):
         self._clock = clock
         self._epoch = clock() if epoch is None else epoch
         self._presence: Presence = "birth"
+        self._signer = signer
+        self._people = People(topics=topics, book=book)
         self.stats = RouterStats()
         self.fleet = Fleet(
             heartbeat_s=self._settings.heartbeat_s,
@@ -135,6 +152,7 @@ class RouterService(Service):
             breakers=breakers,
             rules=rules,
             chance=chance,
+            tenant_of=self._people.tenant,
         )
         self._intake = Intake(topics=topics, limit_bytes=self._settings.task_limit_bytes)
         self._reader = ReplyReader(
@@ -147,9 +165,21 @@ class RouterService(Service):
             recent_bytes=self._settings.recent_bytes,
             clock=clock,
         )
-        self.dispatcher = Dispatcher(
+        orders = OrderDesk(
             session=session,
             topics=topics,
+            fleet=self.fleet,
+            router_id=router_id,
+            signer=signer,
+            clock=clock,
+        )
+        events = EventSource(
+            session=session, topics=topics, source=router_id, component="router", clock=clock
+        )
+        self._audit = AuditVoice(emit=events.emit, epoch=self._epoch, clock=clock)
+        self._quotas = Quotas(file=quotas, role_of=self._role_of)
+        self.dispatcher = Dispatcher(
+            orders=orders,
             ledger=ledger,
             fleet=self.fleet,
             routing=self.routing,
@@ -157,6 +187,8 @@ class RouterService(Service):
             stats=self.stats,
             router_id=router_id,
             settings=self._settings,
+            quotas=self._quotas,
+            refusals=self._audit.tally,
             clock=clock,
             spawn=self.spawn,
         )
@@ -167,24 +199,37 @@ class RouterService(Service):
             reputation=reputation,
             breakers=breakers,
             ledger=ledger,
-            events=EventSource(
-                session=session, topics=topics, source=router_id, component="router", clock=clock
-            ),
+            events=events,
             rules=rules,
             default=self._settings.weights,
             spawn=self.spawn,
             clock=clock,
         )
-        self._admin = AdminDesk(
-            session=session,
-            topics=topics,
+        desk = AdminDesk(
+            orders=orders,
             fleet=self.fleet,
             meaning=self._meaning,
             dispatcher=self.dispatcher,
             ledger=ledger,
             stats=self.stats,
             steering=self._steering,
+            quotas=self._quotas,
             router_id=router_id,
+            clock=clock,
+        )
+        self._admin = AdminLine(
+            desk=desk,
+            people=self._people,
+            book=book,
+            unsigned=unsigned_admin,
+            since=self._epoch,
+            events=events,
+            replies=self._replies,
+            stats=self.stats,
+            audit=self._audit,
+            topics=topics,
+            router_id=router_id,
+            spawn=self.spawn,
             clock=clock,
         )
         self._upkeep = Upkeep(
@@ -198,6 +243,16 @@ class RouterService(Service):
             settings=self._settings,
             clock=clock,
         )
+        self._frames = Frames(topics, self.stats)
+        self._news = FleetNews(
+            frames=self._frames,
+            fleet=self.fleet,
+            meaning=self._meaning,
+            upkeep=self._upkeep,
+            gone=self.dispatcher.node_gone,
+            clock=clock,
+        )
+        self._look_ups = asyncio.Semaphore(_LOOK_UPS)
         self._listening = False
         self._ready = asyncio.Event()
         self._forget_connection: Callable[[], None] | None = None
@@ -218,6 +273,8 @@ class RouterService(Service):
         self.spawn(self._upkeep.sweep(), name="sweep")
         self.spawn(self._upkeep.calibrate(), name="calibrate")
         self.spawn(self._upkeep.embed_records(), name="embed")
+        self.spawn(self._audit.keep_telling(), name="audit")
+        self.spawn(self._quotas.follow(self._audit), name="quotas")
         for entry in untold:
             if entry.terminal is not None:
                 telling = self._replies.tell(entry.key, entry.reply, entry.terminal)
@@ -237,6 +294,7 @@ class RouterService(Service):
         self._session.announce(self._state_topic, self._birth)
         self._session.retract(self._state_topic)
         self.dispatcher.note_progress()
+        self._audit.tell()
         try:
             await self._steering.save()
         except Overloaded as error:
@@ -249,8 +307,13 @@ class RouterService(Service):
     def _state_topic(self) -> str:
         return self._topics.build(TopicKind.ROUTER_STATE, router=self._router_id)
 
+    def show_passport(self) -> None:
+        """Say again who the router is: its passport has been renewed."""
+        self._session.announce(self._state_topic, self._birth)
+
     def _birth(self) -> bytes:
-        return _state(self._router_id, self._presence, self._epoch, self._clock(), "")
+        passport = self._signer.passport if self._signer is not None else None
+        return _state(self._router_id, self._presence, self._epoch, self._clock(), "", passport)
 
     def _on_connection(self, up: bool) -> None:
         if up:
@@ -268,12 +331,17 @@ class RouterService(Service):
         self._listening = True
         own = self._router_id
         filters: list[tuple[str, Handler, int]] = [
-            (self._topics.filter(TopicKind.CATALOG), self._on_catalog, 1),
-            (self._topics.filter(TopicKind.NODE_STATE), self._on_node_state, 1),
-            (self._topics.filter(TopicKind.NODE_LOAD), self._on_node_load, 0),
+            (self._topics.filter(TopicKind.CATALOG), self._news.on_catalog, 1),
+            (self._topics.filter(TopicKind.NODE_STATE), self._news.on_node_state, 1),
+            (self._topics.filter(TopicKind.NODE_LOAD), self._news.on_node_load, 0),
+            (self._topics.filter(TopicKind.TRUST), self._on_trust, 1),
             (self._topics.filter(TopicKind.REPORT, router=own), self._on_report, 1),
             (self._topics.filter(TopicKind.REPLY), self._on_reply, 1),
-            (self._topics.filter(TopicKind.ADMIN, target=own), self._fresh(self._on_admin), 1),
+            (
+                self._topics.filter(TopicKind.ADMIN, target=own),
+                self._fresh(self._admin.on_message),
+                1,
+            ),
             (self._topics.filter(TopicKind.CANCEL), self._fresh(self._on_cancel), 1),
             (self._topics.filter(TopicKind.RESUME), self._fresh(self._on_resume), 1),
             (self._topics.filter(TopicKind.TASK), self._fresh(self._on_task), 1),
@@ -323,12 +391,22 @@ class RouterService(Service):
         if await self._answer_known(read):
             return
         if isinstance(read, Refusal):
-            self._refuse(read.reply, read.task_id, read.error)
+            self._refuse(read, read.error)
             return
         try:
             self.dispatcher.take(read)
-        except Overloaded as error:
-            self._refuse(read.reply, read.task_id, error)
+        except (Overloaded, TooLarge) as error:
+            if self._look_ups.locked() or not read.named:
+                self._refuse(read, error)
+            else:
+                self.spawn(self._refuse_unless_known(read, error), name="refuse")
+
+    async def _refuse_unless_known(self, read: Arrival, error: FoamError) -> None:
+        """Refuse a task, unless it is no new one; the others do not wait for the look."""
+        async with self._look_ups:
+            known = await self._answer_journaled(read)
+        if not known and self.dispatcher.live(read.key) is None:
+            self._refuse(read, error)
 
     async def _answer_known(self, read: Arrival | Refusal) -> bool:
         """Answer a repeated id; tell whether it was one. Runs nothing.
@@ -341,9 +419,14 @@ class RouterService(Service):
             self.stats.repeated += 1
             self.dispatcher.accept_again(live)
             return True
-        outcome = self._replies.recall(read.key)
-        if outcome is None and isinstance(read, Refusal) and read.named:
-            outcome = await self._look_up(read.key)
+        return self._repeat(self._replies.recall(read.key)) or (
+            isinstance(read, Refusal) and await self._answer_journaled(read)
+        )
+
+    async def _answer_journaled(self, read: Arrival | Refusal) -> bool:
+        return read.named and self._repeat(await self._look_up(read.key))
+
+    def _repeat(self, outcome: Outcome | None) -> bool:
         if outcome is None:
             return False
         self.stats.repeated += 1
@@ -358,9 +441,10 @@ class RouterService(Service):
             return None
         return Outcome.of(entry) if entry is not None else None
 
-    def _refuse(self, reply: str, task_id: str, error: FoamError) -> None:
+    def _refuse(self, read: Arrival | Refusal, error: FoamError) -> None:
         self.stats.refused[error.code.value] += 1
-        self._replies.refuse(reply, task_id, error)
+        note_refusal(self._audit.tally, read.client, error.code.value, error)
+        self._replies.refuse(read.reply, read.task_id, error)
 
     def _on_task_overflow(self, message: Message) -> None:
         if message.retain:
@@ -373,18 +457,18 @@ class RouterService(Service):
             return
         if refusal.named and self.dispatcher.live(refusal.key) is not None:
             return  # a repetition: the task itself is safe
-        self._refuse(refusal.reply, refusal.task_id, refusal.error)
+        self._refuse(refusal, refusal.error)
 
     async def _on_cancel(self, message: Message) -> None:
-        client = self._level(message, "client")
-        request = self._read(CancelRequest, message)
+        client = self._frames.level(message, "client")
+        request = self._frames.read(CancelRequest, message)
         if client is not None and request is not None:
             self.dispatcher.cancel((client, request.task))
 
     async def _on_resume(self, message: Message) -> None:
         """Repeat what the client missed; a task not known (yet) is passed over."""
-        client = self._level(message, "client")
-        request = self._read(ResumeRequest, message)
+        client = self._frames.level(message, "client")
+        request = self._frames.read(ResumeRequest, message)
         if client is None or request is None:
             return
         key = (client, request.task)
@@ -405,8 +489,8 @@ class RouterService(Service):
             self.dispatcher.observe(observation)
 
     async def _on_report(self, message: Message) -> None:
-        node = self._level(message, "node")
-        report = self._read(Report, message, limit_bytes=_REPORT_LIMIT_BYTES)
+        node = self._frames.level(message, "node")
+        report = self._frames.read(Report, message, limit_bytes=_REPORT_LIMIT_BYTES)
         if report is None:
             return
         if report.node != node:
@@ -414,106 +498,21 @@ class RouterService(Service):
             return
         self.dispatcher.report(report)
 
-    async def _on_node_state(self, message: Message) -> None:
-        self._upkeep.heard()
-        node = self._level(message, "node")
-        if node is None:
-            return
-        if not message.payload:
-            if self.fleet.forget_state(node):
-                self.dispatcher.node_gone(node, "the node was removed")
-            return
-        state = self._read(NodeState, message)
-        if state is None or state.node != node:
-            return
-        lost = self.fleet.hear_state(state, self._clock())
-        if lost is not None:
-            self.dispatcher.node_gone(node, lost)
+    async def _on_trust(self, message: Message) -> None:
+        self._upkeep.heard()  # whose a client is has to be known before its task goes anywhere
+        await self._people.hear(message)
 
-    async def _on_node_load(self, message: Message) -> None:
-        node = self._level(message, "node")
-        load = self._read(NodeLoad, message)
-        if load is None or load.node != node:
-            return
-        lost = self.fleet.hear_load(load, self._clock())
-        if lost is not None:
-            self.dispatcher.node_gone(load.node, lost)
-
-    async def _on_catalog(self, message: Message) -> None:
-        self._upkeep.heard()
-        node, function = self._level(message, "node"), self._level(message, "function")
-        if node is None or function is None:
-            return
-        key = (node, function)
-        if not message.payload:
-            if self.fleet.withdraw(key):
-                self._meaning.remove(key)
-                self._upkeep.catalogue_changed()
-            return
-        record = self._read(CatalogRecord, message, limit_bytes=DEFAULT_LIMIT_BYTES)
-        if record is None or record.key != key:
-            return
-        if self.fleet.admit(record):
-            if self._meaning.upsert(record):
-                self.fleet.lighten(key)
-            self._upkeep.catalogue_changed()
-
-    # ---- administration
-
-    async def _on_admin(self, message: Message) -> None:
-        client = self._level(message, "client")
-        if client is None:
-            return
-        try:
-            request = decode_admin_request(message.payload)
-        except ProtocolError as error:
-            self.stats.dropped["decode"] += 1
-            task = peek_task_id(message.payload[:ADMIN_LIMIT_BYTES])
-            if task is not None:
-                self._replies.refuse(self._intake.reply_topic(client, task), task, error)
-            return
-        self.spawn(self._administer(client, request), name="admin")
-
-    async def _administer(self, client: str, request: AdminRequest) -> None:
-        reply = self._intake.reply_topic(client, request.id)
-        now = self._clock()
-        try:
-            output = await self._admin.answer(request)
-        except FoamError as error:
-            self._replies.say(reply, ErrorEvent.from_error(error, task=request.id, at=now))
-            return
-        except Exception as error:  # noqa: BLE001  # supervision boundary: one request
-            _log.error("admin.failed", verb=request.verb, exc_info=error)
-            failure = FoamError(f"the verb {request.verb} failed in the router")
-            self._replies.say(reply, ErrorEvent.from_error(failure, task=request.id, at=now))
-            return
-        self._replies.say(
-            reply,
-            Result(task=request.id, at=self._clock(), seq=0, output=output, node=self._router_id),
+    def _role_of(self, client: str) -> Role:
+        return self._people.role(client) or (
+            Role.NODE if client in self.fleet.nodes else Role.DEVICE
         )
-        _log.info("admin.answered", client=client, verb=request.verb)
-
-    # ---- frames
-
-    def _level(self, message: Message, name: str) -> str | None:
-        """Return a level of the topic; None, counted, when the topic is not of the grammar."""
-        try:
-            return self._topics.parse(message.topic).levels[name]
-        except ProtocolError:
-            self.stats.dropped["topic"] += 1
-            return None
-
-    def _read(
-        self, model: type[Model], message: Message, *, limit_bytes: int = _CONTROL_LIMIT_BYTES
-    ) -> Model | None:
-        """Decode a frame; None, counted, when it is bad."""
-        try:
-            return decode(model, message.payload, limit_bytes=limit_bytes)
-        except ProtocolError as error:
-            self.stats.dropped["decode"] += 1
-            _log.debug("frame.dropped", topic=message.topic, reason=error.message)
-            return None
 
 
-def _state(router_id: str, presence: Presence, epoch: int, at: int, reason: str) -> bytes:
-    return encode(RouterState(router=router_id, state=presence, epoch=epoch, at=at, reason=reason))
+def _state(
+    router_id: str, presence: Presence, epoch: int, at: int, reason: str, passport: Passport | None
+) -> bytes:
+    return encode(
+        RouterState(
+            router=router_id, state=presence, epoch=epoch, at=at, reason=reason, passport=passport
+        )
+    )

@@ -138,7 +138,7 @@ class Mesh:
             self.topics.filter(TopicKind.REPLY, client=name), self._on_reply
         )
 
-    async def start_router(self, settings: RouterSettings = QUICK) -> RouterService:
+    async def start_router(self, settings: RouterSettings = QUICK, **more: Any) -> RouterService:
         life = self._router_life = AsyncExitStack()
         ledger = await life.enter_async_context(
             Ledger(path=self.path / "router.sqlite", limit_bytes=settings.ledger_bytes)
@@ -158,6 +158,7 @@ class Mesh:
             ledger=ledger,
             router_id="router-1",
             settings=settings,
+            **more,
         )
         await self.router.listen()
         await life.enter_async_context(session)
