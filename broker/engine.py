@@ -9,16 +9,17 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import sys
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final, Literal, Protocol, Self
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from broker import guard
 from broker.access.credentials import CredentialStore
@@ -36,6 +37,26 @@ _PROBE_CONNECT: Final = b"\x10\x16\x00\x04MQTT\x04\x02\x00\x05\x00\x0afoam-probe
 _CONNACK: Final = 0x20
 
 
+class WebSocketListener(BaseModel):
+    """A listener for MQTT over WebSocket, at the path ``/mqtt``.
+
+    Attributes:
+        host: Address to listen on.
+        port: TCP port; 0 takes a free one.
+        secure: With TLS (``wss``), with the certificate of the TLS listener.
+        origins: Origins (``https://host:port``) of web pages that may connect beside those of the
+            same host and port; ``*``: all. Embedded broker only: Mosquitto and NATS, as we run
+            them, ask no page where it comes from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=0, ge=0, le=65535)
+    secure: bool = False
+    origins: tuple[str, ...] = ()
+
+
 class EngineSettings(BaseModel):
     """How to run a broker.
 
@@ -50,7 +71,15 @@ class EngineSettings(BaseModel):
         session_expiry_s: How long a client that is away keeps its session, seconds.
         connect_timeout_s: How long a connection may take to send its CONNECT, seconds; embedded
             broker only, others have limits of their own.
+        connection_limit: Most connections at once, those included that are not logged on yet;
+            embedded broker only, as the next one.
+        address_limit: Most of them from one address. When either is reached, whoever has connected
+            without a CONNECT so far makes room, the oldest first.
         tls: A second listener, with TLS; the first one is for this machine alone then.
+        websocket: A further listener, for MQTT over WebSocket.
+        access: How Mosquitto learns of rights: ``dynamic`` by the commands of its dynamic security
+            plugin, ``static`` by files; None takes the plugin where it is installed, unless the
+            site has more than 1,000 identities.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,7 +92,17 @@ class EngineSettings(BaseModel):
     queue_limit: int = Field(default=20_000, ge=1)
     session_expiry_s: int = Field(default=24 * 3600, ge=1)
     connect_timeout_s: float = Field(default=5.0, gt=0)
+    connection_limit: int = Field(default=4096, ge=1)
+    address_limit: int = Field(default=2048, ge=1)
     tls: TlsListener | None = None
+    websocket: WebSocketListener | None = None
+    access: Literal["static", "dynamic"] | None = None
+
+    @model_validator(mode="after")
+    def _secure_with_papers(self) -> "EngineSettings":
+        if self.websocket is not None and self.websocket.secure and self.tls is None:
+            raise ValueError("a secure websocket listener needs the certificate of tls: give both")
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,12 +117,16 @@ class BrokerTraits:
             not after a fixed time.
         survives_restart: Sessions and retained messages outlive the process.
         refuses_forbidden_filter: SUBACK says 0x80 for a filter outside the access table.
-        binds_client_id: Nodes, routers and registries cannot connect under another client id, and
-            nobody can take over the session of another identity.
+        binds_client_id: Nodes, routers and registries that come with a password cannot connect
+            under another client id.
+        guards_sessions: Nobody can take over the session of another identity.
         revokes_at_once: Connections of a removed identity are cut on reload.
         limits_packets: Enforces ``packet_limit_bytes``; otherwise every receiver has to.
         tls: Can listen with TLS.
+        websocket: Can listen for MQTT over WebSocket.
         certificates: Takes the identity from a client's certificate; others want a password.
+        cuts_certificates: Connections made with a certificate are cut on reload when it no longer
+            counts; otherwise they stay, without any rights.
     """
 
     mqtt5: bool
@@ -93,10 +136,13 @@ class BrokerTraits:
     survives_restart: bool
     refuses_forbidden_filter: bool
     binds_client_id: bool
+    guards_sessions: bool
     revokes_at_once: bool
     limits_packets: bool
     tls: bool
+    websocket: bool
     certificates: bool
+    cuts_certificates: bool
 
 
 class BrokerEngine(Protocol):
@@ -112,6 +158,16 @@ class BrokerEngine(Protocol):
     @property
     def tls_port(self) -> int:
         """TCP port of the listener with TLS, 0 where there is none."""
+        ...
+
+    @property
+    def members_port(self) -> int:
+        """TCP port where certificates are taken, 0 where they are not."""
+        ...
+
+    @property
+    def websocket_port(self) -> int:
+        """TCP port of the listener for WebSocket, 0 where there is none."""
         ...
 
     async def reload_access(self) -> None:
@@ -135,6 +191,10 @@ class BrokerEngine(Protocol):
     ) -> None:
         """Stop it."""
         ...
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def find_binary(name: str) -> Path | None:
@@ -170,14 +230,24 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-async def speaks_mqtt(host: str, port: int) -> bool:
+async def speaks_mqtt(host: str, port: int, *, tls: bool = False) -> bool:
     """Tell whether something on a port answers an MQTT CONNECT, be it with a refusal.
 
     Cancellation is safe.
+
+    Args:
+        host: Its address.
+        port: The port.
+        tls: Whether to ask with TLS, whoever answers: nothing is said but a name of ours.
     """
+    context = None
+    if tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
     try:
         async with asyncio.timeout(2.0):
-            reader, writer = await asyncio.open_connection(host, port)
+            reader, writer = await asyncio.open_connection(host, port, ssl=context)
             try:
                 writer.write(_PROBE_CONNECT)
                 answer = await reader.readexactly(1)
@@ -300,6 +370,8 @@ class ChildEngine:
 
     name = "broker"
     traits: BrokerTraits
+    certificates_apart = False
+    """Whether it takes certificates on a port of their own."""
 
     def __init__(
         self, *, settings: EngineSettings, credentials: CredentialStore, topics: Topics
@@ -309,6 +381,8 @@ class ChildEngine:
         self.topics = topics
         self._port = 0
         self._tls_port = 0
+        self._members_port = 0
+        self._websocket_port = 0
         self._child = BrokerProcess(name=self.name, log_path=settings.data_dir / f"{self.name}.log")
 
     @property
@@ -320,8 +394,7 @@ class ChildEngine:
         """
         if not self._port:
             raise BrokerUnavailable(f"the {self.name} broker is not running")
-        host = self.settings.host
-        return f"mqtt://[{host}]:{self._port}" if ":" in host else f"mqtt://{host}:{self._port}"
+        return f"mqtt://{_bracketed(self.settings.host)}:{self._port}"
 
     @property
     def port(self) -> int:
@@ -332,6 +405,16 @@ class ChildEngine:
     def tls_port(self) -> int:
         """TCP port of the listener with TLS, 0 where there is none."""
         return self._tls_port
+
+    @property
+    def members_port(self) -> int:
+        """TCP port where certificates are taken, 0 where they are not."""
+        return self._members_port or (self._tls_port if self.traits.certificates else 0)
+
+    @property
+    def websocket_port(self) -> int:
+        """TCP port of the listener for WebSocket, 0 where there is none."""
+        return self._websocket_port
 
     @property
     def pid(self) -> int:
@@ -373,16 +456,9 @@ class ChildEngine:
         if self._port or self._child.is_running:
             raise RuntimeError(f"{type(self).__name__} is entered already")
         self.settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if self.settings.port:
-            check_port(self.settings.host, self.settings.port)
-        tls = self.settings.tls
-        if tls is not None:
-            if not self.traits.tls:
-                raise ConfigurationError(
-                    f"the {self.name} broker is not run with TLS by FOAM: use embedded or mosquitto"
-                )
-            if tls.port:
-                check_port(tls.host, tls.port)
+        for host, port in self._wanted_ports():
+            if port:
+                check_port(host, port)
         self.credentials.refresh()
         try:
             async with asyncio.timeout(_READY_TIMEOUT_S):
@@ -410,6 +486,16 @@ class ChildEngine:
         await self._child.stop()
         _log.info("broker.stopped", broker=self.name)
 
+    def _wanted_ports(self) -> Iterator[tuple[str, int]]:
+        """Name every address it will listen on; port 0 for a free one."""
+        settings, tls = self.settings, self.settings.tls
+        yield settings.host, settings.port
+        if tls is not None:
+            yield tls.host, tls.port
+            yield tls.host, tls.members_port if self.certificates_apart else 0
+        if settings.websocket is not None:
+            yield settings.websocket.host, settings.websocket.port
+
     @abstractmethod
     async def _launch(self) -> int:
         """Start the child and return its port once it answers."""
@@ -428,10 +514,15 @@ class ForeignEngine(ChildEngine):
             port = self.settings.port or free_port(self.settings.host)
             tls = self.settings.tls
             self._tls_port = 0 if tls is None else tls.port or free_port(tls.host)
+            self._members_port = 0
+            if tls is not None and tls.crl_file is not None and self.certificates_apart:
+                self._members_port = tls.members_port or free_port(tls.host)
+            ws = self.settings.websocket
+            self._websocket_port = 0 if ws is None else ws.port or free_port(ws.host)
             self._write_access()
             await self._child.start(self._command(port))
             while self._child.is_running:
-                if await speaks_mqtt(self.settings.host, port) and self._child.is_running:
+                if await self._answers(port) and self._child.is_running:
                     return port
                 await asyncio.sleep(0.02)
             taken = "in use" in self._child.last_words()
@@ -441,6 +532,9 @@ class ForeignEngine(ChildEngine):
             f"the {self.name} broker ended with status {self._child.process.returncode}: "
             f"{self._child.last_words()}"
         )
+
+    async def _answers(self, port: int) -> bool:
+        return await speaks_mqtt(self.settings.host, port)
 
     @abstractmethod
     def _command(self, port: int) -> list[str]:

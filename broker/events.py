@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
-from broker.session.base import Session
 from capability_schemas.admin import CloudEvent
 from capability_schemas.errors import BrokerUnavailable, Overloaded
 from capability_schemas.ids import new_uuid7
@@ -14,6 +13,14 @@ from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
+
+class Posts(Protocol):
+    """Publishes, as a session does."""
+
+    def post(self, topic: str, payload: bytes) -> None:
+        """Publish; raises ``Overloaded`` or ``BrokerUnavailable`` when there is no room."""
+        ...
 
 
 class EventSource:
@@ -30,7 +37,7 @@ class EventSource:
     def __init__(
         self,
         *,
-        session: Session,
+        session: Posts,
         topics: Topics,
         source: str,
         component: str,

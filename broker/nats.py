@@ -3,10 +3,14 @@
 Only a generated configuration. nats-server cannot check the verifiers of the credential store, so
 the plain passwords of the identities that may connect are handed in and stand in a file of mode
 0600 beside the configuration. MQTT 3.1.1, QoS 0 and 1.
+
+It has one MQTT listener. With TLS that one is the TLS listener, and the members of this machine use
+it too (``url`` is ``mqtts://`` then). Identities are passwords: it could map certificates to users,
+but then every client needs one.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 from broker.access.compilers import nats_users
@@ -19,7 +23,9 @@ from broker.engine import (
     find_binary,
     free_port,
     guarded,
+    speaks_mqtt,
 )
+from broker.tls import TlsListener
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.topics import Topics
 
@@ -48,10 +54,13 @@ class NatsBroker(ForeignEngine):
         survives_restart=True,
         refuses_forbidden_filter=True,
         binds_client_id=False,
+        guards_sessions=False,
         revokes_at_once=True,
         limits_packets=False,
-        tls=False,
+        tls=True,
+        websocket=True,
         certificates=False,
+        cuts_certificates=False,
     )
 
     def __init__(
@@ -69,6 +78,31 @@ class NatsBroker(ForeignEngine):
     def available() -> bool:
         """Whether the binary is on this machine."""
         return find_binary("nats-server") is not None
+
+    @property
+    def url(self) -> str:
+        """``mqtt://host:port`` of the running broker; with TLS ``mqtts``, on its only port.
+
+        Raises:
+            BrokerUnavailable: It is not running.
+        """
+        plain, tls = super().url, self.settings.tls
+        if tls is None:
+            return plain
+        host = _own_address(tls.host)
+        return f"mqtts://{f'[{host}]' if ':' in host else host}:{self._tls_port}"
+
+    def _wanted_ports(self) -> Iterator[tuple[str, int]]:
+        wanted = super()._wanted_ports()
+        if self.settings.tls is not None:
+            next(wanted)  # there is no listener without TLS then
+        yield from wanted
+
+    async def _answers(self, port: int) -> bool:
+        tls = self.settings.tls
+        if tls is None:
+            return await super()._answers(port)
+        return await speaks_mqtt(_own_address(tls.host), self._tls_port, tls=True)
 
     def _write_access(self) -> None:
         users = nats_users(
@@ -88,7 +122,7 @@ class NatsBroker(ForeignEngine):
         return guarded(binary, "-c", str(path))
 
     def _configuration(self, port: int) -> str:
-        settings = self.settings
+        settings, tls = self.settings, self.settings.tls
 
         def quoted(host: str, number: int) -> str:
             return json.dumps(f"{host}:{number}")
@@ -99,11 +133,40 @@ class NatsBroker(ForeignEngine):
                 f"listen: {quoted(settings.host, free_port(settings.host))}",
                 f"jetstream {{ store_dir: {json.dumps(str(settings.data_dir / 'jetstream'))} }}",
                 "mqtt {",
-                f"  listen: {quoted(settings.host, port)}",
+                f"  listen: {quoted(settings.host, port)}"
+                if tls is None
+                else f"  listen: {quoted(tls.host, self._tls_port)}",
                 f"  max_ack_pending: {_MAX_ACK_PENDING}",
                 f'  ack_wait: "{_ACK_WAIT_S}s"',
+                *_papers(tls),
                 "}",
+                *self._websocket_lines(),
                 "authorization { include ./nats-users.conf }",
                 "",
             )
         )
+
+    def _websocket_lines(self) -> list[str]:
+        """Return the listener for WebSocket: MQTT is at its path ``/mqtt``."""
+        ws, tls = self.settings.websocket, self.settings.tls
+        if ws is None:
+            return []
+        papers = _papers(tls) if ws.secure else ["  no_tls: true"]
+        listen = json.dumps(f"{ws.host}:{self._websocket_port}")
+        return ["websocket {", f"  listen: {listen}", *papers, "}"]
+
+
+def _papers(tls: TlsListener | None) -> list[str]:
+    if tls is None:
+        return []
+    return [
+        "  tls {",
+        f"    cert_file: {json.dumps(str(tls.cert_file))}",
+        f"    key_file: {json.dumps(str(tls.key_file))}",
+        "  }",
+    ]
+
+
+def _own_address(host: str) -> str:
+    """Return where this machine reaches a listener of its own."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - every interface

@@ -35,6 +35,7 @@ from capability_schemas.errors import (
     ProtocolError,
 )
 from capability_schemas.ids import new_uuid7, now_ms
+from capability_schemas.provenance import Signer
 from capability_schemas.reply import ErrorEvent, ReplyEvent, Result, decode_reply
 from capability_schemas.task import ResumeRequest
 from capability_schemas.topics import TopicKind, Topics
@@ -326,6 +327,7 @@ async def call_admin(
     verb: str,
     args: dict[str, Any] | None = None,
     timeout_s: float = 10.0,
+    signer: Signer | None = None,
 ) -> Any:
     """Ask a router or registry to do something and wait for its answer.
 
@@ -335,6 +337,7 @@ async def call_admin(
         verb: What to do.
         args: Arguments of the verb, JSON.
         timeout_s: Time limit, seconds.
+        signer: Signs the request, where it has a passport to show; None: it goes unsigned.
 
     Returns:
         The ``output`` of its result event: JSON.
@@ -344,6 +347,15 @@ async def call_admin(
         FoamError: What the target answered; or the session cannot go on.
     """
     request = AdminRequest(id=new_uuid7(), verb=verb, args=args or {})
+    if signer is not None and signer.passport is not None:
+        named = {
+            "sender": signer.identity,
+            "client": inbox.client if inbox.client != signer.identity else None,
+            "target": target,
+            "sent_at": inbox.clock(),
+            "passport": signer.passport,
+        }
+        request = signer.sign(request.model_copy(update=named))
     deadline = inbox.clock() + round(timeout_s * 1000)
     topic = inbox.topics.build(TopicKind.ADMIN, target=target, client=inbox.client)
     async with inbox.open(request.id, deadline=deadline, grace_ms=0, resumable=False) as stream:

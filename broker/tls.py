@@ -48,6 +48,10 @@ class TlsListener(BaseModel):
         cert_file: Certificate of the broker, PEM, with what leads to its root.
         key_file: Its private key, PEM.
         ca_file: Authorities whose client certificates count, PEM.
+        members_port: Port of one more listener, for clients with certificates alone, on brokers
+            that take either passwords or certificates on a port (Mosquitto); 0 takes a free one.
+        crl_file: Revocation list of the authorities, PEM. Brokers that do not ask the store for
+            the serial number of a certificate (Mosquitto) take certificates only with one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +61,8 @@ class TlsListener(BaseModel):
     cert_file: Path
     key_file: Path
     ca_file: Path
+    members_port: int = Field(default=0, ge=0, le=65535)
+    crl_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +98,20 @@ def server_context(listener: TlsListener) -> ssl.SSLContext:
     return context
 
 
-class _TidySocket(ssl.SSLSocket):
-    """Closes itself when the handshake fails: paho forgets such a socket open.
+_HUNG_UP: Final = (
+    "the other side hung up in the TLS handshake: perhaps the port speaks no TLS (use mqtt:// or "
+    "ws://, or the port for TLS)"
+)
 
-    So does Python (up to 3.13) when the other side hangs up between connecting and wrapping.
+
+class _TidySocket(ssl.SSLSocket):
+    """A socket that remembers what broke it, and closes itself when the handshake fails.
+
+    For paho forgets such a socket open. So does Python (up to 3.13) when the other side hangs up
+    between connecting and wrapping.
     """
+
+    failure: ssl.SSLError | None = None
 
     def __del__(self) -> None:
         self.close()
@@ -104,8 +119,25 @@ class _TidySocket(ssl.SSLSocket):
     def do_handshake(self, block: bool = False) -> None:
         try:
             super().do_handshake(block)
+        except ssl.SSLError:
+            self.close()
+            raise
+        except ConnectionError as error:
+            self.close()
+            raise ConnectionResetError(_HUNG_UP) from error
         except OSError:
             self.close()
+            raise
+
+    def recv(self, size: int = 1024, flags: int = 0) -> bytes:
+        # With TLS 1.3 a broker says after the handshake that it does not take our certificate, and
+        # paho throws away what it says.
+        try:
+            return super().recv(size, flags)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError as error:
+            self.failure = error
             raise
 
 
@@ -167,6 +199,7 @@ _ALERTS: Final = {
     "BAD_CERTIFICATE": "the broker refuses our certificate: enroll again",
     "CERTIFICATE_REQUIRED": "the broker wants a certificate: enroll, or use another port",
     "WRONG_VERSION_NUMBER": "the port speaks no TLS: use mqtt://, or the port for mqtts://",
+    "UNEXPECTED_EOF": _HUNG_UP,
     "UNSUPPORTED_PROTOCOL": "the other side speaks old TLS only, at least 1.2 is needed",
     "PROTOCOL_VERSION": "the other side speaks old TLS only, at least 1.2 is needed",
     "HANDSHAKE_FAILURE": "no cipher that both sides accept, or no certificate where one is needed",
@@ -193,6 +226,16 @@ def explain(error: BaseException) -> str | None:
             return next(known, f"TLS failed: {seen.reason or seen}")
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def failure_of(connection: object) -> str | None:
+    """Say in a sentence what broke a connection made with ``client_context``; None: nothing did.
+
+    Args:
+        connection: Its socket.
+    """
+    failure = connection.failure if isinstance(connection, _TidySocket) else None
+    return None if failure is None else explain(failure)
 
 
 def _explain_verification(error: ssl.SSLCertVerificationError) -> str:

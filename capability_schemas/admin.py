@@ -6,7 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from capability_schemas.errors import InvalidTask, MalformedPayload
 from capability_schemas.ids import Identifier
-from capability_schemas.wire import WireModel, decode
+from capability_schemas.passport import Passport
+from capability_schemas.wire import Count, WireModel, decode
 
 ADMIN_LIMIT_BYTES: Final = 64 * 1024
 
@@ -18,11 +19,25 @@ class AdminRequest(WireModel):
         id: Chosen by the client; the task level of the reply topic.
         verb: What to do.
         args: Arguments of the verb.
+        sender: Who asks, when it signs.
+        client: Level ``{client}`` of the topic, where it is not the sender: at a broker whose
+            users have other names.
+        target: Who is asked.
+        sent_at: When it was sent, UTC milliseconds.
+        passport: Whose key signs it.
+        signature: Of the sender, Ed25519 over the canonical bytes. Optional: a target that trusts
+            its broker takes a request without. The ``id`` is what tells a repetition.
     """
 
     id: Identifier
     verb: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z_]{0,31}$")]
     args: dict[str, Any] = Field(default_factory=dict)
+    sender: Identifier | None = None
+    client: Identifier | None = None
+    target: Identifier | None = None
+    sent_at: Count | None = None
+    passport: Passport | None = None
+    signature: str | None = None
 
 
 def decode_admin_request(payload: bytes) -> AdminRequest:

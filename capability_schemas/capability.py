@@ -6,7 +6,7 @@ description and examples itself and publishes a ``CatalogRecord``, the only thin
 shape follows the Versioned Capability Vector of Federation of Agents (arXiv 2509.20175, section 3).
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, StringConstraints, field_validator
 from semantic_version import Version
@@ -26,6 +26,12 @@ so with another model, too.
 """
 
 Utterance = Annotated[str, StringConstraints(min_length=1, max_length=2_000)]
+
+
+EVERY_TENANT: Final = "*"
+"""Tenant of a node that serves all of them, and those who are of none."""
+
+Tenant = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9_-]{1,64}|\*)$")]
 
 
 def check_version(value: str) -> str:
@@ -94,12 +100,19 @@ class CapabilityPolicy(WirePart):
         data: Classes of data it may see.
         grants: Rights it holds.
         external: Whether it hands the task to a service outside the site.
+        tenant: Whom the node serves: members of this tenant alone; ``*`` for everybody; None for
+            those who are of no tenant.
     """
 
     zones: tuple[ShortText, ...] = ()
     data: tuple[DataClass, ...] = ("public", "internal", "private")
     grants: tuple[ShortText, ...] = ()
     external: bool = False
+    tenant: Tenant | None = None
+
+    def serves(self, tenant: str | None) -> bool:
+        """Tell whether a node of this policy serves members of a tenant; None: of no tenant."""
+        return self.tenant in {tenant, EVERY_TENANT}
 
 
 class ModelInfo(WirePart):

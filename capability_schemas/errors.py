@@ -11,7 +11,8 @@
     │   ├── TooLarge                                                 too_large
     │   └── BadSignature                                             unauthorized
     ├── AccessDenied          mend the rights                        unauthorized
-    │   └── PolicyDenied                                             policy_denied
+    │   ├── PolicyDenied                                             policy_denied
+    │   └── Repeated          nothing: it was obeyed already
     ├── NotFound              ask for something that exists          no_capable_node
     │   └── NoCapableNode
     ├── Unavailable           wait, then retry                       internal
@@ -135,6 +136,10 @@ class PolicyDenied(AccessDenied):
     """A node could do it, but no node may under the policy of the task."""
 
     code = ErrorCode.POLICY_DENIED
+
+
+class Repeated(AccessDenied):
+    """A signed request was seen before: obeyed then, and passed over now."""
 
 
 class NotFound(FoamError):

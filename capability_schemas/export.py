@@ -23,6 +23,7 @@ from capability_schemas.node import NodeLoad, NodeState, RouterState
 from capability_schemas.reply import ReplyEvent
 from capability_schemas.task import CancelRequest, ResumeRequest, Task
 from capability_schemas.topics import DEFAULT_PREFIX, DEFAULT_SITE, TOPICS, TopicSpec
+from capability_schemas.trust import Evidence, TrustState
 
 FOLDER: Final = Path(__file__).parent / "schemas"
 PROTOCOL_PAGE: Final = Path(__file__).parents[1] / "docs" / "protocol.md"
@@ -45,6 +46,8 @@ MESSAGES: Final[Mapping[str, type[BaseModel] | TypeAdapter[Any]]] = {
     "EnrollRequest": EnrollRequest,
     "EnrollReply": EnrollReply,
     "CloudEvent": CloudEvent,
+    "TrustState": TrustState,
+    "Evidence": Evidence,
 }
 """Every message with a JSON payload, by the name the topic table uses."""
 

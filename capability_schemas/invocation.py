@@ -7,7 +7,7 @@ from pydantic import Field
 from capability_schemas.ids import Identifier
 from capability_schemas.reply import CascadeStep, Usage
 from capability_schemas.task import Share, TaskPolicy
-from capability_schemas.wire import WireModel, WirePart
+from capability_schemas.wire import Count, WireModel, WirePart
 
 UNSURE_LIMIT_BYTES: Final = 256 * 1024
 """Largest answer that a node hands back as unsure or held. A larger unsure one goes to the client
@@ -49,6 +49,9 @@ class Invocation(WireModel):
         task: The task.
         client: Whose task it is.
         router: Who invokes, and hears the report.
+        node: Who shall run it; always named by a router that signs.
+        epoch: Which start of the node is meant (``NodeState.epoch``): another one has forgotten
+            what it ran, and refuses a signed invocation for an earlier one.
         attempt: From 1; a higher one supersedes every lower one.
         function: Function name on the node.
         version: Version the router chose.
@@ -68,14 +71,17 @@ class Invocation(WireModel):
             after it. Nothing of it may be shown again.
         hold: Whether the client is shown nothing: the answer goes to the router, in a report
             ``held``, because another node may answer first.
+        proof: Whether the result shall carry the node's passport.
         trace: W3C ``traceparent``.
         sent_at: When the router sent it, UTC milliseconds.
-        signature: Ed25519 over the canonical bytes.
+        signature: Of the router, Ed25519 over the canonical bytes.
     """
 
     task: Identifier
     client: Identifier
     router: Identifier
+    node: Identifier | None = None
+    epoch: Count | None = None
     attempt: Annotated[int, Field(ge=1)] = 1
     function: Identifier
     version: str
@@ -91,6 +97,7 @@ class Invocation(WireModel):
     cascade: Cascade | None = None
     continuation: Continuation | None = None
     hold: bool = False
+    proof: bool = False
     trace: str | None = None
     sent_at: int
     signature: str | None = None
@@ -106,7 +113,12 @@ class Control(WireModel):
         reason: Why: ``client``, ``deadline``, ``superseded``, ``overtaken`` (only if the client
             has been shown nothing: then the node gives it back by a report ``failed``), or
             words.
-        sender: Who orders.
+        sender: Who orders: a router or a registry.
+        node: Who shall obey; always named by a sender that signs.
+        epoch: Which start of the node is meant, as in an ``Invocation``; any when None.
+        sent_at: When it was sent, UTC milliseconds.
+        nonce: Different in every order of a sender, so that none is obeyed twice.
+        signature: Of the sender, Ed25519 over the canonical bytes.
     """
 
     verb: Literal["cancel", "drain", "undrain"]
@@ -115,6 +127,11 @@ class Control(WireModel):
     attempt: Annotated[int, Field(ge=1)] | None = None
     reason: str = ""
     sender: Identifier | None = None
+    node: Identifier | None = None
+    epoch: Count | None = None
+    sent_at: Count | None = None
+    nonce: Identifier | None = None
+    signature: str | None = None
 
 
 class Report(WireModel):

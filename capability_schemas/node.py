@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from capability_schemas.ids import Identifier
+from capability_schemas.passport import Passport
 from capability_schemas.wire import MAX_COUNT, Count, WireModel, WirePart
 
 Presence = Literal["birth", "draining", "sleeping", "offline"]
@@ -26,6 +27,8 @@ class NodeState(WireModel):
         agent: Version of the node agent.
         load_interval_s: How often load is sent; three missed mean the node is gone.
         wake_at: When a sleeping node returns, UTC milliseconds.
+        passport: Whose key signs its claims and results; shown with every birth, by those who have
+            one.
     """
 
     node: Identifier
@@ -36,6 +39,7 @@ class NodeState(WireModel):
     agent: str | None = None
     load_interval_s: Annotated[float, Field(gt=0)] | None = None
     wake_at: int | None = None
+    passport: Passport | None = None
 
 
 class RouterState(WireModel):
@@ -48,6 +52,7 @@ class RouterState(WireModel):
         at: As in ``NodeState``.
         reason: As in ``NodeState``.
         heartbeat_s: How often it repeats its state; other routers take over when it stops.
+        passport: How nodes learn whose key signs their invocations.
     """
 
     router: Identifier
@@ -56,6 +61,7 @@ class RouterState(WireModel):
     at: int
     reason: str = ""
     heartbeat_s: Annotated[float, Field(gt=0)] | None = None
+    passport: Passport | None = None
 
 
 class FunctionLoad(WirePart):

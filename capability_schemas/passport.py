@@ -86,7 +86,9 @@ class PassportBook:
     def admit(self, passport: Passport) -> None:
         """Take note of a passport.
 
-        One that is known costs nothing; of two for one identity the one issued later stays.
+        One that is known costs nothing; of two for one identity the one issued later stays. The
+        earlier one may still be shown where it says the same of the same key, for a member may
+        have its papers in two places.
 
         Raises:
             AccessDenied: It is of another site, run out, not yet valid, revoked, or signed by a
@@ -97,6 +99,8 @@ class PassportBook:
         if known != passport:
             self._check(passport)
             if known is not None and known.issued_at > passport.issued_at:
+                if (known.public_key, known.role) == (passport.public_key, passport.role):
+                    return
                 raise AccessDenied(
                     f"passport of {passport.identity} is older than the one known",
                     identity=passport.identity,
@@ -121,13 +125,32 @@ class PassportBook:
             return registry
         passport = self._known.get(identity)
         if passport is None:
-            raise AccessDenied(f"{identity} has shown no passport", identity=identity)
+            gone = identity in self._revoked
+            raise AccessDenied(
+                f"the passport of {identity} was revoked: it has to enroll again"
+                if gone
+                else f"{identity} has shown no passport",
+                identity=identity,
+            )
         self._check_time(passport)
         if passport.role not in roles:
             raise AccessDenied(
                 f"{identity} is a {passport.role}, not a {' or '.join(roles)}", identity=identity
             )
         return passport.public_key
+
+    @property
+    def registries(self) -> Mapping[str, str]:
+        """Public keys of the registries that are believed, by id."""
+        return self._registries
+
+    def believe(self, registries: Mapping[str, str]) -> None:
+        """Believe further registries, as the member's own new papers name them."""
+        self._registries.update(registries)
+
+    def knows(self, identity: str) -> bool:
+        """Tell whether a member has shown a passport, valid or not, or is a registry."""
+        return identity in self._known or identity in self._registries
 
     def passport(self, identity: str) -> Passport | None:
         """Return what is known of a member, valid or not."""

@@ -10,6 +10,7 @@ from pydantic import Field, TypeAdapter
 
 from capability_schemas.errors import FoamError, error_from_wire
 from capability_schemas.ids import Identifier
+from capability_schemas.passport import Passport
 from capability_schemas.wire import DEFAULT_LIMIT_BYTES, WireModel, WirePart, decode
 
 Milliseconds = Annotated[float, Field(ge=0)]
@@ -189,6 +190,10 @@ class Result(_Event):
         confidence: How sure the answer is, 0 to 1: of a language model the probability of its least
             certain token; None where the function does not tell.
         digest: ``sha256:`` and the hex digest of the canonical JSON (RFC 8785) of ``output``.
+        signature: Of the node, Ed25519 over what ``provenance.result_claims`` says: client, task,
+            node, function, version and digest. None where the node has no passport, and where the
+            router answers.
+        passport: The node's, when the task asked for ``proof``.
         cascade: Every step of a cascade in order, the one that gave this answer among them; None
             where one node was to answer.
     """
@@ -206,6 +211,8 @@ class Result(_Event):
     timing: Timing | None = None
     confidence: Annotated[float, Field(ge=0, le=1)] | None = None
     digest: str | None = None
+    signature: str | None = None
+    passport: Passport | None = None
     cascade: tuple[CascadeStep, ...] | None = None
 
 

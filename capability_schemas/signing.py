@@ -9,20 +9,23 @@ covered too.
 import base64
 import binascii
 import hashlib
+import json
 import os
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import rfc8785
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import serialization
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PrivateKey,
     Ed25519PublicKey,
 )
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from pydantic import BaseModel
 
-from capability_schemas.errors import BadSignature, ConfigurationError
+from capability_schemas.errors import BadSignature, ConfigurationError, MalformedPayload
 from capability_schemas.wire import WireModel, parse_json
 
 Signed = TypeVar("Signed", bound=WireModel)
@@ -42,7 +45,35 @@ def _within_ieee754(value: Any) -> Any:
     return value
 
 
+_SCALARS: Final = (str, bool, int, type(None))
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether the standard encoder writes a value as RFC 8785 does.
+
+    It does where no number is a fraction or beyond 2**53 - 1, and no key goes beyond ASCII, so
+    that the order by code point is that by UTF-16 (RFC 8785 section 3.2.3).
+    """
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        kind = type(one)
+        if kind is dict:
+            for key, item in one.items():
+                if type(key) is not str or not key.isascii():
+                    return False
+                waiting.append(item)
+        elif kind in {list, tuple}:
+            waiting.extend(one)
+        elif kind not in _SCALARS or (kind is int and abs(one) > _EXACT_INTEGER):
+            return False
+    return True
+
+
 def _canonical_json(value: Any) -> bytes:
+    if _is_plain(value):  # most messages are, and a large one would hold up the loop otherwise
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return text.encode()
     try:
         return rfc8785.dumps(value)
     except rfc8785.IntegerDomainError:
@@ -142,8 +173,16 @@ def verify_bytes(data: bytes, signature: str, public: str) -> None:
 
 
 def sign(message: Signed, key: SigningKey) -> Signed:
-    """Return a copy of ``message`` with its ``signature`` set."""
-    return message.model_copy(update={"signature": key.sign_bytes(canonical_bytes(message))})
+    """Return a copy of ``message`` with its ``signature`` set.
+
+    Raises:
+        MalformedPayload: It has no canonical form: it holds half a surrogate pair, or no number.
+    """
+    try:
+        covered = canonical_bytes(message)
+    except (ValueError, rfc8785.CanonicalizationError) as exc:
+        raise MalformedPayload(f"message cannot be signed: {exc}") from exc
+    return message.model_copy(update={"signature": key.sign_bytes(covered)})
 
 
 def verify(message: bytes | BaseModel, public: str) -> None:
@@ -170,3 +209,28 @@ def verify(message: bytes | BaseModel, public: str) -> None:
     except (ValueError, rfc8785.CanonicalizationError) as exc:
         raise BadSignature("message has no canonical form, so that nobody can sign it") from exc
     verify_bytes(covered, signature, public)
+
+
+def verify_foreign(data: bytes, parts: tuple[bytes, ...], public: str) -> None:
+    """Check a signature of a key that is not of the mesh: of a TPM, over SHA-256.
+
+    Args:
+        data: What was signed.
+        parts: The signature: one part for RSA (PKCS 1 version 1.5), ``r`` and ``s`` for ECDSA, each
+            big-endian.
+        public: Public key, PEM.
+
+    Raises:
+        BadSignature: It is not one of this key over these bytes, or the key is no such key.
+    """
+    try:
+        key = serialization.load_pem_public_key(public.encode())
+        if isinstance(key, rsa.RSAPublicKey) and len(parts) == 1:
+            key.verify(parts[0], data, padding.PKCS1v15(), hashes.SHA256())
+        elif isinstance(key, ec.EllipticCurvePublicKey) and len(parts) == 2:  # noqa: PLR2004 - r, s
+            r, s = (int.from_bytes(part, "big") for part in parts)
+            key.verify(encode_dss_signature(r, s), data, ec.ECDSA(hashes.SHA256()))
+        else:
+            raise BadSignature("signature and key are of different kinds, or the key is no RSA/EC")
+    except (InvalidSignature, UnsupportedAlgorithm, ValueError) as exc:
+        raise BadSignature("signature does not fit the data and the key") from exc

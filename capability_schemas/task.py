@@ -115,6 +115,8 @@ class Task(WireModel):
         weights: Single weights in place of the router's.
         min_confidence: Least confidence an answer may have, 0 to 1; a node whose answer is below
             it hands it back and a stronger node is asked. None leaves it to the router's rules.
+        proof: Whether the result shall carry the passport of the node that answers, so that its
+            signature can be checked by whoever knows the registry's key.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -135,6 +137,7 @@ class Task(WireModel):
     prefer: Preference = "balanced"
     weights: RouteWeights = RouteWeights()
     min_confidence: Share | None = None
+    proof: Annotated[bool, Field(strict=True)] = False
 
     @model_validator(mode="after")
     def _says_what_is_wanted(self) -> Self:

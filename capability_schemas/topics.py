@@ -24,7 +24,7 @@ MAX_LEVELS: Final = 8
 
 
 class TopicKind(StrEnum):
-    """What a topic is for; one member per row of PROTOCOL section 1."""
+    """What a topic is for; one member per row of PROTOCOL section 1, and of ADR 23."""
 
     TASK = "task"
     CANCEL = "cancel"
@@ -44,6 +44,8 @@ class TopicKind(StrEnum):
     EVENT = "event"
     ARTIFACT = "artifact"
     STAGE = "stage"
+    TRUST = "trust"
+    EVIDENCE = "evidence"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,8 @@ TOPICS: Final[Mapping[TopicKind, TopicSpec]] = MappingProxyType(
         TopicKind.STAGE: TopicSpec(
             "stage/{plan}/{stage}", 1, False, "neighbouring stage", "binary activation frame"
         ),
+        TopicKind.TRUST: TopicSpec("trust/{member}", 1, True, "registry", "TrustState"),
+        TopicKind.EVIDENCE: TopicSpec("evidence/{node}", 1, True, "node", "Evidence"),
     }
 )
 

@@ -88,7 +88,7 @@ Wants=network-online.target
 After=network-online.target
 
 [Service]
-ExecStart=$foam node $source --identity $paper --url $broker --data $data
+ExecStart=$foam node $source --identity $paper --data $data
 Restart=always
 RestartSec=2
 # The agent gives its functions control groups of their own.
@@ -102,7 +102,7 @@ UMask=0077
 WantedBy=$([ "$(id -u)" = 0 ] && echo multi-user.target || echo default.target)
 "
 if ! command -v systemctl > /dev/null 2>&1 || [ ! -d /run/systemd/system ]; then
-    say "no systemd here; run: foam node $source --identity $paper --url $broker --data $data"
+    say "no systemd here; run: foam node $source --identity $paper --data $data"
     exit 0
 fi
 if [ "$(id -u)" = 0 ]; then

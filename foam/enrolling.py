@@ -9,17 +9,17 @@ import asyncio
 import contextlib
 import platform
 import ssl
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import Final, TypeVar
 
 import structlog
 
 from broker.access.authority import check_certificate, make_key_and_request
 from broker.access.credentials import write_private
-from broker.access.policy import Role
+from broker.access.policy import AccessPolicy, Role
 from broker.session.base import Message
 from broker.session.mqtt import MqttSession
 from broker.session.settings import BrokerUrl, SessionSettings
@@ -37,6 +37,7 @@ from capability_schemas.errors import (
     AccessDenied,
     BadSignature,
     ConfigurationError,
+    FoamError,
     ProtocolError,
     Unavailable,
 )
@@ -44,7 +45,7 @@ from capability_schemas.ids import check_identifier, new_uuid7, now_ms
 from capability_schemas.signing import SigningKey, sign, verify
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode, encode
-from foam.mesh import Identity
+from foam.mesh import Identity, tls_files
 
 __all__ = [
     "Papers",
@@ -57,7 +58,11 @@ __all__ = [
 
 _ASK_AGAIN_S: Final = 5.0
 _CONNECT_S: Final = 10.0
-SIGNING_ROLES: Final = frozenset({Role.NODE, Role.ROUTER, Role.ADMIN})
+_DOUBT_S: Final = 3.0
+"""How long a refusal is not believed: some brokers hear of new logins up to a second later."""
+_DOUBT_AGAIN_S: Final = 0.7
+SIGNING_ROLES: Final = frozenset({Role.NODE, Role.ROUTER, Role.ADMIN, Role.OPERATOR})
+_T = TypeVar("_T")
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
@@ -70,12 +75,15 @@ class Papers:
         password: Its password, where it got one.
         signing_key: Its Ed25519 key, where its role signs.
         tls_key: Its TLS key, PEM, where it got a certificate.
+        broker: Where it connects to from now on: of the brokers in the grant, the one on the host
+            that was reached.
     """
 
     reply: EnrollReply
     password: str | None
     signing_key: SigningKey | None
     tls_key: str | None
+    broker: str | None = None
 
     def __repr__(self) -> str:
         """Show whose papers these are."""
@@ -119,7 +127,7 @@ async def enroll(
     address = BrokerUrl.parse(url)
     if token.authority and not address.tls:
         raise ConfigurationError(
-            f"this token is for a broker with TLS: use mqtts:// instead of {address}"
+            f"this token is for a broker with TLS: use mqtts:// (or wss://) instead of {address}"
         )
     key = SigningKey.generate() if role in SIGNING_ROLES else None
     tls_key, csr = make_key_and_request(identity) if certificate else (None, None)
@@ -138,23 +146,89 @@ async def enroll(
     request = prove(request, token.proof_key)
     if key is not None:
         request = sign(request, key)
-    with TemporaryDirectory(prefix="foam-enroll-") as folder:
+    topics = Topics(site=site)
+    with TemporaryDirectory(prefix="foam-enroll-") as name:
+        folder = Path(name)
         tls = TlsSettings()
         if token.authority:
-            trusted = Path(folder) / "authority.pem"
-            trusted.write_text(ssl.DER_cert_to_PEM_cert(token.authority))
-            tls = TlsSettings(ca_file=trusted)
-        session = MqttSession(
-            settings=SessionSettings(
-                urls=(str(address),),
-                client_id=f"{token.id}-{request.nonce}",
-                username=token.id,
-                password=token.password,
-                tls=tls,
-            )
+            tls = TlsSettings(ca_file=folder / "authority.pem")
+            (folder / "authority.pem").write_text(ssl.DER_cert_to_PEM_cert(token.authority))
+        settings = SessionSettings(
+            urls=(str(address),),
+            client_id=f"{token.id}-{request.nonce}",
+            username=token.id,
+            password=token.password,
+            tls=tls,
         )
-        reply = await _ask(session, Topics(site=site), token, request, timeout_s, waiting)
-    return _checked(reply, request, key, tls_key, sealing)
+        reply = await _patiently(
+            lambda: _ask(MqttSession(settings=settings), topics, token, request, timeout_s, waiting)
+        )
+        papers = _checked(reply, request, key, tls_key, sealing)
+        papers = replace(papers, broker=_near(reply.brokers, address.host))
+        await _try_out(papers, topics, folder, reached=address.host)
+    return papers
+
+
+async def _patiently(attempt: Callable[[], Awaitable[_T]]) -> _T:
+    """Try again for some seconds when the broker refuses what it may only not know yet."""
+    loop = asyncio.get_running_loop()
+    believed_at = loop.time() + _DOUBT_S
+    while True:
+        try:
+            return await attempt()
+        except AccessDenied:
+            if loop.time() + _DOUBT_AGAIN_S > believed_at:
+                raise
+        await asyncio.sleep(_DOUBT_AGAIN_S)
+
+
+def _near(brokers: Sequence[str], host: str) -> str | None:
+    """Return the broker on a host; the first one where none is."""
+    found = (url for url in brokers if BrokerUrl.parse(url).host == host)
+    return next(found, brokers[0] if brokers else None)
+
+
+async def _try_out(papers: Papers, topics: Topics, folder: Path, *, reached: str) -> None:
+    """Wait, for some seconds at most, until the broker knows the new member.
+
+    Whoever starts the member next shall not be refused. A broker that is still behind then, or that
+    cannot be reached from here, is no reason to throw papers away that are good.
+    """
+    if papers.broker is None or BrokerUrl.parse(papers.broker).host != reached:
+        return
+    identity = str(papers.reply.id)
+    for name, text in _tls_texts(papers).items():
+        (folder / f"{identity}.{name}").write_text(text)
+    member = Identity.model_validate(
+        {
+            "id": identity,
+            "role": papers.reply.role,
+            "username": identity,
+            "password": papers.password,
+            "tls": bool(_tls_texts(papers)),
+        }
+    )
+    settings = SessionSettings(
+        urls=(papers.broker,),
+        client_id=identity,
+        username=identity,
+        password=member.password,
+        tls=tls_files(folder, member),
+    )
+
+    async def heard(_: Message) -> None:
+        """What is said to the member is nothing to us."""
+
+    async def connect() -> None:
+        async with asyncio.timeout(_CONNECT_S), MqttSession(settings=settings) as session:
+            await session.wait_connected()
+            own = AccessPolicy(topics).filters(member.role, identity).subscribe
+            await session.subscribe(own[0], heard)  # some brokers let in whom they give no rights
+
+    try:
+        await _patiently(connect)
+    except (FoamError, TimeoutError) as error:
+        _log.warning("enrollment.not_known_yet", id=identity, error=str(error))
 
 
 async def _ask(
@@ -381,7 +455,7 @@ def store_papers(papers: Papers, folder: Path) -> Path:
                 "username": identity,
                 "password": papers.password,
                 "signing_key": f"{identity}.key" if papers.signing_key is not None else None,
-                "broker": reply.brokers[0] if reply.brokers else None,
+                "broker": papers.broker or (reply.brokers[0] if reply.brokers else None),
                 "site": reply.site,
                 "attested": reply.passport.attested if reply.passport is not None else None,
                 "tls": bool(papers.tls_key or reply.authority),

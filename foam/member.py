@@ -12,8 +12,10 @@ from broker.session.settings import BrokerUrl
 from broker.tls import TlsSettings
 from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.errors import ConfigurationError, NotFound
+from capability_schemas.passport import PassportBook
+from capability_schemas.provenance import Signer
 from capability_schemas.topics import DEFAULT_SITE
-from foam.mesh import Identity, MeshFolder, MeshRecord, tls_files
+from foam.mesh import Identity, MeshFolder, MeshRecord, load_signer, make_book, tls_files
 from foam.settings import Settings
 
 __all__ = ["Member"]
@@ -32,6 +34,9 @@ class Member:
         password: Its password.
         tls: Its certificate files, and whom it trusts, where it was enrolled.
         is_new: Whether it was made just now, so that a running broker may not know it yet.
+        home: The data folder that vouches for it itself, where that holds the registry's key.
+        signer: What it signs with; None where it has no key.
+        book: What it believes of others; None where it knows no registry.
     """
 
     identity: Identity
@@ -42,6 +47,9 @@ class Member:
     password: SecretStr | None
     tls: TlsSettings = field(default_factory=TlsSettings)
     is_new: bool = False
+    home: MeshFolder | None = None
+    signer: Signer | None = None
+    book: PassportBook | None = None
 
     @property
     def url(self) -> str:
@@ -90,6 +98,12 @@ class Member:
             )
         if identity.role is not role:
             raise ConfigurationError(f"{identity.id} is a {identity.role}, not a {role}")
+        site = (
+            settings.site or identity.site or (record.site if record is not None else DEFAULT_SITE)
+        )
+        home = folder if identity_file is None or folder.holds(identity_file) else None
+        if home is not None:
+            identity = home.vouch(identity, site=site)
         found = settings.url or identity.broker or (record.broker if record is not None else None)
         if found is None:
             raise ConfigurationError(
@@ -105,9 +119,8 @@ class Member:
         tls = tls_files(where, identity)
         if settings.ca is not None:
             tls = tls.model_copy(update={"ca_file": settings.ca})
-        site = (
-            settings.site or identity.site or (record.site if record is not None else DEFAULT_SITE)
-        )
+        elif tls.ca_file is None and record is not None and record.own_broker:
+            tls = tls.model_copy(update={"ca_file": folder.broker_authority(str(url))})
         return cls(
             identity=identity,
             folder=where,
@@ -117,4 +130,7 @@ class Member:
             password=password,
             tls=tls,
             is_new=is_new and (record is None or record.own_broker),
+            home=home,
+            signer=load_signer(identity, where),
+            book=make_book(identity, site=site),
         )

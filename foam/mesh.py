@@ -6,7 +6,7 @@
       mesh.json              0600  where the running mesh is, and credentials for people
       credentials.json       0600  who may log on, hashed (broker.access.credentials)
       identities/<id>.json   0600  one identity: role, username, password, broker, site
-      identities/<id>.key    0600  its Ed25519 signing key (nodes, routers and the registry)
+      identities/<id>.key    0600  its Ed25519 signing key (all that sign: not devices, observers)
       identities/<id>.tls.pem, .tls.ca  0600  its TLS key with certificate; whom it trusts
       broker/                      the broker's own files
       enrollment.json        0600  join tokens (not their secrets), who waits, who was revoked
@@ -24,20 +24,24 @@ the folder is readable by its owner only, and everything in it that a mesh can d
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError, field_serializer
 
 from broker.access.credentials import CredentialStore, write_private
 from broker.access.policy import Role
+from broker.session.settings import BrokerUrl
 from broker.tls import TlsSettings
 from capability_schemas.capability import CapabilityPolicy
-from capability_schemas.errors import ConfigurationError, Conflict, NotFound
-from capability_schemas.ids import Identifier, check_identifier
-from capability_schemas.passport import Passport
-from capability_schemas.signing import SigningKey
+from capability_schemas.errors import BadSignature, ConfigurationError, Conflict, NotFound
+from capability_schemas.ids import Identifier, check_identifier, now_ms
+from capability_schemas.passport import Passport, PassportBook, issue
+from capability_schemas.provenance import Signer
+from capability_schemas.signing import SigningKey, verify
+from capability_schemas.topics import DEFAULT_SITE
 from capability_schemas.wire import first_problem
 
 __all__ = ["REGISTRY_ID", "ROUTER_ID", "Identity", "MeshFolder", "MeshRecord", "Person"]
@@ -46,7 +50,13 @@ ROUTER_ID: Final = "router-1"
 REGISTRY_ID: Final = "registry-1"
 DEVICE_ID: Final = "device-1"
 ADMIN_ID: Final = "admin-1"
-_SIGNING_ROLES: Final = frozenset({Role.NODE, Role.REGISTRY, Role.ROUTER})
+_VOUCHED_ROLES: Final = frozenset({Role.NODE, Role.ROUTER, Role.ADMIN, Role.OPERATOR})
+"""Who signs with a key that the registry vouches for; the registry's own is known to all."""
+
+_SIGNING_ROLES: Final = _VOUCHED_ROLES | {Role.REGISTRY}
+_PASSPORT_MS: Final = 30 * 86_400_000
+_RENEW_SHARE: Final = 2 / 3
+"""As the registry does it (registry.enrollment.papers)."""
 
 
 class _Stored(BaseModel):
@@ -135,7 +145,9 @@ class MeshRecord(_Stored):
         device: Credentials to ask with.
         admin: Credentials to administrate with.
         own_broker: Whether ``foam`` runs the broker (and may write its access rules).
-        public: Where members on other machines connect, with TLS.
+        public: Where others connect, with TLS: newcomers, and members with a password.
+        members: Where members with a certificate connect; the same where one port takes both.
+        websocket: Where clients over WebSocket connect.
         certificates: Whether the broker knows members by their certificates.
     """
 
@@ -147,7 +159,15 @@ class MeshRecord(_Stored):
     admin: Person
     own_broker: bool = True
     public: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
+    websocket: tuple[str, ...] = ()
     certificates: bool = False
+
+    def is_at(self, urls: Iterable[BrokerUrl]) -> bool:
+        """Tell whether the mesh is reached at all of these, with the passwords of its people."""
+        plain = {replace(url, username=None, password=None) for url in urls}
+        own = (self.broker, *self.public, *self.websocket)
+        return plain <= {known for one in own for known in BrokerUrl.parse_all(one)}
 
 
 class MeshFolder:
@@ -165,6 +185,7 @@ class MeshFolder:
         self.router_database = path / "router.sqlite"
         self.enrollment_file = path / "enrollment.json"
         self.audit_trail = path / "audit.sqlite"
+        self.attestation_file = path / "attestation.toml"
         self.authority = path / "authority"
         self.router_index = path / "router-index"
         self.credentials_file = path / "credentials.json"
@@ -248,6 +269,7 @@ class MeshFolder:
         identity: str,
         role: Role,
         *,
+        site: str | None = None,
         external: Person | None = None,
         attested: CapabilityPolicy | None = None,
     ) -> Identity:
@@ -256,6 +278,7 @@ class MeshFolder:
         Args:
             identity: Its id.
             role: Its role.
+            site: Its site, for its passport; None leaves that to `vouch`.
             external: Credentials of a broker that is not ours: used as they are, nothing is stored
                 in the access file.
             attested: What the mesh shall vouch for from now on; None changes nothing.
@@ -272,8 +295,15 @@ class MeshFolder:
             if identity in enrolled:  # its file is lost: nobody can know its password any more
                 self.credentials().remove(identity)
             known = self._create(identity, role, attested=attested)
-        elif attested not in {None, enrolled[identity].attested}:
-            self.credentials().update(identity, attested=attested)
+        elif attested is not None:
+            before = enrolled[identity].attested
+            if before is not None and attested.tenant is None:
+                # What is declared on a node tells its place, and takes it out of no tenant.
+                attested = attested.model_copy(update={"tenant": before.tenant})
+            if attested != before:
+                self.credentials().update(identity, attested=attested)
+        if site is not None:
+            known = self.vouch(known, site=site)
         if external is not None:
             return known.model_copy(
                 update={"username": external.username, "password": external.password}
@@ -297,13 +327,14 @@ class MeshFolder:
         record: MeshRecord | None = None
         with contextlib.suppress(NotFound):
             record = self.record()
-        return self._create(
+        made = self._create(
             identity,
             role,
             broker=record.broker if record is not None else None,
             site=record.site if record is not None else None,
             attested=attested,
         )
+        return self.vouch(made, site=made.site or DEFAULT_SITE)
 
     def _create(
         self,
@@ -337,6 +368,77 @@ class MeshFolder:
         _write(self.identity_path(identity), made.model_dump_json(indent=1))
         return made
 
+    def vouch(
+        self, identity: Identity, *, site: str, clock: Callable[[], int] = now_ms
+    ) -> Identity:
+        """Give a member of this folder what it needs to sign and to check signatures.
+
+        That is a key where it has none, a passport where it has none that is good for a while, and
+        the public keys of the registries. Whoever owns the folder holds the registry's key, so
+        that nobody need be asked. Does nothing without that key, and for who is no member here.
+
+        Args:
+            identity: The member, as its file has it.
+            site: Its site.
+            clock: UTC milliseconds.
+
+        Returns:
+            The identity as its file has it now.
+
+        Raises:
+            ConfigurationError: A file cannot be read or written.
+        """
+        enrolled = self.credentials().identities()
+        credential = enrolled.get(identity.id)
+        registries = {
+            name: SigningKey.load(path)
+            for name, known in enrolled.items()
+            if known.role is Role.REGISTRY and (path := self._identities / f"{name}.key").exists()
+        }
+        if credential is None or not registries:
+            return identity
+        update: dict[str, Any] = {}
+        known_keys = {name: key.public for name, key in registries.items()}
+        if not known_keys.items() <= identity.registries.items():
+            update["registries"] = {**identity.registries, **known_keys}
+        if identity.role in _VOUCHED_ROLES:
+            public = credential.public_key
+            if identity.signing_key is not None:
+                public = public or self.signing_key(identity).public
+            else:
+                public = self._make_key(identity.id)
+                self.credentials().update(identity.id, public_key=public)
+                update["signing_key"] = f"{identity.id}.key"
+            wanted = Passport(
+                identity=identity.id,
+                role=identity.role.value,
+                site=site,
+                public_key=str(public),
+                attested=credential.attested,
+                issued_at=clock(),
+                expires_at=clock() + _PASSPORT_MS,
+                registry=min(registries),
+            )
+            if not _still_good(identity.passport, wanted, known_keys):
+                update["passport"] = issue(wanted, registries[wanted.registry])
+                update["renew_at"] = wanted.issued_at + round(_PASSPORT_MS * _RENEW_SHARE)
+        if not update:
+            return identity
+        vouched = identity.model_copy(update=update)
+        _write(self.identity_path(identity.id), vouched.model_dump_json(indent=1))
+        return vouched
+
+    def holds(self, path: Path) -> bool:
+        """Tell whether an identity file is one of this folder."""
+        return path.resolve().parent == self._identities.resolve()
+
+    def _make_key(self, identity: str) -> str:
+        key = SigningKey.generate()
+        with contextlib.suppress(FileNotFoundError):
+            (self._identities / f"{identity}.key").unlink()  # of one that was never written down
+        key.save(self._identities / f"{identity}.key")
+        return key.public
+
     def remove(self, identity: str) -> None:
         """Withdraw a member's right to log on and delete its files.
 
@@ -368,6 +470,22 @@ class MeshFolder:
             return self.record().public
         return ()
 
+    def broker_authority(self, url: str) -> Path | None:
+        """Return whom to trust at our own broker, where it is reached with TLS.
+
+        Args:
+            url: Where it is reached; of a cluster several, separated by commas.
+        """
+        path = self.broker_data / "authority.pem"
+        with_tls = any(one.tls for one in BrokerUrl.parse_all(url))
+        return path if with_tls and path.exists() else None
+
+    def member_brokers(self) -> tuple[str, ...]:
+        """Return where members with a certificate connect; empty where that is not known."""
+        with contextlib.suppress(NotFound):
+            return self.record().members
+        return ()
+
     def takes_certificates(self) -> bool:
         """Tell whether the broker of this mesh knows members by their certificates."""
         with contextlib.suppress(NotFound):
@@ -388,6 +506,45 @@ class MeshFolder:
                 path=str(self.path),
             )
         return _read(MeshRecord, self._record, hint="start the mesh again with: foam up")
+
+
+def _still_good(passport: Passport | None, wanted: Passport, registries: Mapping[str, str]) -> bool:
+    """Tell whether a passport says what is wanted, and will for a while."""
+    if passport is None or passport.registry not in registries:
+        return False
+    times = {"issued_at", "expires_at", "signature", "registry"}
+    if passport.model_dump(exclude=times) != wanted.model_dump(exclude=times):
+        return False
+    left_ms = passport.expires_at - wanted.issued_at
+    if left_ms < (1 - _RENEW_SHARE) * (passport.expires_at - passport.issued_at):
+        return False
+    try:
+        verify(passport, registries[passport.registry])
+    except BadSignature:  # of a registry that was made anew under the same name
+        return False
+    return True
+
+
+def load_signer(identity: Identity, folder: Path) -> Signer | None:
+    """Load what a member signs with; None for one that has no key.
+
+    Args:
+        identity: Whose.
+        folder: Folder of its identity file.
+
+    Raises:
+        ConfigurationError: The key cannot be read, or the passport is for another one.
+    """
+    if identity.signing_key is None:
+        return None
+    return Signer(identity=identity.id, key=load_key(identity, folder), passport=identity.passport)
+
+
+def make_book(identity: Identity, *, site: str) -> PassportBook | None:
+    """Make the book of passports of a member; None for one that knows no registry."""
+    if not identity.registries:
+        return None
+    return PassportBook(site=site, registries=identity.registries)
 
 
 def load_key(identity: Identity, folder: Path) -> SigningKey:

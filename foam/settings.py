@@ -5,7 +5,8 @@ default.
 Environment variables are named ``FOAM_`` plus the field name in capitals: ``FOAM_DATA``,
 ``FOAM_URL``, ``FOAM_USERNAME``, ``FOAM_PASSWORD``, ``FOAM_CA``, ``FOAM_SITE``, ``FOAM_ENCODER``,
 ``FOAM_ENCODER_BACKEND``, ``FOAM_MODEL``, ``FOAM_WATCH``, ``FOAM_MODELS``, ``FOAM_MODELS_BUDGET``,
-``FOAM_HUB``, ``FOAM_HUB_TOKEN``, ``FOAM_OFFLINE``, ``FOAM_RULES``, ``FOAM_LOG_LEVEL``. A variable
+``FOAM_HUB``, ``FOAM_HUB_TOKEN``, ``FOAM_OFFLINE``, ``FOAM_RULES``, ``FOAM_IDENTITY_FILE``,
+``FOAM_UNSIGNED_ADMIN``, ``FOAM_LOG_LEVEL``. A variable
 that looks like a misspelling of one of these is refused: ``FOAM_PASWORD`` must not silently mean
 "no password".
 """
@@ -69,6 +70,13 @@ class Settings(BaseModel):
         offline: Fetch no models; what is stored and files are used.
         rules: File of the router's rules; None means ``rules.toml`` in the data folder, if it is
             there.
+        identity_file: Identity that a client command acts as, made by ``foam enroll`` or
+            ``foam device add``; None: a person of the data folder, or ``username``.
+        unsigned_admin: Whether router and registry take requests of administrators that are not
+            signed, on the broker's word; None: at a broker that they reach on this machine without
+            TLS.
+        tpm_key: Handle or context file of this machine's TPM attestation key, for ``tpm2_quote``;
+            None: a node's evidence holds no quote.
         log_level: Least severe level that is written.
     """
 
@@ -90,6 +98,9 @@ class Settings(BaseModel):
     hub_token: Path | None = None
     offline: bool = False
     rules: Path | None = None
+    identity_file: Path | None = None
+    unsigned_admin: Literal["allow", "refuse"] | None = None
+    tpm_key: str | None = None
     log_level: LogLevel = "info"
 
     @property
@@ -144,6 +155,7 @@ def child_environment(**extra: str) -> dict[str, str]:
         extra: Variables to set in the child.
     """
     dropped = {
-        f"{ENVIRONMENT_PREFIX}{name}" for name in ("URL", "USERNAME", "PASSWORD", "SITE", "DATA")
+        f"{ENVIRONMENT_PREFIX}{name}"
+        for name in ("URL", "USERNAME", "PASSWORD", "SITE", "DATA", "IDENTITY_FILE")
     }
     return {name: value for name, value in os.environ.items() if name not in dropped} | extra

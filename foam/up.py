@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,10 +20,21 @@ import structlog
 from broker.access.policy import Role
 from broker.lifecycle import ProcessEnd
 from broker.session.settings import BrokerUrl
+from broker.tls import TlsSettings
 from capability_schemas.errors import ConfigurationError, FoamError
+from capability_schemas.provenance import Signer
 from foam.listening import Listeners
 from foam.logging import configure_logging
-from foam.mesh import ADMIN_ID, DEVICE_ID, REGISTRY_ID, ROUTER_ID, MeshFolder, MeshRecord, Person
+from foam.mesh import (
+    ADMIN_ID,
+    DEVICE_ID,
+    REGISTRY_ID,
+    ROUTER_ID,
+    MeshFolder,
+    MeshRecord,
+    Person,
+    load_signer,
+)
 from foam.nodefile import NodeHead
 from foam.process import STDIN
 from foam.sdk.address import MeshAddress, external_person
@@ -49,7 +60,10 @@ class UpPlan:
         site: Site level of the topics.
         nodes: Declarations of the nodes to run.
         routers: How many routers share the tasks.
+        access: How Mosquitto learns of rights, ``static`` or ``dynamic``; None: as it can.
         policy: When crashed children are restarted; the default when None.
+        unsigned_admin: Whether requests of administrators have to be signed: ``allow``,
+            ``refuse``, or None for what fits the broker.
         supervised: Whether standard input is a pipe whose end means that the parent is gone.
     """
 
@@ -58,7 +72,9 @@ class UpPlan:
     site: str
     nodes: tuple[Path, ...]
     routers: int = 1
+    access: str | None = None
     policy: RestartPolicy | None = None
+    unsigned_admin: str | None = None
     supervised: bool = False
 
 
@@ -135,6 +151,8 @@ class _Up:
         record = MeshRecord(
             broker=url,
             public=tuple(facts.get("public", ())),
+            members=tuple(facts.get("members", ())),
+            websocket=tuple(facts.get("websocket", ())),
             certificates=bool(facts.get("certificates", False)),
             site=self._plan.site,
             device=people[0],
@@ -185,7 +203,7 @@ class _Up:
         self, nodes: Sequence[str], external: Person | None
     ) -> tuple[Person, Person]:
         made = [
-            self._folder.ensure(identity, role, external=external)
+            self._folder.ensure(identity, role, site=self._plan.site, external=external)
             for identity, role in (
                 (REGISTRY_ID, Role.REGISTRY),
                 *((router, Role.ROUTER) for router in self._routers()),
@@ -211,10 +229,10 @@ class _Up:
         def command(facts: Facts | None) -> Sequence[str]:
             listeners = self._plan.listeners
             if facts is not None:  # it was up before: whoever knows it finds it where it was
-                listeners = replace(listeners, port=BrokerUrl.parse(str(facts["url"])).port)
-                for public in facts.get("public", ())[:1]:
-                    listeners = replace(listeners, tls_port=BrokerUrl.parse(str(public)).port)
-            arguments = ("--engine", engine, *listeners.arguments(), "--site", self._plan.site)
+                listeners = listeners.where_it_was(facts)
+            arguments = ["--engine", engine, *listeners.arguments(), "--site", self._plan.site]
+            if self._plan.access is not None:
+                arguments += ["--access", self._plan.access]
             return self._command(("broker", *arguments))
 
         child = self._supervisor.add(
@@ -226,9 +244,19 @@ class _Up:
             )
         )
         facts = await child.wait_ready()
-        for public in facts.get("public", ()):
-            self._say(f"broker: with TLS at {public}")
+        self._say_listeners(facts)
         return facts
+
+    def _say_listeners(self, facts: Facts) -> None:
+        public = facts.get("public", ())
+        apart = [url for url in facts.get("members", ()) if url not in public]
+        for what, urls in (
+            ("with TLS", public),
+            ("with TLS, for members with a certificate,", apart),
+            ("over WebSocket", facts.get("websocket", ())),
+        ):
+            for url in urls:
+                self._say(f"broker: {what} at {url}")
 
     def _add(
         self,
@@ -262,6 +290,10 @@ class _Up:
     def _environment(self, url: str, person: Person | None) -> dict[str, str]:
         """Tell the children where to connect: secrets by environment, never by argument."""
         extra = {"FOAM_URL": url, "FOAM_SITE": self._plan.site}
+        if (authority := self._folder.broker_authority(url)) is not None and person is None:
+            extra["FOAM_CA"] = str(authority)
+        if self._plan.unsigned_admin is not None:
+            extra["FOAM_UNSIGNED_ADMIN"] = self._plan.unsigned_admin
         if person is not None:
             extra["FOAM_USERNAME"] = person.username
             if person.password is not None:
@@ -278,6 +310,10 @@ class _Up:
             username=record.admin.username,
             password=record.admin.password,
             router=record.router,
+            signer=await asyncio.to_thread(self._admin_signer),
+            tls=TlsSettings(
+                ca_file=self._folder.broker_authority(record.broker) if record.own_broker else None
+            ),
         )
         loop = asyncio.get_running_loop()
         notice_at = loop.time() + _NOTICE_AFTER_S
@@ -299,12 +335,18 @@ class _Up:
                     notice_at = loop.time() + _NOTICE_AFTER_S
                 await asyncio.sleep(_POLL_S)
 
+    def _admin_signer(self) -> Signer | None:
+        identity = self._folder.identity(ADMIN_ID)
+        return load_signer(identity, self._folder.identity_path(ADMIN_ID).parent)
+
     def _say_ready(
         self, record: MeshRecord, nodes: Sequence[str], functions: Sequence[str]
     ) -> None:
         facts = {
             "broker": record.broker,
             "public": list(record.public),
+            "members": list(record.members),
+            "websocket": list(record.websocket),
             "site": record.site,
             "device": record.device.shown(),
             "admin": record.admin.shown(),

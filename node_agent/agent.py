@@ -8,14 +8,24 @@ from typing import Any, Final
 
 import structlog
 
+from broker.events import EventSource
 from broker.lifecycle import Service
+from broker.security import SecurityAlarm
 from broker.session.base import Message, Session, Will
 from capability_schemas.capability import ModelInfo, Resources
-from capability_schemas.errors import ConfigurationError, InvalidTopic, ProtocolError
+from capability_schemas.errors import (
+    AccessDenied,
+    ConfigurationError,
+    ErrorCode,
+    InvalidTopic,
+    ProtocolError,
+)
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.ids import is_identifier, now_ms
 from capability_schemas.invocation import Control, Invocation
 from capability_schemas.node import NodeLoad
+from capability_schemas.passport import PassportBook
+from capability_schemas.provenance import Signer
 from capability_schemas.signing import SigningKey
 from capability_schemas.topics import MAX_LEVELS, TopicKind, Topics
 from capability_schemas.wire import decode
@@ -25,11 +35,13 @@ from node_agent.admission.local import NodeFunctions
 from node_agent.admission.peers import PeerBook
 from node_agent.admission.queue import AdmissionQueue
 from node_agent.announcer import Announcer, offline_will
+from node_agent.attestation.service import Offer
 from node_agent.declaration.inspection import DeclaredFunctions
 from node_agent.executor import ExecutionCounters, Executor
 from node_agent.gauge import LoadGauge
 from node_agent.invocation import HANDED_BACK, Execution, Outcome
 from node_agent.models.gguf import BrokenModel, read_gguf
+from node_agent.orders import OrderGate
 from node_agent.pool.keepwarm import WarmthSettings
 from node_agent.pool.pool import InstancePool
 from node_agent.reporter import Reporter
@@ -56,7 +68,10 @@ class NodeAgent(Service):
         topics: The site's topics.
         settings: How it behaves.
         functions: What it offers, names unique.
-        key: Signs the claims.
+        key: Signs the claims; that of ``signer`` when None.
+        signer: Key and passport: signs the results, and the passport is shown with its state.
+        book: Passports of routers, for checking what the node is told; None where its identity
+            knows no registry: then whom the broker lets publish is obeyed.
         runtimes: Further runtimes by name, or replacements of the built-in ones.
         context: What runtimes may use beyond the node itself: models, the mesh, servers of tools.
         model_digest: Returns the digest of a model file where it is known without reading the
@@ -77,6 +92,8 @@ class NodeAgent(Service):
         settings: NodeSettings,
         functions: Sequence[FunctionSpec],
         key: SigningKey | None = None,
+        signer: Signer | None = None,
+        book: PassportBook | None = None,
         runtimes: Mapping[str, Runtime] | None = None,
         context: RuntimeContext | None = None,
         model_digest: Callable[[Path], str | None] = lambda _: None,
@@ -128,17 +145,35 @@ class NodeAgent(Service):
         DeclaredFunctions(functions, self._context, self._given).check()
         self._runtimes |= self._missing_runtimes(functions)
         self._peers = PeerBook(settings.peers)
+        self._reporter = Reporter(session=session, topics=topics, node=settings.node)
         self._executor = Executor(
             settings=settings,
             functions=self._functions,
             runtimes=self._runtimes,
             session=session,
-            reporter=Reporter(session=session, topics=topics, node=settings.node),
+            reporter=self._reporter,
             admission=admission,
             pool=self._pool,
             peers=self._peers,
             on_ended=self._on_ended,
             on_change=self._on_change,
+            signer=signer,
+            clock=clock,
+        )
+        self._alarm = SecurityAlarm(
+            events=EventSource(
+                session=session, topics=topics, source=settings.node, component="node", clock=clock
+            ),
+            own=settings.node,
+            clock=clock,
+        )
+        self._gate = OrderGate(
+            session=session,
+            topics=topics,
+            node=settings.node,
+            epoch=self.epoch,
+            book=book,
+            alarm=self._alarm,
             clock=clock,
         )
         self._gauge = LoadGauge(
@@ -156,7 +191,8 @@ class NodeAgent(Service):
             topics=topics,
             settings=settings,
             functions=self._functions,
-            key=key,
+            key=key or (signer.key if signer is not None else None),
+            signer=signer,
             epoch=self.epoch,
             load=self._gauge.load,
             model_file=self._describe_model,
@@ -173,9 +209,18 @@ class NodeAgent(Service):
         return self._executor.counters
 
     @property
+    def refused(self) -> Mapping[str, int]:
+        """How many orders did not come from whom they say, by kind."""
+        return self._alarm.refused
+
+    @property
     def forecast(self) -> Forecast:
         """What it knows about run times, and how far its predictions were off."""
         return self._executor.forecast
+
+    def offer(self) -> Offer:
+        """Return what it offers at the moment, for its evidence."""
+        return Offer(tuple(self._functions.values()), self._announcer.model_digests)
 
     def last_will(self) -> Will:
         """Return the last will for the session's next connection."""
@@ -238,6 +283,10 @@ class NodeAgent(Service):
         if self._executor.accepting:
             self._announcer.set_state("birth", text)
 
+    def show_passport(self) -> None:
+        """Say again who the node is: its passport has been renewed."""
+        self._announcer.show_state()
+
     async def drain(self, *, timeout_s: float | None = None, reason: str = "") -> bool:
         """Refuse what is new and wait for what is running.
 
@@ -279,6 +328,7 @@ class NodeAgent(Service):
         node = self._settings.node
         await self._pool.start()
         await self._executor.start()
+        await self._gate.listen()
         await self._session.subscribe(
             self._topics.build(TopicKind.INVOKE, node=node),
             self._on_invoke,
@@ -290,9 +340,12 @@ class NodeAgent(Service):
             queue_limit=_CONTROL_BACKLOG,
         )
         for peer in self._peers.peers:
-            await self._session.subscribe(
-                self._topics.build(TopicKind.NODE_LOAD, node=peer), self._on_peer
-            )
+            try:
+                await self._session.subscribe(
+                    self._topics.build(TopicKind.NODE_LOAD, node=peer), self._on_peer
+                )
+            except AccessDenied as error:  # a node of a tenant hears no others
+                _log.warning("peer.unheard", peer=peer, error=error.message)
         self._unlisten = self._session.on_connection(self._on_connection)
         await self._announcer.start()
         self._start_warming(self._functions.values())
@@ -309,6 +362,7 @@ class NodeAgent(Service):
             self._cut_off.cancel()
         if self._unlisten is not None:
             self._unlisten()
+        self._gate.stop()
         if self._announcer.running:
             await self._announcer.farewell("stopped")
         await self._announcer.stop()
@@ -326,7 +380,15 @@ class NodeAgent(Service):
             self.bad_frames += 1
             _log.warning("invocation.bad_frame", error=exc.message, bytes=len(message.payload))
             return
-        self._executor.take(invocation, reply)
+        self._gate.check(
+            message.payload,
+            invocation,
+            obey=lambda repeated: self._executor.take(invocation, reply, repeated=repeated),
+            refuse=lambda error: self._reporter.ended(
+                invocation,
+                Outcome(status="refused", code=ErrorCode.UNAUTHORIZED, reason=error.message),
+            ),
+        )
 
     async def _on_control(self, message: Message) -> None:
         try:
@@ -335,6 +397,14 @@ class NodeAgent(Service):
             self.bad_frames += 1
             _log.warning("control.bad_frame", error=exc.message, bytes=len(message.payload))
             return
+        self._gate.check(
+            message.payload,
+            control,
+            obey=lambda repeated: None if repeated else self._obey(control),
+            refuse=lambda _: None,
+        )
+
+    def _obey(self, control: Control) -> None:
         if control.verb == "drain":
             self._cordon(control.reason)
         elif control.verb == "undrain":

@@ -13,6 +13,7 @@ from capability_schemas.capability import CapabilityClaim, ModelInfo, Resources
 from capability_schemas.errors import BrokerUnavailable, ConfigurationError, Overloaded
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.node import NodeLoad, NodeState, Presence
+from capability_schemas.provenance import Signer
 from capability_schemas.signing import SigningKey, sign
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode
@@ -81,6 +82,7 @@ class Announcer(Service):
         settings: The node's settings.
         functions: What the node offers.
         key: Signs the claims; they go unsigned when None.
+        signer: Its passport is shown with the state.
         epoch: Start of the agent, UTC milliseconds.
         load: Makes the load message.
         model_file: Describes the model of a function, as far as is known while nothing runs, and
@@ -98,6 +100,7 @@ class Announcer(Service):
         settings: NodeSettings,
         functions: Mapping[str, FunctionSpec],
         key: SigningKey | None,
+        signer: Signer | None = None,
         epoch: int,
         load: Callable[[], NodeLoad],
         model_file: Callable[[FunctionSpec], tuple[ModelInfo, Path] | None],
@@ -110,6 +113,7 @@ class Announcer(Service):
         self._settings = settings
         self._functions = dict(functions)
         self._key = key
+        self._signer = signer
         self._epoch = epoch
         self._load = load
         self._model_file = model_file
@@ -131,12 +135,21 @@ class Announcer(Service):
         """The state last announced."""
         return self._presence
 
+    @property
+    def model_digests(self) -> dict[str, str]:
+        """Digests of the files of the models that are known by now, by name of the model."""
+        return {model: digest for model, (_, digest) in self._digests.items()}
+
     def set_state(self, state: Presence, reason: str = "") -> None:
         """Announce a state of the node."""
         self._presence, self._reason = state, reason
+        self.show_state()
+        self.hurry()
+
+    def show_state(self) -> None:
+        """Announce the state again, with the passport as it is now."""
         topic = self._topics.build(TopicKind.NODE_STATE, node=self._settings.node)
         self._session.announce(topic, self._state_payload)
-        self.hurry()
 
     def measured(self, function: str, model: ModelInfo | None, resources: Resources) -> None:
         """Take what running a function has shown; told at once when it is news.
@@ -215,6 +228,7 @@ class Announcer(Service):
                 reason=self._reason,
                 agent=AGENT_VERSION,
                 load_interval_s=self._settings.load_interval_s,
+                passport=self._signer.passport if self._signer is not None else None,
             )
         )
 

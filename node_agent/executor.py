@@ -18,6 +18,7 @@ from capability_schemas.errors import (
 )
 from capability_schemas.functions import FunctionSpec, check_input, effective_input
 from capability_schemas.invocation import Control, Invocation
+from capability_schemas.provenance import Signer
 from node_agent.admission.calls import CALLER, Caller
 from node_agent.admission.control import Admission
 from node_agent.admission.forecast import Forecast, work_of
@@ -71,6 +72,7 @@ class Executor(Service):
         peers: Nodes to name when something is refused.
         on_ended: Told about every execution that has ended.
         on_change: Called when something began, ended or was queued.
+        signer: Signs the results; None: they go unsigned.
         clock: UTC milliseconds.
     """
 
@@ -87,6 +89,7 @@ class Executor(Service):
         peers: PeerBook,
         on_ended: Ended,
         on_change: Callable[[], None],
+        signer: Signer | None = None,
         clock: Callable[[], int],
     ) -> None:
         super().__init__(service_id=settings.node)
@@ -102,6 +105,7 @@ class Executor(Service):
         self._peers = peers
         self._on_ended = on_ended
         self._on_change = on_change
+        self._signer = signer
         self._clock = clock
         self._live: dict[str, Execution] = {}  # until the instance is free again
         self._current: dict[tuple[str, str], Execution] = {}  # until the outcome is known
@@ -134,14 +138,19 @@ class Executor(Service):
         """What is known about run times, and how far predictions were off."""
         return self._admission.forecast
 
-    def take(self, invocation: Invocation, reply: str) -> None:
+    def take(self, invocation: Invocation, reply: str, *, repeated: bool = False) -> None:
         """Take an invocation: admit it, refuse it, or answer again for an attempt known already.
 
         Args:
             invocation: What the router asks for.
             reply: Topic of this node's events, checked.
+            repeated: Whether this very message was taken before: it must not run once more when
+                its outcome has been forgotten meanwhile.
         """
         if self._is_known(invocation, reply):
+            return
+        if repeated:
+            self.counters.duplicates += 1
             return
         try:
             self._admit(invocation, reply)
@@ -236,6 +245,7 @@ class Executor(Service):
             report_topic=self._reporter.topic(invocation),
             instances=self._pool,
             options=runtime.call_options(spec),
+            signer=self._signer,
             clock=self._clock,
         )
         execution.ticket = self._admission.admit(

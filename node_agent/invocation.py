@@ -22,6 +22,7 @@ from capability_schemas.errors import (
 )
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.invocation import UNSURE_LIMIT_BYTES, Invocation, Report
+from capability_schemas.provenance import Signer, sign_result
 from capability_schemas.reply import CascadeStep, ErrorEvent, Result, Timing, Usage
 from capability_schemas.signing import digest
 from node_agent.continuation import Repetition, continues_of, shown_text
@@ -176,6 +177,7 @@ class Execution:
         instances: Where the instance comes from.
         options: Options of the runtime for this call.
         clock: UTC milliseconds.
+        signer: Signs the result; None: it goes unsigned.
 
     Attributes:
         request: The call of the instance.
@@ -197,7 +199,9 @@ class Execution:
         instances: Instances,
         options: dict[str, Any],
         clock: Callable[[], int],
+        signer: Signer | None = None,
     ) -> None:
+        self._signer = signer
         self.invocation = invocation
         self.spec = spec
         self.stopped_by: str | None = None
@@ -371,7 +375,7 @@ class Execution:
 
         def make(seq: int, at: int) -> Result:
             total_ms = float(at - self._received_at)
-            return Result(
+            result = Result(
                 task=invocation.task,
                 at=at,
                 seq=seq,
@@ -389,6 +393,14 @@ class Execution:
                 confidence=sureness,
                 digest=output_digest,
                 cascade=(*terms.steps, self._step(final, total_ms)) if terms is not None else None,
+            )
+            if self._signer is None or self._signer.passport is None:
+                return result
+            return sign_result(
+                result,
+                client=invocation.client,
+                signer=self._signer,
+                show_passport=invocation.proof,
             )
 
         terminal = await self._stream.end(make, limit_s=_END_LIMIT_S)

@@ -7,18 +7,25 @@ from typing import Any, Final
 
 import structlog
 
+from broker.access.orders import Requester
+from broker.access.policy import Role
+from broker.security import SecurityAlarm
 from broker.session.base import Message, Session
 from capability_schemas.admin import ADMIN_LIMIT_BYTES, AdminRequest, decode_admin_request
 from capability_schemas.errors import (
+    AccessDenied,
     Conflict,
     FoamError,
     InvalidTask,
     ProtocolError,
+    Repeated,
 )
+from capability_schemas.provenance import AdminCheck
 from capability_schemas.reply import ErrorEvent, Result
 from capability_schemas.task import peek_task_id
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode
+from registry.auditor import Auditor
 from registry.catalog import Catalog
 from registry.store import SqliteStore
 
@@ -26,7 +33,7 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 _HISTORY_LIMIT: Final = 1_000
 
-Verb = Callable[[dict[str, Any], str], Awaitable[Any]]
+Verb = Callable[[dict[str, Any], Requester], Awaitable[Any]]
 """A verb of another part of the registry: arguments, and who asks."""
 
 
@@ -42,6 +49,10 @@ class RegistryAdmin:
         registry_id: source of the answers.
         clock: UTC milliseconds.
         more: verbs of others, which are told who asks.
+        check: decides which requests are looked at; None: all that the broker lets through.
+        alarm: told about those that are not.
+        auditor: knows who asks, and writes down what was ordered; None: the broker's word counts
+            alone, and whoever may publish an order is taken for an administrator.
     """
 
     def __init__(
@@ -55,6 +66,9 @@ class RegistryAdmin:
         registry_id: str,
         clock: Callable[[], int],
         more: Mapping[str, Verb] | None = None,
+        check: AdminCheck | None = None,
+        alarm: SecurityAlarm | None = None,
+        auditor: Auditor | None = None,
     ) -> None:
         self._session = session
         self._topics = topics
@@ -70,6 +84,9 @@ class RegistryAdmin:
             "stats": self._stats,
         }
         self._more = dict(more or {})
+        self._check = check or AdminCheck(target=registry_id, provenance=None, unsigned=True)
+        self._alarm = alarm
+        self._auditor = auditor
 
     async def answer(self, message: Message) -> None:
         """Answer a request on ``reply/{client}/{id}/{registry}``; without an id, drop it."""
@@ -89,26 +106,51 @@ class RegistryAdmin:
             else:
                 self._say(client, ErrorEvent.from_error(exc, task=task, at=self._clock()))
             return
-        self._say(client, await self._ask(request, client))
+        try:
+            passport = self._check.verify(client, message.payload, request)
+        except Repeated as exc:
+            self._counts["repeated_requests"] += 1
+            _log.info("registry.request_repeated", client=client, error=exc.message)
+            return
+        except AccessDenied as exc:
+            if self._alarm is not None:
+                self._alarm.tell(exc, sender=client, what=f"admin {request.verb}")
+            self._say(client, ErrorEvent.from_error(exc, task=request.id, at=self._clock()))
+            return
+        requester = (
+            Requester(client, Role.ADMIN)
+            if self._auditor is None
+            else self._auditor.requester(client, passport)
+        )
+        self._say(client, await self._ask(request, requester))
 
     def _refuse_silently(self, message: Message, error: ProtocolError) -> None:
         self._counts["bad_requests"] += 1
         _log.warning("registry.bad_request", topic=message.topic, error=error.message)
 
-    async def _ask(self, request: AdminRequest, client: str) -> Result | ErrorEvent:
+    async def _ask(self, request: AdminRequest, requester: Requester) -> Result | ErrorEvent:
         now = self._clock()
         try:
-            output = await self._answer(request, client)
+            requester.check_order(request.verb, request.args)
+            output = await self._answer(request, requester)
         except FoamError as exc:
+            self._note(requester, request, exc)
             return ErrorEvent.from_error(exc, task=request.id, at=now)
+        self._note(requester, request)
         return Result(task=request.id, at=now, seq=0, output=output, node=self._id)
 
-    async def _answer(self, request: AdminRequest, client: str) -> Any:
+    def _note(
+        self, requester: Requester, request: AdminRequest, error: FoamError | None = None
+    ) -> None:
+        if self._auditor is not None:
+            self._auditor.note_order(requester, request, error=error)
+
+    async def _answer(self, request: AdminRequest, requester: Requester) -> Any:
         verb, other = self._verbs.get(request.verb), self._more.get(request.verb)
         if verb is not None:
             return await verb(request.args)
         if other is not None:
-            return await other(request.args, client)
+            return await other(request.args, requester)
         known = ", ".join(sorted({*self._verbs, *self._more}))
         raise InvalidTask(f"unknown verb {request.verb!r}: this registry knows {known}")
 

@@ -96,7 +96,13 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Unchanged:
-    """The very claim that the catalogue holds already."""
+    """The very claim that the catalogue holds already.
+
+    Attributes:
+        claim: as decoded.
+    """
+
+    claim: CapabilityClaim
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +171,8 @@ def judge(
                     {"order": list(claim.order), "known": standing.digest, "claimed": digest},
                 )
             if not standing.withdrawn:
-                return Unchanged()
-    return _lasting(claim, now) or Admitted(claim, digest, attested_policy(claim, identity))
+                return Unchanged(claim)
+    return _lasting(claim, now) or Admitted(claim, digest, attested_policy(claim.policy, identity))
 
 
 def claim_digest(payload: bytes) -> str:
@@ -178,18 +184,18 @@ def claim_digest(payload: bytes) -> str:
     return "sha256:" + hashlib.sha256(canonical_bytes(parse_json(payload))).hexdigest()
 
 
-def attested_policy(claim: CapabilityClaim, identity: Identity | str | None) -> CapabilityPolicy:
+def attested_policy(wished: CapabilityPolicy, identity: Identity | str | None) -> CapabilityPolicy:
     """Intersect what a claim wishes for with what the directory vouches for.
 
     That a function hands tasks to a service outside is a restriction: either side may state it.
     """
     attested = identity.attested if isinstance(identity, Identity) else ALL_DATA
-    wished = claim.policy
     return CapabilityPolicy(
         zones=tuple(zone for zone in wished.zones if zone in attested.zones),
         data=tuple(kind for kind in wished.data if kind in attested.data),
         grants=tuple(grant for grant in wished.grants if grant in attested.grants),
         external=wished.external or attested.external,
+        tenant=attested.tenant,
     )
 
 

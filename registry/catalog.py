@@ -80,6 +80,11 @@ class Catalog:
         if record.epoch < self._epochs.get(record.node, 0):
             self._graces.grant(key, grace_until)
 
+    def replace(self, record: CatalogRecord) -> None:
+        """Put a record of the same claim in the place of the current one; leases go on."""
+        if record.key in self._records:
+            self._records[record.key] = record
+
     def confirm(self, key: Key) -> None:
         """The claim of a current record was heard again."""
         self._doubted.discard(key)

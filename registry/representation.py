@@ -83,16 +83,17 @@ class Capability:
 
     @property
     def domain(self) -> str:
-        """Trust domain: the zones that its offers are in."""
-        return "\x00".join(sorted(one for one in self.attributes if one.startswith("zone:")))
+        """Trust domain: the tenants that its offers serve, and the zones that they are in."""
+        parts = (one for one in self.attributes if one.startswith(("tenant:", "zone:")))
+        return "\x00".join(sorted(parts))
 
 
 def attributes_of(record: CatalogRecord) -> frozenset[str]:
     """What demands of a search are compared with (``registry.index``).
 
     Returns:
-        ``zone:X``, ``data:X``, ``grant:X`` and ``skill:X`` for each, and ``local`` for one that
-        hands nothing to a service outside.
+        ``zone:X``, ``data:X``, ``grant:X`` and ``skill:X`` for each, ``tenant:X`` (``tenant:`` of
+        no tenant), and ``local`` for one that hands nothing to a service outside.
     """
     return _attributes(record.policy, record.skills)
 
@@ -101,6 +102,7 @@ def attributes_of(record: CatalogRecord) -> frozenset[str]:
 def _attributes(policy: CapabilityPolicy, skills: tuple[str, ...]) -> frozenset[str]:
     """The same object for the same policy and skills: fleets have few of them."""
     found = [
+        f"tenant:{policy.tenant or ''}",
         *(f"zone:{one}" for one in policy.zones),
         *(f"data:{one}" for one in policy.data),
         *(f"grant:{one}" for one in policy.grants),

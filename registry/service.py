@@ -17,7 +17,9 @@ from typing import Final
 
 import structlog
 
+from broker.events import EventSource
 from broker.lifecycle import Service
+from broker.security import SecurityAlarm, hear_trust
 from broker.session.base import Message, Session, Subscription
 from capability_schemas.capability import CapabilityClaim, CatalogRecord
 from capability_schemas.errors import (
@@ -29,6 +31,8 @@ from capability_schemas.errors import (
 )
 from capability_schemas.ids import now_ms
 from capability_schemas.node import NodeState
+from capability_schemas.passport import PassportBook
+from capability_schemas.provenance import AdminCheck, Provenance
 from capability_schemas.signing import SigningKey, sign, verify
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode, encode
@@ -43,10 +47,12 @@ from registry.admission import (
     check_given,
     judge,
 )
+from registry.auditor import Auditor
 from registry.catalog import Catalog
 from registry.encoders.thread import EncoderThread
 from registry.pending import PendingWork, Withdrawal
 from registry.publisher import CatalogPublisher
+from registry.rights import RecordRights
 from registry.settings import RegistrySettings
 from registry.store import Change, HistoryEntry, SqliteStore
 from registry.vectors import RecordVectors, capability_texts, record_vectors, unpack_vector
@@ -77,6 +83,9 @@ class RegistryService(Service):
         registry_id: identity of this registry.
         settings: limits and intervals.
         verbs: further verbs for administrators, which are told who asks.
+        book: passports of administrators; None: signatures of requests cannot be checked.
+        unsigned_admin: whether the broker's word will do for who administrates.
+        auditor: knows who administrates, and writes it down; entered by the caller.
         clock: UTC milliseconds.
     """
 
@@ -92,6 +101,9 @@ class RegistryService(Service):
         registry_id: str,
         settings: RegistrySettings | None = None,
         verbs: Mapping[str, Verb] | None = None,
+        book: PassportBook | None = None,
+        unsigned_admin: bool = True,
+        auditor: Auditor | None = None,
         clock: Callable[[], int] = now_ms,
     ) -> None:
         super().__init__(service_id=registry_id)
@@ -119,6 +131,16 @@ class RegistryService(Service):
         self._claims_subscription: Subscription | None = None
         self._forget_listener: Callable[[], None] | None = None
         self.counts: Counter[str] = Counter()
+        self._rights = RecordRights(
+            catalog=self._catalog,
+            pending=self._pending,
+            identities=identities,
+            store=store,
+            publisher=self._publisher,
+            key=key,
+            counts=self.counts,
+            clock=clock,
+        )
         self._admin = RegistryAdmin(
             session=session,
             topics=topics,
@@ -128,7 +150,27 @@ class RegistryService(Service):
             registry_id=registry_id,
             clock=clock,
             more=verbs,
+            auditor=auditor,
+            check=AdminCheck(
+                target=registry_id,
+                provenance=None
+                if book is None
+                else Provenance(own=registry_id, book=book, clock=clock, since=clock()),
+                unsigned=unsigned_admin,
+            ),
+            alarm=SecurityAlarm(
+                events=EventSource(
+                    session=session,
+                    topics=topics,
+                    source=registry_id,
+                    component="registry",
+                    clock=clock,
+                ),
+                own=registry_id,
+                clock=clock,
+            ),
         )
+        self._passports = book
 
     async def _on_start(self) -> None:
         await self._restore()
@@ -138,6 +180,7 @@ class RegistryService(Service):
         await self._session.subscribe(
             self._topics.filter(TopicKind.NODE_STATE), self._on_node_state
         )
+        await self._session.subscribe(self._topics.filter(TopicKind.TRUST), self._on_trust)
         await self._session.subscribe(
             self._topics.filter(TopicKind.ADMIN, target=self._id), self._admin.answer
         )
@@ -145,6 +188,17 @@ class RegistryService(Service):
             self._connection_changed(True)
         self.spawn(self._admit_claims(), name="admit")
         self.spawn(self._sweep(), name="sweep")
+        self.spawn(self._rights.follow(), name="rights")
+
+    def readmit(self, node: str) -> None:
+        """Write a node's records anew, as far as what is attested of it has changed.
+
+        Takes effect soon; what a claim wished for and was not granted before comes back too.
+
+        Args:
+            node: the node, enrolled or not.
+        """
+        self._rights.look_at(node)
 
     async def _on_stopped(self) -> None:
         if self._forget_listener is not None:
@@ -227,10 +281,12 @@ class RegistryService(Service):
         if isinstance(verdict, Unchanged):
             self.counts["unchanged"] += 1
             self._catalog.confirm(key)
+            self._rights.heard_again(verdict.claim)
         elif isinstance(verdict, Refused):
             self._refuse(key, verdict, message.payload)
         elif self._pending.offer(key, verdict):
             self._catalog.confirm(key)
+            self._rights.wished(verdict.claim)
         else:
             full = f"{self._settings.pending_limit} claims wait to be embedded: claim again later"
             self._refuse(key, Refused(Reason.OVERLOADED, full), message.payload)
@@ -246,6 +302,16 @@ class RegistryService(Service):
             return
         if state.node == node and state.state == "birth":
             self._catalog.node_started(node, state.epoch, grace_until=self._grace_end())
+
+    async def _on_trust(self, message: Message) -> None:
+        """Hear its own words, kept by the broker, and those of other registries of the site."""
+        try:
+            member = self._topics.parse(message.topic).levels["member"]
+        except InvalidTopic:
+            self.counts["bad_topics"] += 1
+            return
+        if self._passports is not None:
+            hear_trust(message.payload, member=member, book=self._passports)
 
     def _refuse(self, key: Key, refused: Refused, payload: bytes) -> None:
         """Count a refusal, and say it once: the same claim comes again with every connection."""
@@ -289,6 +355,7 @@ class RegistryService(Service):
         )
 
     def _withdraw(self, key: Key, change: Change, reason: str) -> None:
+        self._rights.forget(key)
         record = self._catalog.withdraw(key)
         if record is None:
             self._pending.withdraw(key, None)
@@ -357,7 +424,7 @@ class RegistryService(Service):
         record = sign(
             CatalogRecord(
                 **fields,
-                policy=admitted.policy,
+                policy=self._rights.now(key[0], claim.policy, admitted.policy),
                 embedding=vectors.embedding,
                 parts=vectors.parts,
                 space=self._encoder.space,

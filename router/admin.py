@@ -4,32 +4,29 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any, Final
 
-from broker.session.base import Session
 from capability_schemas.admin import AdminRequest
 from capability_schemas.errors import InvalidTask, NotFound
 from capability_schemas.ids import check_identifier, is_identifier
-from capability_schemas.invocation import Control
 from capability_schemas.node import NodeLoad
-from capability_schemas.topics import TopicKind, Topics
-from capability_schemas.wire import encode
 from router.catalogue import Fleet, Key
 from router.dispatch import Dispatcher
 from router.ledger import Ledger
 from router.meaning import Meaning
+from router.orders import OrderDesk
 from router.ownership import RouterBook
+from router.quota import Quotas
 from router.statistics import RouterStats
 from router.steering import SteeringDesk
-from router.verbs import Answer, Verb, key_page, name_page, named_keys, only
+from router.verbs import Answer, Verb, key_page, name_page, named_keys, only, word
 
 _FUNCTIONS_SHOWN: Final = 256
 
 
 class AdminDesk:
-    """Answers administrators: who may ask is settled by the broker's access table.
+    """Answers administrators and operators; who may order what is settled before.
 
     Args:
-        session: Sends orders to nodes.
-        topics: Topic grammar of the site.
+        orders: Tells nodes what to do.
         fleet: Nodes and records.
         meaning: Knows the threshold.
         dispatcher: Live tasks.
@@ -37,6 +34,7 @@ class AdminDesk:
         stats: Counters.
         steering: Answers what is asked of decisions.
         book: The routers of the site.
+        quotas: What each client may have, and uses.
         router_id: This router.
         clock: UTC milliseconds.
     """
@@ -44,8 +42,7 @@ class AdminDesk:
     def __init__(
         self,
         *,
-        session: Session,
-        topics: Topics,
+        orders: OrderDesk,
         fleet: Fleet,
         meaning: Meaning,
         dispatcher: Dispatcher,
@@ -53,11 +50,11 @@ class AdminDesk:
         stats: RouterStats,
         steering: SteeringDesk,
         book: RouterBook,
+        quotas: Quotas,
         router_id: str,
         clock: Callable[[], int],
     ) -> None:
-        self._session = session
-        self._topics = topics
+        self._orders = orders
         self._fleet = fleet
         self._meaning = meaning
         self._dispatcher = dispatcher
@@ -65,6 +62,7 @@ class AdminDesk:
         self._stats = stats
         self._steering = steering
         self._book = book
+        self._quotas = quotas
         self._router_id = router_id
         self._clock = clock
         self._started_at = clock()
@@ -73,6 +71,7 @@ class AdminDesk:
             "functions": self._functions,
             "routers": self._routers,
             "stats": self._statistics,
+            "quotas": self._show_quotas,
             "task": self._task,
             "cordon": self._cordon,
             "uncordon": self._uncordon,
@@ -173,6 +172,12 @@ class AdminDesk:
             "explanation": explanation,
         }
 
+    async def _show_quotas(self, args: dict[str, Any]) -> Answer:
+        """Tell limits and use: of ``client``, or of those heard of last."""
+        only(args, "client")
+        client = word(args, "client")
+        return self._quotas.describe(None if client is None else check_identifier(client, "client"))
+
     async def _cordon(self, args: dict[str, Any]) -> Answer:
         return await self._set_cordon(args, closed=True)
 
@@ -187,16 +192,13 @@ class AdminDesk:
 
     async def _drain(self, args: dict[str, Any]) -> Answer:
         node = self._known_node(args)
-        self._order(node, Control(verb="drain", reason="administrator", sender=self._router_id))
+        self._orders.control(node, "drain", reason="administrator")
         return {"node": node, "ordered": "drain", "assigned": self._fleet.node(node).assigned}
 
     async def _undrain(self, args: dict[str, Any]) -> Answer:
         node = self._known_node(args)
-        self._order(node, Control(verb="undrain", reason="administrator", sender=self._router_id))
+        self._orders.control(node, "undrain", reason="administrator")
         return {"node": node, "ordered": "undrain"}
-
-    def _order(self, node: str, control: Control) -> None:
-        self._session.post(self._topics.build(TopicKind.CONTROL, node=node), encode(control))
 
     def _known_node(self, args: dict[str, Any]) -> str:
         only(args, "node")

@@ -20,6 +20,7 @@ class Request:
         deadline: UTC milliseconds.
         prefer: Node that served the session last, if any.
         effect: What the routing rules make of the task.
+        tenant: Whose the client is.
     """
 
     task: Task
@@ -27,6 +28,7 @@ class Request:
     deadline: int
     prefer: str | None = None
     effect: RuleEffect = NO_RULES
+    tenant: str | None = None
 
 
 class Offer(NamedTuple):

@@ -102,6 +102,7 @@ class Fleet:
     _names: NameIndex = field(default_factory=NameIndex)
     _vectors: dict[Key, int] = field(default_factory=dict)
     _sharing: Sharing = field(default_factory=Sharing)
+    _tenants: set[Key] = field(default_factory=set)
 
     @property
     def nodes(self) -> Mapping[str, NodeView]:
@@ -159,10 +160,21 @@ class Fleet:
             self._vectors[key] = _vectors_of(record)
             self._keep(self._sharing.lighten(record))
 
+    @property
+    def has_tenants(self) -> bool:
+        """Whether any node serves a tenant; as long as none does, nobody need be kept apart."""
+        return bool(self._tenants)
+
+    def serving(self, tenant: str | None, function: str) -> list[str]:
+        """Return the nodes that offer a function of a name to members of a tenant."""
+        offered = self.named(function)
+        return [node for node, record in offered.items() if record.policy.serves(tenant)]
+
     def withdraw(self, key: Key) -> bool:
         """Forget a record; tell whether it was there."""
         if self._records.pop(key, None) is None:
             return False
+        self._tenants.discard(key)
         self._vectors.pop(key, None)
         del self._keys[bisect_left(self._keys, key)]
         node, function = key
@@ -176,6 +188,10 @@ class Fleet:
     def _keep(self, record: CatalogRecord) -> None:
         self._records[record.key] = record
         self._by_name.setdefault(record.function, {})[record.node] = record
+        if record.policy.tenant is None:
+            self._tenants.discard(record.key)
+        else:
+            self._tenants.add(record.key)
 
     def _is_known(self, record: CatalogRecord, known: CatalogRecord) -> bool:
         """Tell whether a record is the one that is kept, be it without its vectors."""

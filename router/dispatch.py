@@ -6,12 +6,11 @@ from typing import Any, Final, Protocol, assert_never
 
 import structlog
 
-from broker.session.base import Session
+from broker.audit import Tally
 from capability_schemas.errors import FoamError, Overloaded
-from capability_schemas.invocation import Control, Report
+from capability_schemas.invocation import Report
 from capability_schemas.reply import Accepted
-from capability_schemas.task import FunctionRef, decode_task
-from capability_schemas.topics import TopicKind, Topics
+from capability_schemas.task import FunctionRef, Task, decode_task
 from capability_schemas.wire import encode
 from router.catalogue import Fleet
 from router.commons import Commons
@@ -48,6 +47,8 @@ from router.meaning import Query
 from router.messages import make_final, make_invocation, make_routed
 from router.notes import TaskNotes
 from router.observation import Observation
+from router.orders import OrderDesk
+from router.quota import Quotas
 from router.replies import Key, Outcome, ReplyDesk
 from router.routing import TaskRouting
 from router.settings import RouterSettings
@@ -55,6 +56,7 @@ from router.statistics import RouterStats
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _LIVE_RETRY_MS: Final = 1_000
+_REFUSALS: Final = ("policy_denied", "unauthorized", "overloaded", "too_large")
 
 
 class Spawn(Protocol):
@@ -65,12 +67,18 @@ class Spawn(Protocol):
         ...
 
 
+def note_refusal(tally: Tally, client: str, code: str | None, error: FoamError | None) -> None:
+    """Count a task that was refused for want of rights or quota; other ends pass."""
+    if code in _REFUSALS:
+        message = error.message if error is not None else ""
+        tally.note("task_refused", actor=client, subject=code, message=message)
+
+
 class Dispatcher:
     """All live tasks of a router. Owned by its event loop; nothing awaits between check and act.
 
     Args:
-        session: Connection to the mesh.
-        topics: Topic grammar of the site.
+        orders: Tells nodes what to do.
         ledger: Journal.
         fleet: Nodes and records.
         routing: Finds candidates.
@@ -78,6 +86,8 @@ class Dispatcher:
         stats: Counters.
         router_id: This router.
         settings: Limits and time limits.
+        quotas: What each client may have.
+        refusals: Counts what policy forbids, for the audit trail.
         clock: UTC milliseconds.
         spawn: Runs background work in the router's life cycle.
     """
@@ -85,8 +95,7 @@ class Dispatcher:
     def __init__(
         self,
         *,
-        session: Session,
-        topics: Topics,
+        orders: OrderDesk,
         ledger: Ledger,
         fleet: Fleet,
         routing: TaskRouting,
@@ -94,11 +103,12 @@ class Dispatcher:
         stats: RouterStats,
         router_id: str,
         settings: RouterSettings,
+        quotas: Quotas,
+        refusals: Tally,
         clock: Callable[[], int],
         spawn: Spawn,
     ) -> None:
-        self._session = session
-        self._topics = topics
+        self._orders = orders
         self._ledger = ledger
         self._fleet = fleet
         self._routing = routing
@@ -106,6 +116,8 @@ class Dispatcher:
         self._stats = stats
         self._router_id = router_id
         self._settings = settings
+        self._quotas = quotas
+        self._refusals = refusals
         self._clock = clock
         self._spawn = spawn
         self._commons = Commons.of(settings)
@@ -142,7 +154,8 @@ class Dispatcher:
             floor: Number of its first attempt.
 
         Raises:
-            Overloaded: As many tasks are live as may be.
+            Overloaded: As many tasks are live as may be, or the client has had its share.
+            TooLarge: The client may not send tasks of this size.
         """
         if arrival.key in self._live:
             self.accept_again(self._live[arrival.key])
@@ -152,6 +165,7 @@ class Dispatcher:
                 f"{len(self._live)} tasks are live, the limit of this router",
                 retry_after_ms=_LIVE_RETRY_MS,
             )
+        self._quotas.admit(arrival.client, arrival.size_bytes)
         machine = GuardedMachine(
             deadline=arrival.deadline, settings=self._settings, commons=self._commons
         )
@@ -200,6 +214,7 @@ class Dispatcher:
         live = self._live.pop(key, None)
         if live is not None:
             live.machine.leave()
+            self._quotas.end(live.arrival.client)
             self._hold(live, None)
 
     def restore(self, entries: Iterable[Entry], *, floor: int = 1, settled: bool = False) -> None:
@@ -226,8 +241,10 @@ class Dispatcher:
                 entry, settings=self._settings, now=now, commons=self._commons
             )
             machine.turns.floor = floor
+            self.give_up(arrival.key)  # it may have come once more while it was being taken over
             live = LiveTask(arrival, machine, noted_seq=entry.next_seq)
             self._live[arrival.key] = live
+            self._quotas.restore(arrival.client)
             self._hold(live, entry.node)
             self._alarms.set(live)
 
@@ -281,6 +298,7 @@ class Dispatcher:
             return
         if self._live.get(arrival.key) is live:
             del self._live[arrival.key]
+            self._quotas.refund(arrival.client, arrival.size_bytes)
         self._stats.repeated += 1
         if known.terminal is not None:
             self._replies.repeat(known.reply, [known.terminal])
@@ -312,13 +330,15 @@ class Dispatcher:
             selection.problem,
             min_confidence=selection.min_confidence,
             policy=self._routing.policy(live.wanted),
-            hedge_after_ms=self._hedge_after_ms(selection.choices),
+            hedge_after_ms=self._hedge_after_ms(live.arrival.task, selection.choices),
         )
         self._feed(live, chosen)
 
-    def _hedge_after_ms(self, choices: tuple[Choice, ...]) -> int | None:
+    def _hedge_after_ms(self, task: Task, choices: tuple[Choice, ...]) -> int | None:
         """Return after what time the best candidate takes long; None: nobody is asked beside it."""
         if not choices or not choices[0].idempotent or not self._settings.hedge_share:
+            return None
+        if task.proof:  # what was held back is told by the router: no node has signed it
             return None
         first, samples = choices[0], self._settings.hedge_samples
         return self._stats.times.slow_ms(first.function, first.version, samples=samples)
@@ -384,16 +404,14 @@ class Dispatcher:
         # The journal hears of it when the session has written: nobody waits for that.
         asyncio.get_running_loop().call_soon(self._notes.route, live, action)
         try:
-            self._session.post(
-                self._topics.build(TopicKind.INVOKE, node=choice.node),
-                encode(
-                    make_invocation(
-                        arrival,
-                        action,
-                        policy=self._routing.policy(live.wanted),
-                        router=self._router_id,
-                        now=now,
-                    )
+            self._orders.invoke(
+                choice.node,
+                make_invocation(
+                    arrival,
+                    action,
+                    policy=self._routing.policy(live.wanted),
+                    router=self._router_id,
+                    now=now,
                 ),
             )
         except FoamError as error:
@@ -439,24 +457,23 @@ class Dispatcher:
             self._stats.times.add(choice.function, choice.version, action.took_ms)
 
     def _cancel_node(self, live: LiveTask, action: CancelNode) -> None:
-        order = Control(
-            verb="cancel",
-            task=live.arrival.task_id,
-            client=live.arrival.client,
-            attempt=action.attempt,
-            reason=action.reason,
-            sender=self._router_id,
-        )
         try:
-            self._session.post(
-                self._topics.build(TopicKind.CONTROL, node=action.node), encode(order)
+            self._orders.control(
+                action.node,
+                "cancel",
+                task=live.arrival.task_id,
+                client=live.arrival.client,
+                attempt=action.attempt,
+                reason=action.reason,
             )
         except FoamError as error:
             _log.warning("control.dropped", node=action.node, error=error.message)
 
     def _finish(self, live: LiveTask, end: End) -> None:
         arrival, now = live.arrival, self._clock()
-        self._live.pop(arrival.key, None)
+        if self._live.get(arrival.key) is live:
+            del self._live[arrival.key]
+            self._quotas.end(arrival.client)
         self._hold(live, None)
         if not end.journaled:
             self._stats.refused[end.code or ""] += 1
@@ -465,6 +482,7 @@ class Dispatcher:
             return
         self._notes.explanation(live)
         self._stats.ended[end.code or "result"] += 1
+        note_refusal(self._refusals, arrival.client, end.code, end.error)
         self._stats.missed_chunks += live.machine.course.shown.missed
         outcome = Outcome(
             key=arrival.key,

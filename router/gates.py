@@ -11,7 +11,7 @@ from enum import Enum, auto
 from functools import cache, cached_property
 from typing import Final
 
-from capability_schemas.capability import CatalogRecord
+from capability_schemas.capability import EVERY_TENANT, CatalogRecord
 from capability_schemas.errors import InvalidTask
 from capability_schemas.functions import check_input, effective_input
 from capability_schemas.task import TaskPolicy
@@ -22,7 +22,7 @@ from router.catalogue import NodeView
 from router.finish import UNKNOWN, Finish, predict_finish
 from router.rules.patterns import compile_expression
 
-POLICY_GATES: Final = ("zones", "data", "grants", "local", "cost", "rules")
+POLICY_GATES: Final = ("tenant", "zones", "data", "grants", "local", "cost", "rules")
 FIT_GATES: Final = ("version", "skills", "schema", "size", "context")
 PASSING_GATES: Final = ("memory", "liveness", "open", "capacity", "breaker", "deadline")
 """Gates that a node fails for the moment only."""
@@ -90,9 +90,12 @@ def glance(request: Request, *, now: int) -> Glance:
     data, grants = policy.data, frozenset(policy.grants)
     most, local = policy.max_cost, policy.local_only
     asks = policy != TaskPolicy()
+    served = frozenset({request.tenant, EVERY_TENANT})
     admits = None if request.function is None else cache(request.function.admits)
 
     def look(record: CatalogRecord, node: NodeView) -> Outlook:
+        if record.policy.tenant not in served:
+            return Outlook.NEVER
         if asks:
             attested = record.policy
             if (
@@ -171,6 +174,8 @@ class Gatekeeper:
         """Return the gates of policy that a record fails, each with the reason."""
         failed: dict[str, str] = {}
         policy, attested = self._policy, record.policy
+        if not attested.serves(self._request.tenant):
+            failed["tenant"] = "serves another tenant"
         if self._zones is not None and self._zones.isdisjoint(attested.zones):
             wanted = _words(policy.zones or ())
             failed["zones"] = f"stands in {_words(attested.zones)}, not in {wanted}"

@@ -29,6 +29,7 @@ class Arrival:
         deadline: Absolute, UTC milliseconds.
         function: The function addressed by name, if any.
         mark: What stands for it in every router when it came without an id; empty else.
+        size_bytes: Size of the task as received.
     """
 
     client: str
@@ -39,11 +40,17 @@ class Arrival:
     deadline: int
     function: FunctionRef | None
     mark: str = ""
+    size_bytes: int = 0
 
     @property
     def key(self) -> tuple[str, str]:
         """``(client, task id)``: ids are scoped to their client."""
         return self.client, self.task_id
+
+    @property
+    def named(self) -> bool:
+        """Whether the client chose the id."""
+        return not self.mark
 
     @property
     def subject(self) -> str:
@@ -140,6 +147,7 @@ class Intake:
             deadline=now + task.timeout_ms,
             function=function,
             mark=mark,
+            size_bytes=len(payload),
         )
 
     def renamed(self, read: Arrival | Refusal, task_id: str) -> Arrival | Refusal:

@@ -43,6 +43,7 @@ def make_invocation(
         cascade=action.cascade,
         continuation=action.continuation,
         hold=action.hold,
+        proof=task.proof,
         trace=task.trace,
         sent_at=now,
     )

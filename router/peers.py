@@ -19,6 +19,8 @@ from capability_schemas.admin import CloudEvent
 from capability_schemas.errors import FoamError, ProtocolError
 from capability_schemas.ids import Identifier
 from capability_schemas.node import Presence, RouterState
+from capability_schemas.passport import Passport
+from capability_schemas.provenance import Signer
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import MAX_COUNT, WirePart, decode, encode
 from router.dispatch import Dispatcher
@@ -72,6 +74,7 @@ class PeerDesk:
         reception: Whose tasks are whose.
         dispatcher: Tasks of this router.
         events: Tells the others.
+        signer: Its passport is shown with the state; None: there is none.
         epoch: Start of this process, UTC milliseconds.
         clock: UTC milliseconds.
 
@@ -88,6 +91,7 @@ class PeerDesk:
         reception: Reception,
         dispatcher: Dispatcher,
         events: EventSource,
+        signer: Signer | None,
         epoch: int,
         clock: Callable[[], int],
     ) -> None:
@@ -98,6 +102,7 @@ class PeerDesk:
         self._reception = reception
         self._dispatcher = dispatcher
         self._events = events
+        self._signer = signer
         self._epoch = epoch
         self._clock = clock
 
@@ -114,6 +119,7 @@ class PeerDesk:
             epoch=self._epoch,
             at=self._clock(),
             heartbeat_s=self._book.heartbeat_s,
+            passport=self._signer.passport if self._signer is not None else None,
         )
 
     async def beat(self) -> None:
@@ -235,6 +241,7 @@ def encode_state(
     at: int,
     heartbeat_s: float | None = None,
     reason: str = "",
+    passport: Passport | None = None,
 ) -> bytes:
     """Return a router's word about itself.
 
@@ -245,6 +252,7 @@ def encode_state(
         at: Now, UTC milliseconds.
         heartbeat_s: How often it is repeated, seconds.
         reason: Why, in words.
+        passport: How others know its signatures.
     """
     return encode(
         RouterState(
@@ -254,5 +262,6 @@ def encode_state(
             at=at,
             reason=reason,
             heartbeat_s=heartbeat_s,
+            passport=passport,
         )
     )

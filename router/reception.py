@@ -6,24 +6,24 @@ next one goes on from what it has seen on the reply topics. A router that finds 
 better claim gives its task up without a word.
 """
 
+import asyncio
 from collections.abc import Callable
 from typing import Final
 
 import structlog
 
+from broker.audit import Tally
 from broker.events import EventSource
-from broker.session.base import Message, Session
-from capability_schemas.errors import FoamError, Overloaded, ProtocolError
-from capability_schemas.invocation import Control
-from capability_schemas.topics import TopicKind, Topics
-from capability_schemas.wire import encode
+from broker.session.base import Message
+from capability_schemas.errors import FoamError, Overloaded, ProtocolError, TooLarge
 from router.catalogue import Fleet
-from router.dispatch import Dispatcher, Spawn
+from router.dispatch import Dispatcher, Spawn, note_refusal
 from router.entry import Entry
 from router.intake import Arrival, Intake, Refusal
 from router.ledger import Ledger
 from router.live import LiveTask
 from router.observation import Observation, RouterWord
+from router.orders import OrderDesk
 from router.ownership import Claim, RouterBook, first_attempt
 from router.replies import Key, Outcome, ReplyDesk
 from router.settings import RouterSettings
@@ -38,6 +38,9 @@ _TOLD_BYTES: Final = 256 * 1024
 """Longest final event that is told; a longer one is not known to those who did not see it."""
 
 _OVERFLOW_RETRY_MS: Final = 1_000
+_LOOK_UPS: Final = 32
+"""Refused tasks at a time that may be repetitions: of more nobody looks in the journal."""
+
 _LINGER_MS: Final = 60_000
 """How long a shadow outlives the deadline of its task, milliseconds."""
 
@@ -48,16 +51,16 @@ class Reception:
     """Takes tasks, refuses them, leaves them to other routers, takes them over. Of the event loop.
 
     Args:
-        session: Connection to the mesh.
-        topics: Topic grammar of the site.
         intake: Reads tasks.
         book: The routers of the site.
         dispatcher: Runs the tasks of this router.
+        orders: Tells nodes what to do.
         fleet: What the nodes offer.
         replies: Tells clients.
         ledger: Journal.
         settings: Limits and time limits.
         stats: Counters.
+        refusals: Counts what policy forbids, for the audit trail.
         events: Tells other routers.
         clock: UTC milliseconds.
         spawn: Runs background work in the router's life cycle.
@@ -69,30 +72,30 @@ class Reception:
     def __init__(
         self,
         *,
-        session: Session,
-        topics: Topics,
         intake: Intake,
         book: RouterBook,
         dispatcher: Dispatcher,
+        orders: OrderDesk,
         fleet: Fleet,
         replies: ReplyDesk,
         ledger: Ledger,
         settings: RouterSettings,
         stats: RouterStats,
+        refusals: Tally,
         events: EventSource,
         clock: Callable[[], int],
         spawn: Spawn,
     ) -> None:
-        self._session = session
-        self._topics = topics
         self._intake = intake
         self._book = book
         self._dispatcher = dispatcher
-        self._fleet = fleet
+        self._orders = orders
         self._replies = replies
         self._ledger = ledger
         self._settings = settings
         self._stats = stats
+        self._refusals = refusals
+        self._look_ups = asyncio.Semaphore(_LOOK_UPS)
         self._events = events
         self._clock = clock
         self._spawn = spawn
@@ -164,7 +167,7 @@ class Reception:
         if refusal.named and self._dispatcher.live(refusal.key) is not None:
             return  # a repetition: the task itself is safe
         if self._is_ours(refusal.subject):
-            self._refuse(refusal.reply, refusal.task_id, refusal.error)
+            self._refuse(refusal, refusal.error)
 
     def cancel(self, key: Key) -> None:
         """Take a client's cancellation; it holds for whoever takes the task over, too."""
@@ -240,18 +243,32 @@ class Reception:
 
     def _begin(self, read: Arrival | Refusal) -> None:
         if isinstance(read, Refusal):
-            self._refuse(read.reply, read.task_id, read.error)
+            self._refuse(read, read.error)
             return
         before = self._book.order(read.subject).index(self._own)
         generation = before + self._book.doubts(read.subject)
         try:
             self._dispatcher.take(read, floor=first_attempt(generation))
-        except Overloaded as error:
-            self._refuse(read.reply, read.task_id, error)
+        except (Overloaded, TooLarge) as error:
+            if self._look_ups.locked() or not read.named:
+                self._refuse(read, error)
+            else:
+                self._spawn(self._refuse_unless_known(read, error), name="refuse")
 
-    def _refuse(self, reply: str, task_id: str, error: FoamError) -> None:
+    async def _refuse_unless_known(self, read: Arrival, error: FoamError) -> None:
+        """Refuse a task, unless it is no new one; the others do not wait for the look."""
+        async with self._look_ups:
+            outcome = await self.find_outcome(read.key)
+        if outcome is not None:
+            self._stats.repeated += 1
+            self._replies.repeat(outcome.reply, [outcome.terminal])
+        elif self._dispatcher.live(read.key) is None:
+            self._refuse(read, error)
+
+    def _refuse(self, read: Arrival | Refusal, error: FoamError) -> None:
         self._stats.refused[error.code.value] += 1
-        self._replies.refuse(reply, task_id, error)
+        note_refusal(self._refusals, read.client, error.code.value, error)
+        self._replies.refuse(read.reply, read.task_id, error)
 
     # ---- what is said on the reply topics
 
@@ -432,16 +449,11 @@ class Reception:
         self._cancel(shadow.key, node, attempt)
 
     def _cancel(self, key: Key, node: str, attempt: int) -> None:
-        order = Control(
-            verb="cancel",
-            task=key[1],
-            client=key[0],
-            attempt=attempt,
-            reason="superseded",
-            sender=self._own,
-        )
+        client, task = key
         try:
-            self._session.post(self._topics.build(TopicKind.CONTROL, node=node), encode(order))
+            self._orders.control(
+                node, "cancel", task=task, client=client, attempt=attempt, reason="superseded"
+            )
         except FoamError as error:
             _log.warning("control.dropped", node=node, error=error.message)
 

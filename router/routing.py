@@ -7,14 +7,14 @@ embedded nor searched for; rules and gates hold for them all the same.
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby, islice
 from operator import attrgetter
 from typing import Any, Final
 
-from capability_schemas.capability import CatalogRecord
+from capability_schemas.capability import EVERY_TENANT, CatalogRecord
 from capability_schemas.errors import FoamError, NoCapableNode, PolicyDenied
 from capability_schemas.task import FunctionRef, Task, TaskPolicy
 from registry.index.base import Demands
@@ -44,6 +44,7 @@ _SORTED_OUT: Final = 512
 _WIDER: Final = 4
 """So many times as many capabilities are looked at when of the first nobody will do."""
 
+_SOUNDING: Final = 16
 _DEMANDS: Final = 32
 """Demands of one kind that the search is told of; the gates look at all, be they thousands."""
 
@@ -84,6 +85,7 @@ class TaskRouting:
         reputation: What nodes have done so far; nothing when None.
         breakers: Functions that do not answer; none when None.
         rules: What the operator has laid down; no rules when None.
+        tenant_of: Returns whose a client is; None: of no tenant.
         chance: Randomness of exploration; None: no exploration.
     """
 
@@ -97,6 +99,7 @@ class TaskRouting:
         breakers: Breakers | None = None,
         rules: RuleFile | None = None,
         chance: random.Random | None = None,
+        tenant_of: Callable[[str], str | None] = lambda _: None,
     ) -> None:
         self._meaning = meaning
         self._fleet = fleet
@@ -105,6 +108,7 @@ class TaskRouting:
         self._breakers = Breakers(settings.breaker) if breakers is None else breakers
         self._rules = rules
         self._chance = chance
+        self._tenant_of = tenant_of
         self._sessions: OrderedDict[tuple[str, str], str] = OrderedDict()
         self.weights: Weights = settings.weights
 
@@ -182,7 +186,11 @@ class TaskRouting:
             )
         effect = self._effect(wanted)
         request = Request(
-            _ruled(wanted.task, effect), wanted.function, wanted.deadline, effect=effect
+            _ruled(wanted.task, effect),
+            wanted.function,
+            wanted.deadline,
+            effect=effect,
+            tenant=self._tenant_of(wanted.client),
         )
         failed = [*Gatekeeper(request, now=now).failed_policy(record).values()]
         if record.policy.external and not choice.external:
@@ -243,7 +251,10 @@ class TaskRouting:
         effect = self._effect(wanted)
         task = _ruled(wanted.task, effect)
         session = self._sessions.get((wanted.client, task.session)) if task.session else None
-        request = Request(task, wanted.function, wanted.deadline, prefer=session, effect=effect)
+        tenant = self._tenant_of(wanted.client)
+        request = Request(
+            task, wanted.function, wanted.deadline, prefer=session, effect=effect, tenant=tenant
+        )
         look = glance(request, now=now)
         search = query.search if query is not None else self._meaning.search
         weights = self.weights.changed(supposed.weights) if supposed.weights else self.weights
@@ -262,22 +273,23 @@ class TaskRouting:
             )
 
         if query is None:
-            named = self._named(wanted.function)
+            named = self._named(wanted.function, tenant)
             told: dict[str, Any] = {"rules": effect.describe(), "demands": []}
             if wanted.function is not None and not named:
-                return self._unknown(wanted.function), told
+                return self._unknown(wanted.function, tenant), told
             return chosen_from([self._offers(named, request, supposed, look)]), told
         skills = [frozenset({f"skill:{skill}"}) for skill in task.skills[:_DEMANDS]]
         demands = (*skills, *_demands(task.policy), *effect.demands)
+        walls = self._walls(tenant)
 
         def decide(most: int, *, others: bool) -> tuple[Selection, list[Match]]:
-            found = self._found(query, most, demands)
+            found = self._found(query, most, (*walls, *demands))
             matches = found
             if len(demands) > len(skills):
                 # What is forbidden may be what is meant: then nothing poor stands in for it.
-                matches = _with_hidden(matches, self._found(query, most, skills))
+                matches = _with_hidden(matches, self._found(query, most, (*walls, *skills)))
             if others and skills:
-                matches = _with_hidden(matches, self._found(query, most))
+                matches = _with_hidden(matches, self._found(query, most, walls))
             selection = chosen_from(self._groups(matches, request, supposed, look))
             return selection, found
 
@@ -299,10 +311,16 @@ class TaskRouting:
             NO_RULES if self._rules is None else self._rules.book.apply(wanted.client, wanted.task)
         )
 
-    def _named(self, function: FunctionRef | None) -> list[Key]:
+    def _named(self, function: FunctionRef | None, tenant: str | None) -> list[Key]:
         if function is None:
             return []
-        return [(node, function.name) for node in self._fleet.named(function.name)]
+        return [(node, function.name) for node in self._fleet.serving(tenant, function.name)]
+
+    def _walls(self, tenant: str | None) -> Demands:
+        """Return what a search must not look beyond: a tenant's own offers and those for all."""
+        if tenant is None and not self._fleet.has_tenants:
+            return ()
+        return (frozenset({f"tenant:{tenant or ''}", f"tenant:{EVERY_TENANT}"}),)
 
     def _found(self, query: Query, most: int, demands: Demands = ()) -> list[Match]:
         return query.search.search(query.text, query.vector, most, demands=demands)
@@ -339,8 +357,8 @@ class TaskRouting:
             records, nodes = self._fleet.records, self._fleet.nodes
             for key in self._in_turn(keys, request):
                 record = records.get(key)
-                if record is None:
-                    continue
+                if record is None or not record.policy.serves(request.tenant):
+                    continue  # another tenant's: as if it were not there, not even as a near miss
                 view = nodes.get(record.node) or self._fleet.node(record.node)
                 if supposed is not _AS_IT_IS:
                     record, view = supposed.see(record, view)
@@ -382,14 +400,16 @@ class TaskRouting:
                 keys = [session, *(key for key in keys if key != session)]
         return keys
 
-    def _unknown(self, function: FunctionRef) -> Selection:
+    def _unknown(self, function: FunctionRef, tenant: str | None) -> Selection:
         """Nobody has a function of that name: name those that sound like it."""
-        near = self._fleet.names.nearest(function.name, max(1, self._settings.nearest))
+        most = max(1, self._settings.nearest)
+        sounding = self._fleet.names.nearest(function.name, _SOUNDING * most)
+        near = [one for one in sounding if self._fleet.serving(tenant, one[0])][:most]
         close = [name for name, likeness in near if likeness >= _MEANT]
         misses: list[dict[str, Any]] = [
             {
                 "function": name,
-                "node": min(self._fleet.named(name)),
+                "node": min(self._fleet.serving(tenant, name)),
                 "score": round(likeness, 4),
                 "reason": "another name",
             }

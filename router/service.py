@@ -9,30 +9,35 @@ from typing import Final
 
 import structlog
 
+from broker.access.policy import Role
+from broker.audit import AuditVoice
 from broker.events import EventSource
 from broker.lifecycle import Service
 from broker.session.base import Handler, Message, Session, Will
-from capability_schemas.admin import ADMIN_LIMIT_BYTES, AdminRequest, decode_admin_request
-from capability_schemas.capability import CatalogRecord
-from capability_schemas.errors import FoamError, Overloaded, ProtocolError
+from capability_schemas.errors import Overloaded
 from capability_schemas.ids import now_ms
 from capability_schemas.invocation import UNSURE_LIMIT_BYTES, Report
-from capability_schemas.node import NodeLoad, NodeState
-from capability_schemas.reply import ErrorEvent, Result
-from capability_schemas.task import CancelRequest, ResumeRequest, peek_task_id
+from capability_schemas.passport import PassportBook
+from capability_schemas.provenance import Signer
+from capability_schemas.task import CancelRequest, ResumeRequest
 from capability_schemas.topics import TopicKind, Topics
-from capability_schemas.wire import DEFAULT_LIMIT_BYTES, Model, decode
+from capability_schemas.wire import DEFAULT_LIMIT_BYTES
 from registry.search import CapabilitySearch
 from router.admin import AdminDesk
+from router.administration import AdminLine
 from router.breaker import Breakers
 from router.catalogue import Fleet
 from router.dispatch import Dispatcher
 from router.intake import Intake
 from router.ledger import Ledger
 from router.meaning import EncoderFactory, Meaning, QueryEncoder
+from router.news import FRAME_LIMIT_BYTES, FleetNews, Frames
 from router.observation import ReplyReader
+from router.orders import OrderDesk
 from router.ownership import RouterBook
 from router.peers import CLAIMS, PeerDesk, encode_state
+from router.people import People
+from router.quota import QuotaFile, Quotas
 from router.reception import OUTCOME, Reception
 from router.replies import ReplyDesk
 from router.reputation import Reputation
@@ -44,8 +49,7 @@ from router.steering import SteeringDesk
 from router.upkeep import Upkeep
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
-_CONTROL_LIMIT_BYTES: Final = 64 * 1024
-_REPORT_LIMIT_BYTES: Final = UNSURE_LIMIT_BYTES + _CONTROL_LIMIT_BYTES
+_REPORT_LIMIT_BYTES: Final = UNSURE_LIMIT_BYTES + FRAME_LIMIT_BYTES
 
 
 def router_will(topics: Topics, router_id: str, *, epoch: int, at: int) -> Will:
@@ -84,6 +88,10 @@ class RouterService(Service):
         background: Builds indexes; ``search`` was made with it. None: they are built at once.
         index_folder: Where the index is kept over restarts; None: nowhere.
         chance: Randomness of exploration; None: no exploration.
+        signer: Signs what nodes are told, and is shown with the router's state; None: unsigned.
+        book: Passports of administrators; None where no registry of the site is known.
+        unsigned_admin: Whether the broker's word will do for who administrates.
+        quotas: The file of quotas, loaded by its owner; None: the defaults hold.
         epoch: Start of this process, UTC milliseconds; now when omitted.
         clock: UTC milliseconds.
     """
@@ -103,6 +111,10 @@ class RouterService(Service):
         background: Executor | None = None,
         index_folder: Path | None = None,
         chance: random.Random | None = None,
+        signer: Signer | None = None,
+        book: PassportBook | None = None,
+        unsigned_admin: bool = True,
+        quotas: QuotaFile | None = None,
         epoch: int | None = None,
         clock: Callable[[], int] = now_ms,
     ) -> None:
@@ -113,6 +125,8 @@ class RouterService(Service):
         self._router_id = router_id
         self._settings = settings or RouterSettings()
         self._clock = clock
+        self._epoch = clock() if epoch is None else epoch
+        self._people = People(topics=topics, book=book)
         self.stats = RouterStats()
         self.fleet = Fleet(
             heartbeat_s=self._settings.heartbeat_s,
@@ -135,8 +149,8 @@ class RouterService(Service):
             breakers=breakers,
             rules=rules,
             chance=chance,
+            tenant_of=self._people.tenant,
         )
-        self._intake = Intake(topics=topics, limit_bytes=self._settings.task_limit_bytes)
         self._reader = ReplyReader(
             root=topics.root, router_id=router_id, limit_bytes=DEFAULT_LIMIT_BYTES
         )
@@ -147,9 +161,21 @@ class RouterService(Service):
             recent_bytes=self._settings.recent_bytes,
             clock=clock,
         )
-        self.dispatcher = Dispatcher(
+        orders = OrderDesk(
             session=session,
             topics=topics,
+            fleet=self.fleet,
+            router_id=router_id,
+            signer=signer,
+            clock=clock,
+        )
+        events = EventSource(
+            session=session, topics=topics, source=router_id, component="router", clock=clock
+        )
+        self._audit = AuditVoice(emit=events.emit, epoch=self._epoch, clock=clock)
+        self._quotas = Quotas(file=quotas, role_of=self._role_of)
+        self.dispatcher = Dispatcher(
+            orders=orders,
             ledger=ledger,
             fleet=self.fleet,
             routing=self.routing,
@@ -157,6 +183,8 @@ class RouterService(Service):
             stats=self.stats,
             router_id=router_id,
             settings=self._settings,
+            quotas=self._quotas,
+            refusals=self._audit.tally,
             clock=clock,
             spawn=self.spawn,
         )
@@ -165,20 +193,17 @@ class RouterService(Service):
             heartbeat_s=self._settings.router_heartbeat_s,
             missed=self._settings.missed_heartbeats,
         )
-        events = EventSource(
-            session=session, topics=topics, source=router_id, component="router", clock=clock
-        )
         self.reception = Reception(
-            session=session,
-            topics=topics,
-            intake=self._intake,
+            intake=Intake(topics=topics, limit_bytes=self._settings.task_limit_bytes),
             book=self.book,
             dispatcher=self.dispatcher,
+            orders=orders,
             fleet=self.fleet,
             replies=self._replies,
             ledger=ledger,
             settings=self._settings,
             stats=self.stats,
+            refusals=self._audit.tally,
             events=events,
             clock=clock,
             spawn=self.spawn,
@@ -190,7 +215,8 @@ class RouterService(Service):
             reception=self.reception,
             dispatcher=self.dispatcher,
             events=events,
-            epoch=clock() if epoch is None else epoch,
+            signer=signer,
+            epoch=self._epoch,
             clock=clock,
         )
         self._steering = SteeringDesk(
@@ -206,9 +232,8 @@ class RouterService(Service):
             spawn=self.spawn,
             clock=clock,
         )
-        self._admin = AdminDesk(
-            session=session,
-            topics=topics,
+        desk = AdminDesk(
+            orders=orders,
             fleet=self.fleet,
             meaning=self._meaning,
             dispatcher=self.dispatcher,
@@ -216,7 +241,23 @@ class RouterService(Service):
             stats=self.stats,
             steering=self._steering,
             book=self.book,
+            quotas=self._quotas,
             router_id=router_id,
+            clock=clock,
+        )
+        self._admin = AdminLine(
+            desk=desk,
+            people=self._people,
+            book=book,
+            unsigned=unsigned_admin,
+            since=self._epoch,
+            events=events,
+            replies=self._replies,
+            stats=self.stats,
+            audit=self._audit,
+            topics=topics,
+            router_id=router_id,
+            spawn=self.spawn,
             clock=clock,
         )
         self._upkeep = Upkeep(
@@ -231,6 +272,15 @@ class RouterService(Service):
             ledger=ledger,
             events=events,
             settings=self._settings,
+            clock=clock,
+        )
+        self._frames = Frames(topics, self.stats)
+        self._news = FleetNews(
+            frames=self._frames,
+            fleet=self.fleet,
+            meaning=self._meaning,
+            upkeep=self._upkeep,
+            gone=self.dispatcher.node_gone,
             clock=clock,
         )
         self._listening = False
@@ -257,6 +307,8 @@ class RouterService(Service):
         self.spawn(self._upkeep.sweep(), name="sweep")
         self.spawn(self._upkeep.calibrate(), name="calibrate")
         self.spawn(self._upkeep.embed_records(), name="embed")
+        self.spawn(self._audit.keep_telling(), name="audit")
+        self.spawn(self._quotas.follow(self._audit), name="quotas")
         for entry in untold:
             if entry.terminal is not None:
                 telling = self._replies.tell(entry.key, entry.reply, entry.terminal)
@@ -276,6 +328,7 @@ class RouterService(Service):
         self._session.announce(self._peers.topic, self._peers.state)
         self._session.retract(self._peers.topic)
         self.dispatcher.note_progress()
+        self._audit.tell()
         try:
             await self._steering.save()
         except Overloaded as error:
@@ -283,6 +336,10 @@ class RouterService(Service):
 
     async def _on_stopped(self) -> None:
         await self._meaning.close()
+
+    def show_passport(self) -> None:
+        """Say again who the router is: its passport has been renewed."""
+        self._session.announce(self._peers.topic, self._peers.state)
 
     def _on_connection(self, up: bool) -> None:
         if up:
@@ -308,18 +365,19 @@ class RouterService(Service):
         self._listening = True
         own, topics = self._router_id, self._topics
         filters: list[tuple[str, Handler, int]] = [
-            (self._topics.filter(TopicKind.CATALOG), self._on_catalog, 1),
-            (self._topics.filter(TopicKind.NODE_STATE), self._on_node_state, 1),
-            (self._topics.filter(TopicKind.NODE_LOAD), self._on_node_load, 0),
+            (topics.filter(TopicKind.CATALOG), self._news.on_catalog, 1),
+            (topics.filter(TopicKind.NODE_STATE), self._news.on_node_state, 1),
+            (topics.filter(TopicKind.NODE_LOAD), self._news.on_node_load, 0),
+            (topics.filter(TopicKind.TRUST), self._on_trust, 1),
             (topics.filter(TopicKind.ROUTER_STATE), self._on_router_state, 1),
             (topics.filter(TopicKind.EVENT, kind=CLAIMS), self._peers.hear_claims, 1),
             (topics.filter(TopicKind.EVENT, kind=OUTCOME), self._peers.hear_outcome, 1),
             (topics.filter(TopicKind.REPORT), self._on_report, 1),
-            (self._topics.filter(TopicKind.REPLY), self._on_reply, 1),
-            (self._topics.filter(TopicKind.ADMIN, target=own), self._fresh(self._on_admin), 1),
-            (self._topics.filter(TopicKind.CANCEL), self._fresh(self._on_cancel), 1),
-            (self._topics.filter(TopicKind.RESUME), self._fresh(self._on_resume), 1),
-            (self._topics.filter(TopicKind.TASK), self._fresh(self.reception.take), 1),
+            (topics.filter(TopicKind.REPLY), self._on_reply, 1),
+            (topics.filter(TopicKind.ADMIN, target=own), self._fresh(self._admin.on_message), 1),
+            (topics.filter(TopicKind.CANCEL), self._fresh(self._on_cancel), 1),
+            (topics.filter(TopicKind.RESUME), self._fresh(self._on_resume), 1),
+            (topics.filter(TopicKind.TASK), self._fresh(self.reception.take), 1),
         ]
         tasks = filters[-1][0]
         for topic_filter, handler, qos in filters:
@@ -358,15 +416,15 @@ class RouterService(Service):
     # ---- tasks
 
     async def _on_cancel(self, message: Message) -> None:
-        client = self._level(message, "client")
-        request = self._read(CancelRequest, message)
+        client = self._frames.level(message, "client")
+        request = self._frames.read(CancelRequest, message)
         if client is not None and request is not None:
             self.reception.cancel((client, request.task))
 
     async def _on_resume(self, message: Message) -> None:
         """Repeat what the client missed; a task not known (yet) is passed over."""
-        client = self._level(message, "client")
-        request = self._read(ResumeRequest, message)
+        client = self._frames.level(message, "client")
+        request = self._frames.read(ResumeRequest, message)
         if client is None or request is None:
             return
         key = (client, request.task)
@@ -391,8 +449,8 @@ class RouterService(Service):
         await self._peers.hear_state(message)
 
     async def _on_report(self, message: Message) -> None:
-        node = self._level(message, "node")
-        report = self._read(Report, message, limit_bytes=_REPORT_LIMIT_BYTES)
+        node = self._frames.level(message, "node")
+        report = self._frames.read(Report, message, limit_bytes=_REPORT_LIMIT_BYTES)
         if report is None:
             return
         if report.node != node:
@@ -400,102 +458,11 @@ class RouterService(Service):
             return
         self.dispatcher.report(report)
 
-    async def _on_node_state(self, message: Message) -> None:
-        self._upkeep.heard()
-        node = self._level(message, "node")
-        if node is None:
-            return
-        if not message.payload:
-            if self.fleet.forget_state(node):
-                self.dispatcher.node_gone(node, "the node was removed")
-            return
-        state = self._read(NodeState, message)
-        if state is None or state.node != node:
-            return
-        lost = self.fleet.hear_state(state, self._clock())
-        if lost is not None:
-            self.dispatcher.node_gone(node, lost)
+    async def _on_trust(self, message: Message) -> None:
+        self._upkeep.heard()  # whose a client is has to be known before its task goes anywhere
+        await self._people.hear(message)
 
-    async def _on_node_load(self, message: Message) -> None:
-        node = self._level(message, "node")
-        load = self._read(NodeLoad, message)
-        if load is None or load.node != node:
-            return
-        lost = self.fleet.hear_load(load, self._clock())
-        if lost is not None:
-            self.dispatcher.node_gone(load.node, lost)
-
-    async def _on_catalog(self, message: Message) -> None:
-        self._upkeep.heard()
-        node, function = self._level(message, "node"), self._level(message, "function")
-        if node is None or function is None:
-            return
-        key = (node, function)
-        if not message.payload:
-            if self.fleet.withdraw(key):
-                self._meaning.remove(key)
-                self._upkeep.catalogue_changed()
-            return
-        record = self._read(CatalogRecord, message, limit_bytes=DEFAULT_LIMIT_BYTES)
-        if record is None or record.key != key:
-            return
-        if self.fleet.admit(record):
-            if self._meaning.upsert(record):
-                self.fleet.lighten(key)
-            self._upkeep.catalogue_changed()
-
-    # ---- administration
-
-    async def _on_admin(self, message: Message) -> None:
-        client = self._level(message, "client")
-        if client is None:
-            return
-        try:
-            request = decode_admin_request(message.payload)
-        except ProtocolError as error:
-            self.stats.dropped["decode"] += 1
-            task = peek_task_id(message.payload[:ADMIN_LIMIT_BYTES])
-            if task is not None:
-                self._replies.refuse(self._intake.reply_topic(client, task), task, error)
-            return
-        self.spawn(self._administer(client, request), name="admin")
-
-    async def _administer(self, client: str, request: AdminRequest) -> None:
-        reply = self._intake.reply_topic(client, request.id)
-        now = self._clock()
-        try:
-            output = await self._admin.answer(request)
-        except FoamError as error:
-            self._replies.say(reply, ErrorEvent.from_error(error, task=request.id, at=now))
-            return
-        except Exception as error:  # noqa: BLE001  # supervision boundary: one request
-            _log.error("admin.failed", verb=request.verb, exc_info=error)
-            failure = FoamError(f"the verb {request.verb} failed in the router")
-            self._replies.say(reply, ErrorEvent.from_error(failure, task=request.id, at=now))
-            return
-        self._replies.say(
-            reply,
-            Result(task=request.id, at=self._clock(), seq=0, output=output, node=self._router_id),
+    def _role_of(self, client: str) -> Role:
+        return self._people.role(client) or (
+            Role.NODE if client in self.fleet.nodes else Role.DEVICE
         )
-        _log.info("admin.answered", client=client, verb=request.verb)
-
-    # ---- frames
-
-    def _level(self, message: Message, name: str) -> str | None:
-        """Return a level of the topic; None, counted, when the topic is not of the grammar."""
-        try:
-            return self._topics.parse(message.topic).levels[name]
-        except ProtocolError:
-            self.stats.dropped["topic"] += 1
-            return None
-
-    def _read(
-        self, model: type[Model], message: Message, *, limit_bytes: int = _CONTROL_LIMIT_BYTES
-    ) -> Model | None:
-        """Decode a frame; None, counted, when it is bad."""
-        try:
-            return decode(model, message.payload, limit_bytes=limit_bytes)
-        except ProtocolError as error:
-            self.stats.dropped["decode"] += 1
-            _log.debug("frame.dropped", topic=message.topic, reason=error.message)
-            return None

@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Final, TypeVar
 
-from capability_schemas.errors import InvalidTask
+from capability_schemas.errors import InvalidTask, NotFound
 from router.catalogue import Fleet, Key
 
 Answer = dict[str, Any]
@@ -74,8 +74,13 @@ def named_keys(fleet: Fleet, args: dict[str, Any]) -> Sequence[Key]:
 
     Raises:
         InvalidTask: One of the two is no text.
+        NotFound: The node is not known, or nobody offers the function.
     """
     node, function = word(args, "node"), word(args, "function")
+    if node is not None and node not in fleet.nodes and not fleet.functions(node):
+        raise NotFound(f"node {node} is not known here", node=node)
+    if function is not None and not fleet.named(function):
+        raise NotFound(f"no node offers a function {function}", function=function)
     if function is not None:
         return [(held, function) for held in sorted(fleet.named(function)) if node in {None, held}]
     if node is not None:

@@ -106,6 +106,12 @@ def mosquitto_site(_site_loop, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def mosquitto_static_site(_site_loop, tmp_path_factory):
+    """Mosquitto with access files instead of its dynamic security plugin, likewise."""
+    yield from _run(_site_loop, _site("mosquitto_static", tmp_path_factory))
+
+
+@pytest.fixture(scope="session")
 def nats_site(_site_loop, tmp_path_factory):
     """nats-server, shared by the whole run."""
     yield from _run(_site_loop, _site("nats", tmp_path_factory))

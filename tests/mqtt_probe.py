@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -95,21 +96,34 @@ class Probe:
     _packet_id: int = 0
 
     @classmethod
-    async def open(cls, port: int, client_id: str, *, auto_ack: bool = True, **fields: Any) -> Self:
+    async def open(
+        cls,
+        port: int,
+        client_id: str,
+        *,
+        auto_ack: bool = True,
+        tls: ssl.SSLContext | None = None,
+        **fields: Any,
+    ) -> Self:
         """Connect; ``fields`` are those of ``connect_packet``.
 
         Raises:
             Refused: The broker said no.
             Lost: It hung up without an answer.
         """
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls)
+        except (ssl.SSLError, ConnectionError) as exc:
+            if tls is None:
+                raise
+            raise Lost("no TLS") from exc
         self = cls(reader, writer, auto_ack)
         self._listening.set()
         writer.write(connect_packet(client_id, **fields))
         try:
             async with asyncio.timeout(DEADLINE_S):
                 answer = await reader.readexactly(4)
-        except (asyncio.IncompleteReadError, ConnectionError) as exc:
+        except (asyncio.IncompleteReadError, ConnectionError, ssl.SSLError) as exc:
             writer.close()
             raise Lost("no CONNACK") from exc
         if answer[3]:
@@ -227,7 +241,7 @@ class Probe:
                 await self._listening.wait()
                 first, body = await self._packet()
                 self._take(first, body)
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, ssl.SSLError):
             self.lost.set()
             self._news.set()
             for answer in self._answers.values():

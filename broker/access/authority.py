@@ -5,38 +5,55 @@ for one use only (server or client), the identity as the only common name and, w
 as a URI in the subject alternative name. Nothing of a signing request but its key and its name ends
 up in a certificate.
 
-Rotation overlaps: ``rotate`` makes a new root that signs members from then on while both are
-trusted and the broker still shows the old one's certificate; when every member has renewed, and so
-has the new bundle, ``retire`` drops the old root.
+Rotation overlaps: ``rotate`` makes a new root that the old one signs (see ``roots``). Then the
+broker shows a certificate of the new root together with that link, so that whoever trusts either
+root can follow it. Members get certificates of the new root from a few seconds later, when every
+broker trusts it; when all have renewed, and so have the new bundle, ``retire`` drops the old root.
 """
 
 import ipaddress
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+import secrets
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from broker.access.credentials import write_private
+from broker.access.issued import IssuedLog
 from broker.access.policy import Role
+from broker.access.roots import (
+    HASH,
+    SKEW,
+    Root,
+    key_usage,
+    milliseconds,
+    moment,
+    pem,
+    private_pem,
+    read_roots,
+    root_file,
+    write_root,
+)
 from capability_schemas.errors import BadSignature, ConfigurationError, Conflict, ProtocolError
 from capability_schemas.ids import check_identifier, now_ms
 
 CLIENT_DAYS: Final = 30
 SERVER_DAYS: Final = 397
-ROOT_DAYS: Final = 3650
 REQUEST_LIMIT_BYTES: Final = 16 * 1024
-
-_SKEW: Final = timedelta(minutes=5)
-"""How far ahead of the others' clocks ours may be: certificates are valid from so long ago."""
+SETTLE_MS: Final = 5_000
+"""How old a new root has to be before it signs members: the brokers have read it by then."""
 
 _LEAST_RSA_BITS: Final = 2048
+_SERIAL_BITS: Final = 120
+"""Random bits of a serial number (RFC 5280 section 4.1.2.2 allows 159 in all); the number of the
+root stands above them, so that it can be told of a certificate nobody has at hand."""
+
 _CURVES: Final = (ec.SECP256R1, ec.SECP384R1)
 _UNREADABLE: Final = (
     ValueError,
@@ -69,6 +86,25 @@ class Certificate:
     identity: str
 
 
+@dataclass(frozen=True, slots=True)
+class RootFacts:
+    """What a root is, for people.
+
+    Attributes:
+        number: Which one of the site, from 1.
+        fingerprint: SHA-256 of its certificate, hexadecimal.
+        made_at: UTC milliseconds.
+        not_after: End of its validity, UTC milliseconds.
+        signing: Whether it signs members now.
+    """
+
+    number: int
+    fingerprint: str
+    made_at: int
+    not_after: int
+    signing: bool
+
+
 def make_key_and_request(identity: str) -> tuple[str, str]:
     """Make a key pair and a signing request for it, on the machine of the newcomer.
 
@@ -83,8 +119,8 @@ def make_key_and_request(identity: str) -> tuple[str, str]:
     """
     check_identifier(identity, "identity")
     key = ec.generate_private_key(ec.SECP256R1())
-    request = x509.CertificateSigningRequestBuilder().subject_name(_name(identity)).sign(key, _HASH)
-    return _private_pem(key), request.public_bytes(serialization.Encoding.PEM).decode()
+    request = x509.CertificateSigningRequestBuilder().subject_name(_name(identity)).sign(key, HASH)
+    return private_pem(key), request.public_bytes(serialization.Encoding.PEM).decode()
 
 
 def read_request(pem: str, identity: str) -> _PublicKey:
@@ -207,7 +243,8 @@ class Authority:
         self._folder = folder
         self._site = site
         self._clock = clock
-        self._roots = self._load()
+        self._issued = IssuedLog(folder / "issued")
+        self._roots = read_roots(folder)
 
     @classmethod
     def create(cls, folder: Path, *, site: str, clock: Callable[[], int] = now_ms) -> "Authority":
@@ -220,8 +257,8 @@ class Authority:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
-            if not (folder / _file(1)).exists():
-                _write_root(folder, 1, site=site, now=_time(clock()))
+            if not root_file(folder, 1).exists() and not any(folder.glob("root-*.pem")):
+                write_root(folder, 1, site=site, now=moment(clock()))
         except OSError as exc:
             raise ConfigurationError(f"authority {folder} cannot be written: {exc}") from exc
         return cls(folder, site=site, clock=clock)
@@ -229,11 +266,33 @@ class Authority:
     @property
     def bundle(self) -> str:
         """Certificates to trust, PEM: the newest root first."""
-        return "".join(_pem(root) for _, root in reversed(self._roots))
+        return "".join(pem(root.certificate) for root in reversed(self._roots))
 
     def server_root(self) -> bytes:
-        """The certificate of the root that brokers are certified by, DER: for join tokens."""
-        return self._roots[0][1].public_bytes(serialization.Encoding.DER)
+        """The root that newcomers shall trust from now on, DER: for join tokens."""
+        return self._signer().certificate.public_bytes(serialization.Encoding.DER)
+
+    def roots(self) -> list[RootFacts]:
+        """What the roots say of themselves, the newest first."""
+        signing = self._signer()
+        return [
+            RootFacts(
+                number=root.number,
+                fingerprint=root.certificate.fingerprint(HASH).hex(),
+                made_at=root.made_at,
+                not_after=milliseconds(root.certificate.not_valid_after_utc),
+                signing=root is signing,
+            )
+            for root in reversed(self._roots)
+        ]
+
+    def is_by_newest(self, serial: str) -> bool:
+        """Tell whether the newest root signed a certificate.
+
+        Args:
+            serial: Its serial number, hexadecimal.
+        """
+        return int(serial, 16) >> _SERIAL_BITS == self._roots[-1].number
 
     @property
     def rotating(self) -> bool:
@@ -250,25 +309,29 @@ class Authority:
             identity: Its name.
             role: Its role, for people who look at the certificate; brokers go by the identity.
             days: How long it is valid, above 0.
+
+        Raises:
+            ConfigurationError: It cannot be written down that it was issued.
         """
         check_identifier(identity, "identity")
         uri = f"foam://{self._site}/{role.value}/{identity}"
-        signer, root = self._roots[-1]
         made = self._sign(
             key,
-            signer,
-            root,
+            self._signer(),
             name=identity,
             names=[x509.UniformResourceIdentifier(uri)],
             usage=ExtendedKeyUsageOID.CLIENT_AUTH,
             days=days,
         )
-        return self._described(made, identity)
+        described = self._described(made, identity)
+        # Before anybody has it: what is not written down could never be revoked at every broker.
+        self._issued.note(described.serial, described.not_after, now=self._clock())
+        return described
 
     def issue_server(
         self, hosts: Sequence[str], *, days: float = SERVER_DAYS
     ) -> tuple[str, Certificate]:
-        """Make key and certificate of a broker, signed by the oldest root that is trusted.
+        """Make key and certificate of a broker, with what leads from it to every trusted root.
 
         Args:
             hosts: Names and addresses that clients connect to, at least one.
@@ -278,17 +341,29 @@ class Authority:
             Private key (PKCS 8, PEM), and the certificate.
         """
         key = ec.generate_private_key(ec.SECP256R1())
-        signer, root = self._roots[0]
         made = self._sign(
             key.public_key(),
-            signer,
-            root,
+            self._roots[-1],
             name=hosts[0][:64],
             names=[_host(host) for host in hosts],
             usage=ExtendedKeyUsageOID.SERVER_AUTH,
             days=days,
         )
-        return _private_pem(key), self._described(made, hosts[0])
+        described = self._described(made, hosts[0])
+        link = self._roots[-1].link if self.rotating else ""
+        return private_pem(key), replace(described, pem=described.pem + link)
+
+    def not_on_record(self, on_record: Collection[str]) -> list[str]:
+        """Return the serial numbers of certificates that are valid, but nobody's any more.
+
+        Args:
+            on_record: Serial numbers that count, hexadecimal.
+
+        Raises:
+            ConfigurationError: The record of what was issued cannot be read.
+        """
+        counting = frozenset(on_record)
+        return [one for one in self._issued.valid(self._clock()) if one not in counting]
 
     def revocation_list(self, serials: Sequence[str], *, days: float = 7) -> str:
         """Return the revocation lists of every trusted root, PEM (RFC 5280 section 5).
@@ -297,23 +372,27 @@ class Authority:
             serials: Serial numbers, hexadecimal, whoever signed them.
             days: Until when the next list is to be expected.
         """
-        now = _time(self._clock())
+        now = moment(self._clock())
         lists = []
-        for signer, root in self._roots:
+        for root in self._roots:
             builder = (
                 x509.CertificateRevocationListBuilder()
-                .issuer_name(root.subject)
-                .last_update(now - _SKEW)
+                .issuer_name(root.certificate.subject)
+                .last_update(now - SKEW)
                 .next_update(now + timedelta(days=days))
+                .add_extension(  # the roots share one name: this tells whose list it is
+                    x509.AuthorityKeyIdentifier.from_issuer_public_key(root.key.public_key()),
+                    critical=False,
+                )
             )
             for serial in serials:
                 builder = builder.add_revoked_certificate(
                     x509.RevokedCertificateBuilder()
                     .serial_number(int(serial, 16))
-                    .revocation_date(now - _SKEW)
+                    .revocation_date(now - SKEW)
                     .build()
                 )
-            made = builder.sign(signer, _HASH)
+            made = builder.sign(root.key, HASH)
             lists.append(made.public_bytes(serialization.Encoding.PEM).decode())
         return "".join(lists)
 
@@ -326,12 +405,18 @@ class Authority:
         """
         if self.rotating:
             raise Conflict("a rotation is under way: retire the old root first")
-        number = max(self._numbers()) + 1
+        newest = self._roots[-1]
         try:
-            _write_root(self._folder, number, site=self._site, now=_time(self._clock()))
+            write_root(
+                self._folder,
+                newest.number + 1,
+                site=self._site,
+                now=moment(self._clock()),
+                before=newest,
+            )
         except OSError as exc:
             raise ConfigurationError(f"authority {self._folder} cannot be written: {exc}") from exc
-        self._roots = self._load()
+        self._roots = read_roots(self._folder)
 
     def retire(self) -> None:
         """Drop the old root: certificates it signed are worth nothing from now on.
@@ -341,103 +426,53 @@ class Authority:
         """
         if not self.rotating:
             raise Conflict("there is only one root: rotate first")
-        (self._folder / _file(min(self._numbers()))).unlink()
-        self._roots = self._load()
+        root_file(self._folder, self._roots[0].number).unlink()
+        self._roots = read_roots(self._folder)
 
-    def _numbers(self) -> list[int]:
-        names = (path.stem.removeprefix("root-") for path in self._folder.glob("root-*.pem"))
-        return sorted(int(name) for name in names if name.isdigit())
-
-    def _load(self) -> list[tuple[ec.EllipticCurvePrivateKey, x509.Certificate]]:
-        roots = []
-        for number in self._numbers():
-            path = self._folder / _file(number)
-            try:
-                data = path.read_bytes()
-                key = serialization.load_pem_private_key(data, password=None)
-                root = x509.load_pem_x509_certificate(data[data.index(_BEGIN) :])
-            except (OSError, ValueError) as exc:
-                raise ConfigurationError(f"{path} is damaged: {exc}") from exc
-            if not isinstance(key, ec.EllipticCurvePrivateKey):
-                raise ConfigurationError(f"{path} holds no ECDSA key")
-            roots.append((key, root))
-        if not roots:
-            raise ConfigurationError(f"there is no authority in {self._folder}")
-        return roots
+    def _signer(self) -> Root:
+        """Return the root that signs members: the newest, once brokers had the time to read it."""
+        newest = self._roots[-1]
+        return newest if self._clock() - newest.made_at >= SETTLE_MS else self._roots[0]
 
     def _sign(
         self,
         key: _PublicKey,
-        signer: ec.EllipticCurvePrivateKey,
-        root: x509.Certificate,
+        root: Root,
         *,
         name: str,
         names: Sequence[x509.GeneralName],
         usage: x509.ObjectIdentifier,
         days: float,
     ) -> x509.Certificate:
-        now = _time(self._clock())
-        until = min(now + timedelta(days=days), root.not_valid_after_utc)
+        now = moment(self._clock())
+        until = min(now + timedelta(days=days), root.certificate.not_valid_after_utc)
         return (
             x509.CertificateBuilder()
             .subject_name(_name(name))
-            .issuer_name(root.subject)
+            .issuer_name(root.certificate.subject)
             .public_key(key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _SKEW)
+            .serial_number((root.number << _SERIAL_BITS) | secrets.randbits(_SERIAL_BITS))
+            .not_valid_before(now - SKEW)
             .not_valid_after(until)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_key_usage(sign=False), critical=True)
+            .add_extension(key_usage(sign=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
             .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()),
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(root.key.public_key()),
                 critical=False,
             )
-            .sign(signer, _HASH)
+            .sign(root.key, HASH)
         )
 
     def _described(self, made: x509.Certificate, identity: str) -> Certificate:
         return Certificate(
-            pem=_pem(made),
+            pem=pem(made),
             serial=f"{made.serial_number:x}",
-            not_after=round(made.not_valid_after_utc.timestamp() * 1000),
+            not_after=milliseconds(made.not_valid_after_utc),
             identity=identity,
         )
-
-
-_HASH: Final = hashes.SHA256()
-_BEGIN: Final = b"-----BEGIN CERTIFICATE-----"
-
-
-def _file(number: int) -> str:
-    return f"root-{number}.pem"
-
-
-def _write_root(folder: Path, number: int, *, site: str, now: datetime) -> None:
-    """Make a self-signed root; key and certificate stand in one private file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name(
-        [
-            x509.NameAttribute(NameOID.ORGANIZATION_NAME, f"FOAM site {site}"),
-            x509.NameAttribute(NameOID.COMMON_NAME, f"FOAM {site[:48]} root {number}"),
-        ]
-    )
-    root = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _SKEW)
-        .not_valid_after(now + timedelta(days=ROOT_DAYS))
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(sign=True), critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .sign(key, _HASH)
-    )
-    write_private(folder / _file(number), _private_pem(key) + _pem(root))
 
 
 def _name(common: str) -> x509.Name:
@@ -449,33 +484,3 @@ def _host(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         return x509.DNSName(host)
-
-
-def _key_usage(*, sign: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not sign,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=sign,
-        crl_sign=sign,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _pem(certificate: x509.Certificate) -> str:
-    return certificate.public_bytes(serialization.Encoding.PEM).decode()
-
-
-def _private_pem(key: ec.EllipticCurvePrivateKey) -> str:
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    ).decode()
-
-
-def _time(at: int) -> datetime:
-    return datetime.fromtimestamp(at / 1000, UTC)

@@ -36,7 +36,7 @@ def mosquitto_acl(identities: Mapping[str, Credential], policy: AccessPolicy) ->
     for identity, credential in sorted(identities.items()):
         if credential.disabled:
             continue
-        held = policy.filters(credential.role, identity)
+        held = policy.filters(credential.role, identity, apart=credential.apart)
         lines.append(f"user {identity}")
         lines.extend(f"topic write {allowed}" for allowed in held.publish)
         lines.extend(f"topic read {allowed}" for allowed in held.subscribe)
@@ -67,23 +67,40 @@ def nats_users(
     Returns:
         A JSON list, which its configuration language includes.
     """
-    users: list[dict[str, Any]] = []
-    for identity, credential in sorted(identities.items()):
-        if credential.disabled or identity not in passwords:
-            continue
-        held = policy.filters(credential.role, identity)
-        subscribe = [nats_subject(allowed) for allowed in held.subscribe]
-        # "a.>" does not match "a" in NATS, but "a/#" does in MQTT, which subscribes both.
-        parents = [subject[:-2] for subject in subscribe if subject.endswith(".>")]
-        users.append(
-            {
-                "user": identity,
-                "password": passwords[identity],
-                "allowed_connection_types": ["MQTT"],
-                "permissions": {
-                    "publish": {"allow": [nats_subject(allowed) for allowed in held.publish]},
-                    "subscribe": {"allow": [*subscribe, *parents, _NATS_DELIVERY]},
-                },
-            }
-        )
+    users = [
+        nats_user(identity, credential, policy, password=passwords[identity])
+        for identity, credential in sorted(identities.items())
+        if not credential.disabled and identity in passwords
+    ]
     return json.dumps(users, indent=1)
+
+
+def nats_user(
+    identity: str, credential: Credential, policy: AccessPolicy, *, password: str
+) -> dict[str, Any]:
+    """Return one user of a nats-server configuration.
+
+    Args:
+        identity: Whose.
+        credential: Its credential.
+        policy: The access table.
+        password: What stands for its password there.
+    """
+    held = policy.filters(credential.role, identity, apart=credential.apart)
+    subscribe = [nats_subject(allowed) for allowed in held.subscribe]
+    # "a.>" does not match "a" in NATS, but "a/#" does in MQTT, which subscribes both.
+    parents = [subject[:-2] for subject in subscribe if subject.endswith(".>")]
+    return {
+        "user": identity,
+        "password": password,
+        "allowed_connection_types": ["MQTT", "MQTT_WS"],
+        "permissions": {
+            # An empty list of what is allowed forbids nothing there.
+            "publish": (
+                {"allow": [nats_subject(allowed) for allowed in held.publish]}
+                if held.publish
+                else {"deny": [">"]}
+            ),
+            "subscribe": {"allow": [*subscribe, *parents, _NATS_DELIVERY]},
+        },
+    }

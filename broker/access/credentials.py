@@ -15,6 +15,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal
@@ -24,7 +25,7 @@ from argon2.exceptions import InvalidHashError, VerificationError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from broker.access.policy import Role
-from capability_schemas.capability import CapabilityPolicy
+from capability_schemas.capability import EVERY_TENANT, CapabilityPolicy
 from capability_schemas.errors import ConfigurationError, Conflict, NotFound
 from capability_schemas.ids import Identifier, check_identifier, now_ms
 from capability_schemas.wire import first_problem
@@ -34,7 +35,7 @@ _PASSWORD_BYTES: Final = 24
 _HASHER: Final = PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
 # Mosquitto derives this on its only thread at every CONNECT. The passwords carry 192 bits, so
 # stretching them adds nothing; its own default is 101.
-_MOSQUITTO_ITERATIONS: Final = 101
+PBKDF2_ITERATIONS: Final = 101
 
 
 class Credential(BaseModel):
@@ -67,6 +68,12 @@ class Credential(BaseModel):
     created_at: int
     expires_at: int | None = None
 
+    @property
+    def apart(self) -> bool:
+        """Whether it is of one tenant, and so kept from what tells of the others."""
+        tenant = self.attested.tenant if self.attested is not None else None
+        return tenant not in {None, EVERY_TENANT}
+
     def counts(self, now: int) -> bool:
         """Tell whether it opens anything at a time, UTC milliseconds."""
         return not self.disabled and (self.expires_at is None or now < self.expires_at)
@@ -79,12 +86,41 @@ class _File(BaseModel):
     identities: dict[Identifier, Credential] = {}
 
 
-def _mosquitto_verifier(password: str) -> str:
-    """Hash a password as ``mosquitto_passwd`` 2.0 does: PBKDF2 with SHA-512, 12 bytes of salt."""
-    salt = secrets.token_bytes(12)
-    derived = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, _MOSQUITTO_ITERATIONS)
-    encoded = (base64.b64encode(part).decode() for part in (salt, derived))
-    return "$7${}${}${}".format(_MOSQUITTO_ITERATIONS, *encoded)
+@dataclass(frozen=True, slots=True)
+class Pbkdf2:
+    """A verifier as ``mosquitto_passwd`` 2.0 makes it: PBKDF2 with SHA-512.
+
+    Attributes:
+        iterations: Rounds.
+        salt: 12 bytes; text in those that are made here, since EMQX takes no others.
+        digest: 64 bytes.
+    """
+
+    iterations: int
+    salt: bytes
+    digest: bytes
+
+    @classmethod
+    def of(cls, password: str) -> "Pbkdf2":
+        """Derive one from a password, with a salt of 72 random bits."""
+        salt = secrets.token_urlsafe(9).encode()
+        digest = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, PBKDF2_ITERATIONS)
+        return cls(PBKDF2_ITERATIONS, salt, digest)
+
+    @classmethod
+    def parse(cls, text: str) -> "Pbkdf2 | None":
+        """Read one back; None when the text is none."""
+        try:
+            _, kind, iterations, salt, digest = text.split("$")
+            made = cls(int(iterations), base64.b64decode(salt), base64.b64decode(digest))
+        except ValueError:
+            return None
+        return made if kind == "7" else None
+
+    def __str__(self) -> str:
+        """Write it as a password file holds it."""
+        salt, digest = (base64.b64encode(part).decode() for part in (self.salt, self.digest))
+        return f"$7${self.iterations}${salt}${digest}"
 
 
 class CredentialStore:
@@ -168,7 +204,7 @@ class CredentialStore:
         made = Credential(
             role=role,
             argon2=_HASHER.hash(password) if password else "",
-            mosquitto=_mosquitto_verifier(password) if password else "",
+            mosquitto=str(Pbkdf2.of(password)) if password else "",
             serials=(serial,) if serial is not None else (),
             public_key=public_key,
             attested=attested,

@@ -25,6 +25,7 @@ class Role(StrEnum):
     ROUTER = "router"
     REGISTRY = "registry"
     ADMIN = "admin"
+    OPERATOR = "operator"
     OBSERVER = "observer"
     ENROLLEE = "enrollee"
 
@@ -108,6 +109,7 @@ _OBSERVER: Final = (
     _below(TopicKind.NODE_STATE),
     _below(TopicKind.ROUTER_STATE),
     _below(TopicKind.EVENT),
+    _below(TopicKind.TRUST),
 )
 
 _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
@@ -127,6 +129,8 @@ _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
             _subscribe(TopicKind.ARTIFACT, "node"),
             _subscribe(TopicKind.ROUTER_STATE),
             _subscribe(TopicKind.NODE_LOAD),  # of its neighbours, to name one when it is full
+            _publish(TopicKind.EVIDENCE, "node"),
+            _subscribe(TopicKind.TRUST),
         ),
         Role.ROUTER: (
             *_RENEWING,
@@ -138,6 +142,7 @@ _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
             _below(TopicKind.REPLY),
             _subscribe(TopicKind.ADMIN, "target"),
             _subscribe(TopicKind.ROUTER_STATE),
+            _subscribe(TopicKind.TRUST),
             _subscribe(TopicKind.EVENT),  # what other routers tell each other
             _publish(TopicKind.INVOKE),
             _publish(TopicKind.CONTROL),
@@ -152,6 +157,10 @@ _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
             _subscribe(TopicKind.ADMIN, "target"),
             _subscribe(TopicKind.ENROLL),
             _subscribe(TopicKind.ROUTER_STATE),
+            _subscribe(TopicKind.TRUST),
+            _subscribe(TopicKind.EVIDENCE),
+            _subscribe(TopicKind.EVENT),  # for the audit trail
+            _publish(TopicKind.TRUST),
             _publish(TopicKind.CATALOG),
             _publish(TopicKind.CONTROL),
             _publish(TopicKind.ENROLL_REPLY),
@@ -167,10 +176,23 @@ _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
             _below(TopicKind.CAPABILITY),
             _below(TopicKind.REPORT),
         ),
+        # On the admin topics as an administrator; which verbs count for it the receivers decide
+        # (broker.access.orders), for a topic tells who asks and not what for.
+        Role.OPERATOR: (
+            *_DEVICE,
+            *_RENEWING,
+            *_OBSERVER,
+            _publish(TopicKind.ADMIN, "client"),
+        ),
         Role.OBSERVER: _OBSERVER,
         Role.ENROLLEE: _RENEWING,
     }
 )
+
+
+_BEYOND_TENANTS: Final = frozenset({_subscribe(TopicKind.NODE_LOAD)})
+"""What tells of the offers of all: kept from members of a tenant. Trust states remain, for a node
+must hear of a router that was thrown out; they name members and tenants, and nothing they offer."""
 
 
 def grants(role: Role) -> tuple[Grant, ...]:
@@ -203,6 +225,9 @@ def covers(granted: str, requested: str) -> bool:
     return len(wide) == len(narrow)
 
 
+_STAND_IN: Final = "_-the-identity-_"
+
+
 @dataclass(frozen=True, slots=True)
 class Filters:
     """The filters one identity holds.
@@ -229,15 +254,40 @@ class AccessPolicy:
         self.topics = topics
         self._filters = lru_cache(maxsize=4096)(self._compile)
 
-    def filters(self, role: Role, identity: str) -> Filters:
+    def filters(self, role: Role, identity: str, *, apart: bool = False) -> Filters:
         """Return the filters that ``identity`` holds in ``role``.
+
+        Args:
+            role: Its role.
+            identity: Its authenticated name.
+            apart: Whether it is of one tenant: then it hears nothing of what others offer.
 
         Raises:
             ProtocolError: ``identity`` is no identifier.
         """
-        return self._filters(role, identity)
+        return self._filters(role, identity, apart)
 
-    def allows(self, role: Role, identity: str, action: Action, topic: str) -> bool:
+    def template(self, role: Role, placeholder: str, *, apart: bool = False) -> Filters:
+        """Return the filters of a role with something else in the place of the identity.
+
+        Args:
+            role: The role.
+            placeholder: What stands where the identity would, such as ``${username}``.
+            apart: Whether it is for members of one tenant.
+        """
+        held = self._filters(role, _STAND_IN, apart)
+
+        def put(filters: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(
+                "/".join(placeholder if level == _STAND_IN else level for level in found.split("/"))
+                for found in filters
+            )
+
+        return Filters(put(held.publish), put(held.subscribe))
+
+    def allows(
+        self, role: Role, identity: str, action: Action, topic: str, *, apart: bool = False
+    ) -> bool:
         """Tell whether an identity may do something.
 
         Args:
@@ -245,18 +295,21 @@ class AccessPolicy:
             identity: Its authenticated name.
             action: What it wants to do.
             topic: A topic name for ``PUBLISH`` and ``RECEIVE``, a filter for ``SUBSCRIBE``.
+            apart: Whether it is of one tenant.
 
         Raises:
             ProtocolError: ``identity`` is no identifier.
         """
-        held = self._filters(role, identity)
+        held = self._filters(role, identity, apart)
         if action is Action.SUBSCRIBE:
             return any(covers(granted, topic) for granted in held.subscribe)
         filters = held.publish if action is Action.PUBLISH else held.subscribe
         return any(matches(granted, topic) for granted in filters)
 
-    def _compile(self, role: Role, identity: str) -> Filters:
+    def _compile(self, role: Role, identity: str, apart: bool) -> Filters:
         found: dict[Action, list[str]] = {Action.PUBLISH: [], Action.SUBSCRIBE: []}
         for grant in grants(role):
+            if apart and grant in _BEYOND_TENANTS:
+                continue
             found[grant.action].append(grant.filter(self.topics, identity))
         return Filters(tuple(found[Action.PUBLISH]), tuple(found[Action.SUBSCRIBE]))

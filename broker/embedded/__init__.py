@@ -9,12 +9,15 @@ delivery path is ours, and several times faster:
   number of filters;
 - ``outbox.Outbox``: what waits for one session, bounded, in order, redelivered when unacknowledged;
 - ``stream``: framing with a size limit, and writes gathered per loop turn;
+- ``listener.Listener`` and ``crowd.Crowd``: who may connect, and who makes room when it is full;
+- ``websocket``: the same streams with frames around them;
 - ``connection.Connection``: one client's packets, in order, without a task per packet;
 - ``gate.Gate``: passwords and the access table.
 
 ``engine.EmbeddedBroker`` runs it as a child (``python -m broker.embedded``). State lives in memory:
 when the process ends, sessions and retained messages are gone, which the mesh is made for (births
-are published again on every connect). MQTT 3.1.1 over TCP; one process serves some hundred clients.
+are published again on every connect). MQTT 3.1.1 over TCP and WebSocket, with TLS or without; one
+process serves some hundred clients.
 """
 
 from broker.embedded.engine import EmbeddedBroker

@@ -1,15 +1,18 @@
 """``python -m broker.embedded``: the broker as a child of ``EmbeddedBroker``.
 
 Reads one line of JSON (``ServerOrder``) from standard input, answers with one line on standard
-output, ``{"port": N, "tls_port": M}`` or ``{"error": "..."}``, and serves until SIGTERM, or until
-standard input ends because the parent is gone. SIGHUP reads credentials and certificates again.
+output, ``{"port": N, "tls_port": M, "websocket_port": W}`` or ``{"error": "..."}``, and serves
+until SIGTERM, or until standard input ends because the parent is gone. SIGHUP reads credentials and
+certificates again.
 """
 
 import asyncio
 import json
 import logging
+import resource
 import sys
-from typing import Any
+from asyncio import sslproto
+from typing import Any, Final
 
 import structlog
 
@@ -17,6 +20,9 @@ from broker.embedded.order import ServerOrder
 from broker.embedded.server import EmbeddedServer
 from broker.lifecycle import run_until_signal
 from capability_schemas.errors import ConfigurationError
+
+_FILES_BESIDE: Final = 64
+_TLS_BUFFER_BYTES: Final = 32 * 1024
 
 
 def _configure_logging() -> None:
@@ -40,9 +46,27 @@ def _answer(**fields: Any) -> None:
     sys.stdout.flush()
 
 
+def _shrink_tls_buffers() -> None:
+    """Give a TLS connection 32 KiB to read into, not the 256 of asyncio: a record holds 16.
+
+    asyncio takes them when the handshake begins, so 500 silent connections would cost 150 MB.
+    """
+    sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
+
+
+def _open_files_for(connections: int) -> None:
+    """Ask the system for as many descriptors as the limit of connections needs, if it has them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _FILES_BESIDE
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 async def _serve(order: ServerOrder) -> None:
     async with EmbeddedServer(order=order) as server:
-        _answer(port=server.port, tls_port=server.tls_port)
+        _answer(port=server.port, tls_port=server.tls_port, websocket_port=server.websocket_port)
         await run_until_signal(server, parent_fd=sys.stdin.fileno())
 
 
@@ -50,6 +74,8 @@ def main() -> int:
     """Run the broker; returns the exit status, 78 (EX_CONFIG) for settings that cannot work."""
     _configure_logging()
     order = ServerOrder.model_validate_json(sys.stdin.buffer.readline())
+    _open_files_for(order.settings.connection_limit)
+    _shrink_tls_buffers()
     try:
         asyncio.run(_serve(order))
     except ConfigurationError as exc:

@@ -22,10 +22,13 @@ class EmbeddedBroker(ChildEngine):
         survives_restart=False,
         refuses_forbidden_filter=True,
         binds_client_id=True,
+        guards_sessions=True,
         revokes_at_once=True,
         limits_packets=True,
         tls=True,
+        websocket=True,
         certificates=True,
+        cuts_certificates=True,
     )
 
     @staticmethod
@@ -56,6 +59,7 @@ class EmbeddedBroker(ChildEngine):
         if "port" not in answer:
             raise ConfigurationError(f"the embedded broker did not start: {answer['error']}")
         self._tls_port = int(answer["tls_port"])
+        self._websocket_port = int(answer["websocket_port"])
         return int(answer["port"])
 
     def _write_access(self) -> None:

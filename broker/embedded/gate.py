@@ -204,7 +204,7 @@ class Gate:
         answer = (
             holder is not None
             and not holder.disabled
-            and self._policy.allows(holder.role, identity, action, topic)
+            and self._policy.allows(holder.role, identity, action, topic, apart=holder.apart)
         )
         if len(self._answers) >= _ANSWERS_LIMIT:
             self._answers.popitem(last=False)

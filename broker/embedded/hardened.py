@@ -5,23 +5,28 @@ again, so any other version is refused at construction.
 """
 
 import asyncio
+import time
 from collections.abc import Collection
 from functools import partial
 from importlib.metadata import version
 from typing import Any, Final
 
 import structlog
-from amqtt.broker import Broker, Server
+from amqtt.broker import Broker, ExternalServer
 from amqtt.errors import AMQTTError, MQTTError, NoDataError
 from amqtt.mqtt.connack import ConnackPacket
 from amqtt.session import Session
 
 from broker.access.policy import Action
 from broker.embedded.connection import Connection, give_outbox, outbox_of
+from broker.embedded.crowd import Crowd, Guest
 from broker.embedded.gate import Admission, Gate
+from broker.embedded.listener import Listener
 from broker.embedded.outbox import Outbox, Publication
+from broker.embedded.refusals import Refusals
 from broker.embedded.routing import SubscriptionTree
 from broker.embedded.stream import ClientReader, ClientWriter
+from broker.embedded.websocket import upgrade
 from broker.engine import EngineSettings
 from broker.tls import PeerCertificate, TlsListener, peer_certificate, server_context
 from capability_schemas.errors import ConfigurationError, InvalidTopic
@@ -39,6 +44,7 @@ _OUTBOX_LIMIT_BYTES: Final = 64 * 1024 * 1024
 _REFUSED_FILTER: Final = 0x80
 _LISTENER: Final = "default"
 _TLS_LISTENER: Final = "tls"
+_WEBSOCKET_LISTENER: Final = "websocket"
 _DROPS_BETWEEN_REPORTS: Final = 1000
 
 
@@ -50,12 +56,13 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
     Args:
         settings: Address and limits.
         gate: Who comes in and what each may do.
+        refusals: Told of what is refused.
 
     Raises:
         ConfigurationError: The installed amqtt is not the release the overrides were made for.
     """
 
-    def __init__(self, *, settings: EngineSettings, gate: Gate) -> None:
+    def __init__(self, *, settings: EngineSettings, gate: Gate, refusals: Refusals) -> None:
         installed = version("amqtt")
         if installed != AMQTT_VERSION:
             raise ConfigurationError(
@@ -68,56 +75,82 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
         super().__init__({"listeners": {_LISTENER: {"type": "tcp", "bind": bind}}, "plugins": {}})
         self.settings = settings
         self._gate = gate
+        self._refusals = refusals
         self._tree = SubscriptionTree()
         self._retained: dict[str, Publication] = {}
         # Guards the replacement of a session by a new connection of the same client.
         self._admission = asyncio.Lock()
         self._stopping = False
+        self._listeners: dict[str, Listener] = {}
+        self._crowd = Crowd(
+            limit=settings.connection_limit,
+            address_limit=settings.address_limit,
+            clock=time.monotonic,
+        )
 
     @property
     def port(self) -> int:
         """TCP port it listens on."""
-        return int(self._servers[_LISTENER].instance.sockets[0].getsockname()[1])
+        return self._listeners[_LISTENER].port
 
     @property
     def tls_port(self) -> int:
         """TCP port it listens on with TLS, 0 without."""
-        server = self._servers.get(_TLS_LISTENER)
-        return int(server.instance.sockets[0].getsockname()[1]) if server is not None else 0
+        found = self._listeners.get(_TLS_LISTENER)
+        return found.port if found is not None else 0
+
+    @property
+    def websocket_port(self) -> int:
+        """TCP port it listens on for WebSocket, 0 without."""
+        found = self._listeners.get(_WEBSOCKET_LISTENER)
+        return found.port if found is not None else 0
 
     async def _start_listeners(self) -> None:
-        """Listen, with TLS too where that is wanted; stock leaves handshakes a minute."""
-        await super()._start_listeners()
-        if self.settings.tls is not None:
-            await self._listen_tls(self.settings.tls, self.settings.tls.port)
+        """Listen where the settings say so.
 
-    async def _listen_tls(self, listener: TlsListener, port: int) -> None:
-        instance = await asyncio.start_server(
-            partial(self.stream_connected, listener_name=_TLS_LISTENER),
-            listener.host,
-            port,
-            ssl=server_context(listener),
-            ssl_handshake_timeout=self.settings.connect_timeout_s,
+        Defects mended: stock leaves TLS handshakes a minute, and connections without number.
+        """
+        settings, tls, ws = self.settings, self.settings.tls, self.settings.websocket
+        await self._listen(_LISTENER, settings.host, settings.port)
+        if tls is not None:
+            await self._listen(_TLS_LISTENER, tls.host, tls.port, tls)
+        if ws is not None:
+            await self._listen(_WEBSOCKET_LISTENER, ws.host, ws.port, tls if ws.secure else None)
+
+    async def _listen(
+        self, name: str, host: str, port: int, tls: TlsListener | None = None
+    ) -> None:
+        listener = Listener(
+            name=name,
+            host=host,
+            port=port,
+            serve=partial(self._serve, name),
+            crowd=self._crowd,
+            context=server_context(tls) if tls is not None else None,
+            handshake_timeout_s=self.settings.connect_timeout_s,
         )
-        self._servers[_TLS_LISTENER] = Server(_TLS_LISTENER, instance)
+        await listener.start()
+        self._listeners[name] = listener
+        self._servers[name] = ExternalServer()  # for amqtt: we listen and count
 
-    async def renew_tls(self) -> None:
+    def renew_tls(self) -> None:
         """Use the certificate files as they are now for whoever connects from now on.
 
         Raises:
             ConfigurationError: They do not fit; the old ones stay in use.
         """
-        listener, server = self.settings.tls, self._servers.get(_TLS_LISTENER)
-        if listener is None or server is None:
+        if self.settings.tls is None:
             return
-        server_context(listener)
-        port = self.tls_port
-        server.instance.close()  # the listening socket alone; connections live on
-        await self._listen_tls(listener, port)
+        context = server_context(self.settings.tls)
+        for listener in self._listeners.values():
+            if listener.context is not None:
+                listener.context = context
 
     async def shutdown(self) -> None:
-        """Cut every connection without sending wills, and stop listening."""
+        """Stop listening, and cut every connection without sending wills."""
         self._stopping = True
+        for listener in self._listeners.values():
+            await listener.stop()
         await super().shutdown()
 
     async def revoke(self, identities: Collection[str]) -> None:
@@ -142,6 +175,7 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
         """
         if not self._gate.may(session.username, Action.PUBLISH, topic):
             _log.warning("publish.denied", identity=session.username, topic=topic[:200])
+            self._refusals.publication(session.username, topic)
             return
         if retain:
             self._retain(topic, payload, min(qos, 1))
@@ -165,6 +199,10 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
             if publication is None:
                 publication = shared[level] = Publication(topic, payload, qos=level)
             outbox_of(session).offer(publication)
+
+    def post(self, topic: str, payload: bytes) -> None:
+        """Hand out a message of the broker's own, at QoS 1, to those who may receive it."""
+        self._deliver(topic, payload, 1)
 
     def _retain(self, topic: str, payload: bytes, qos: int) -> None:
         if not payload:
@@ -217,6 +255,7 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
         topic_filter, qos = subscription
         if not self._gate.may(session.username, Action.SUBSCRIBE, topic_filter):
             _log.warning("subscribe.denied", identity=session.username, filter=topic_filter[:200])
+            self._refusals.subscription(session.username, topic_filter)
             return _REFUSED_FILTER
         granted = min(qos, 1)
         if self._tree.count(session.client_id) >= _FILTERS_PER_SESSION:
@@ -234,14 +273,31 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
 
     # ---------------------------------------------------------------------- connections
 
-    async def stream_connected(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, listener_name: str
+    async def _serve(
+        self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, guest: Guest
     ) -> None:
-        """Wrap the socket in our own adapters; asyncio has set TCP_NODELAY on it."""
+        """Wrap a connection of a listener in our own adapters, and serve it to its end."""
         certificate = peer_certificate(writer.get_extra_info("ssl_object"))
-        await self._client_connected(
-            listener_name, ClientReader(reader), ClientWriter(writer, certificate=certificate)
-        )
+        source: ClientReader = ClientReader(reader)
+        sink = ClientWriter(writer, certificate=certificate)
+        ws = self.settings.websocket
+        if name == _WEBSOCKET_LISTENER and ws is not None:
+            try:
+                async with asyncio.timeout(self.settings.connect_timeout_s):
+                    source, sink = await upgrade(
+                        reader,
+                        writer,
+                        origins=ws.origins,
+                        limit_bytes=self.settings.packet_limit_bytes,
+                        certificate=certificate,
+                    )
+            except (MQTTError, ConnectionError, TimeoutError) as exc:
+                reason = str(exc) or "no WebSocket handshake in time"
+                _log.info("client.refused", address=guest.address, reason=reason)
+                await sink.close()
+                return
+        source.heard = partial(self._crowd.spoke, guest)
+        await self._client_connected(name, source, sink)
 
     async def _initialize_client_session(
         self,
@@ -258,6 +314,7 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
         try:
             async with asyncio.timeout(self.settings.connect_timeout_s):
                 connection, session = await Connection.open(reader, writer, self.plugins_manager)
+            reader.heard()
             async with asyncio.timeout(_ADMISSION_TIMEOUT_S):  # a storm waits for the hashing
                 connection.attach(session, reader, writer)
                 await self._admit(session, connection, writer.certificate, remote_address)
@@ -295,8 +352,11 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
         if admission is Admission.ACCEPTED:
             admission = self._judge(session)
         if admission is Admission.ACCEPTED:
+            session.remote_address = address
+            self._refusals.look_for_second(session, [one for one, _ in self._sessions.values()])
             admission = await self._register(session, connection)
         if admission is not Admission.ACCEPTED:
+            self._refusals.connection(session.username, address, admission)
             connection.writer.write(ConnackPacket.build(0, admission).to_bytes())
             raise MQTTError(f"refused {session.username!r}: {admission.name}")
 

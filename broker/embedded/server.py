@@ -8,11 +8,15 @@ from amqtt.errors import BrokerError
 
 from broker.access.credentials import CredentialStore
 from broker.access.policy import AccessPolicy
+from broker.audit import BROKER_SOURCE, AuditVoice, Tally
 from broker.embedded.gate import Gate
 from broker.embedded.hardened import HardenedBroker
 from broker.embedded.order import ServerOrder
+from broker.embedded.refusals import Refusals
+from broker.events import EventSource
 from broker.lifecycle import Service
 from capability_schemas.errors import ConfigurationError
+from capability_schemas.ids import now_ms
 from capability_schemas.topics import Topics
 
 _log = structlog.get_logger(__name__)
@@ -30,9 +34,9 @@ class EmbeddedServer(Service):
 
     def __init__(self, *, order: ServerOrder) -> None:
         super().__init__(service_id=order.site)
+        self._topics = Topics(site=order.site, prefix=order.prefix)
         self._gate = Gate(
-            credentials=CredentialStore(order.credentials),
-            policy=AccessPolicy(Topics(site=order.site, prefix=order.prefix)),
+            credentials=CredentialStore(order.credentials), policy=AccessPolicy(self._topics)
         )
         self._order = order
         self._broker: HardenedBroker | None = None
@@ -48,13 +52,23 @@ class EmbeddedServer(Service):
         """TCP port it listens on with TLS, 0 without, or when it does not run."""
         return self._broker.tls_port if self._broker is not None else 0
 
+    @property
+    def websocket_port(self) -> int:
+        """TCP port it listens on for WebSocket, 0 without, or when it does not run."""
+        return self._broker.websocket_port if self._broker is not None else 0
+
     async def _on_start(self) -> None:
         """Listen.
 
         Raises:
             ConfigurationError: The address is taken.
         """
-        broker = HardenedBroker(settings=self._order.settings, gate=self._gate)
+        tally = Tally(now_ms)
+        broker = HardenedBroker(
+            settings=self._order.settings,
+            gate=self._gate,
+            refusals=Refusals(tally=tally, topics=self._topics),
+        )
         try:
             await broker.start()
         except BrokerError as exc:
@@ -63,6 +77,15 @@ class EmbeddedServer(Service):
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, self._reload_asked.set)
         self.spawn(self._reload(broker), name="reload")
+        events = EventSource(
+            session=broker,
+            topics=self._topics,
+            source=BROKER_SOURCE,
+            component="broker",
+            clock=now_ms,
+        )
+        voice = AuditVoice(emit=events.emit, epoch=now_ms(), clock=now_ms, tally=tally)
+        self.spawn(voice.keep_telling(), name="audit")
 
     async def _on_stopped(self) -> None:
         asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
@@ -76,6 +99,6 @@ class EmbeddedServer(Service):
             self._reload_asked.clear()
             try:
                 await broker.revoke(await self._gate.reload())
-                await broker.renew_tls()
+                broker.renew_tls()
             except ConfigurationError as exc:  # the old rules stay until the file is mended
                 _log.error("access.reload_failed", reason=exc.message)

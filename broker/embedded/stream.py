@@ -1,7 +1,7 @@
 """Bytes in and out of one client connection: framing with a limit, gathered writes."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from amqtt.adapters import StreamReaderAdapter, StreamWriterAdapter
@@ -63,6 +63,7 @@ class ClientReader(StreamReaderAdapter):  # type: ignore[misc]  # amqtt ships no
     def __init__(self, reader: asyncio.StreamReader) -> None:
         super().__init__(reader)
         self._source = reader
+        self.heard: Callable[[], None] = lambda: None  # called when the CONNECT is there
 
     async def read_some(self) -> bytes:
         """Return what has arrived, at least one byte; empty at the end of the stream."""
@@ -112,11 +113,18 @@ class ClientWriter(StreamWriterAdapter):  # type: ignore[misc]  # amqtt ships no
     def flush(self) -> None:
         """Hand what was gathered to the transport."""
         if self._gathered:
-            data = b"".join(self._gathered)
-            self._gathered.clear()
+            packets, self._gathered = self._gathered, []
             self._gathered_bytes = 0
-            if not self._sink.transport.is_closing():
-                self._sink.write(data)
+            self.write_through(self.encode(packets))
+
+    def encode(self, packets: Sequence[bytes]) -> bytes:
+        """Return what goes over the wire for some packets."""
+        return b"".join(packets)
+
+    def write_through(self, data: bytes) -> None:
+        """Hand bytes to the transport as they are, if it still takes any."""
+        if data and not self._sink.transport.is_closing():
+            self._sink.write(data)
 
     async def drained(self) -> None:
         """Wait until the client has read enough for more to be sent; returns when it is gone."""

@@ -209,9 +209,11 @@ class SessionCore(Service, ABC):
                     self._check_usable()
                     await self._change.wait()
         except TimeoutError:
+            last_try = f" The last try: {self._trouble}" if self._trouble else ""
             raise BrokerUnavailable(
                 f"{self.client_id} is not connected to {self._broker_names()} "
-                f"after {timeout_s:g} s: is the broker running?{self._trouble}"
+                f"after {timeout_s:g} s: is the broker running?{last_try}",
+                reason=self._trouble,
             ) from None
 
     def on_connection(self, listener: ConnectionListener) -> Callable[[], None]:
@@ -289,7 +291,7 @@ class SessionCore(Service, ABC):
                     self._backoff.reset()
                 self._log.warning("session.lost", reason=reason, **link.description)
             except BrokerUnavailable as error:
-                self._trouble = f" The last try: {error.message}"
+                self._trouble = error.message
                 self._log.warning(
                     "session.waiting", broker=self._broker_names(), reason=error.message
                 )

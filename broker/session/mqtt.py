@@ -41,7 +41,8 @@ from broker.session.core import SessionCore
 from broker.session.link import LinkEvents
 from broker.session.outbox import Outgoing
 from broker.session.settings import BrokerUrl, SessionSettings, Version
-from broker.tls import client_context, explain
+from broker.session.websocket import WebSocket
+from broker.tls import client_context, explain, failure_of
 from capability_schemas.errors import (
     AccessDenied,
     BrokerUnavailable,
@@ -104,6 +105,7 @@ class MqttLink:
         client.pending_calls_threshold = 1_000_000_000  # else it warns about every busy moment
         self._client = client
         self._paho: Paho = client._client  # noqa: SLF001  # see the module docstring
+        self._socket: socket.socket | None = None
         self._url = url
         self._version = version
         self._events = events
@@ -148,16 +150,14 @@ class MqttLink:
                 await self._client.__aenter__()
         except TimeoutError:
             self._abandon()
-            reason = "closed the connection" if self._over else f"gave no answer in {limit_s:g} s"
-            raise _VersionRefused(
-                f"{self._url} {reason} to MQTT {self._version}", said_so=False
-            ) from None
+            raise self._no_answer(limit_s) from None
         except MqttConnectError as error:
             self._abandon()
             raise self._refusal(error) from error
         except aiomqtt.MqttError as error:
             self._abandon()
-            raise BrokerUnavailable(f"{self._url}: {explain(error) or error}") from error
+            reason = explain(error) or f"{error}{self._certificate_hint()}"
+            raise BrokerUnavailable(f"{self._url}: {reason}") from error
         except BaseException:
             self._abandon()
             raise
@@ -235,9 +235,9 @@ class MqttLink:
         sock = self._paho.socket()
         if sock is None:
             return
-        if isinstance(sock, socket.socket):
+        if self._socket is not None:
             try:
-                sock.shutdown(socket.SHUT_RDWR)
+                self._socket.shutdown(socket.SHUT_RDWR)
             except OSError as error:  # not connected any more
                 _log.debug("session.shutdown", reason=str(error))
         # paho reads what is left and the end of the stream, and cleans up: timer, reader, socket.
@@ -255,6 +255,8 @@ class MqttLink:
         paho = self._paho
         paho.disable_logger()  # it formats a line for every packet
         paho.connect_timeout = self._settings.connect_timeout_s
+        if self._url.path is not None:
+            self._open_websocket(paho._create_socket, self._url.path)  # noqa: SLF001
         opened, connected, disconnected = (
             paho.on_socket_open,
             paho.on_connect,
@@ -266,7 +268,9 @@ class MqttLink:
             if self._abandoned:
                 client.on_socket_register_write = None
                 sock.close()
-            elif opened is not None:
+                return
+            self._socket = sock.raw if isinstance(sock, WebSocket) else sock
+            if opened is not None:
                 opened(client, userdata, sock)
 
         def on_connect(*args: Any) -> None:
@@ -295,6 +299,19 @@ class MqttLink:
         paho.on_message = self._on_message
         paho.on_publish = self._on_publish
 
+    def _open_websocket(self, connect: Callable[[], Any], path: str) -> None:
+        """Have paho use our WebSocket over the connection that it makes, in its thread."""
+        url, limit_s = self._url, self._settings.connect_timeout_s
+
+        def create() -> WebSocket:
+            sock = connect()
+            for option in _NODELAY:
+                sock.setsockopt(*option)
+            authority = str(url).split("/")[2]
+            return WebSocket.connect(sock, authority=authority, path=path, timeout_s=limit_s)
+
+        self._paho._create_socket = create  # type: ignore[method-assign,assignment,unused-ignore]  # noqa: SLF001
+
     def _hook_running(self) -> None:
         # From here on paho is used from the loop's thread only.
         paho = self._paho
@@ -319,15 +336,16 @@ class MqttLink:
         if sock is None:
             return
         # paho sends packet by packet; corked, they leave as one segment and wake the broker once.
-        self._cork(sock, True)
+        self._cork(corked=True)
         self._paho.loop_write()
-        self._cork(sock, False)
+        self._cork(corked=False)
         if self._paho.want_write() and self._writer_fd is None and self._paho.socket() is sock:
             self._writer_fd = sock.fileno()
             self._loop.add_writer(self._writer_fd, self._write)
 
-    def _cork(self, sock: Any, corked: bool) -> None:
-        if _CORK is not None and isinstance(sock, socket.socket) and sock.fileno() >= 0:
+    def _cork(self, *, corked: bool) -> None:
+        sock = self._socket
+        if _CORK is not None and sock is not None and sock.fileno() >= 0:
             sock.setsockopt(socket.IPPROTO_TCP, _CORK, corked)
 
     def _on_wrote_all(self, *_: Any) -> None:
@@ -367,13 +385,42 @@ class MqttLink:
         if not self._over:  # else the next connection may use this packet id for another message
             self._events.confirmed(mid, refusal)
 
+    def _no_answer(self, limit_s: float) -> FoamError:
+        """Say why no answer to CONNECT came; TLS 1.3 refuses our certificate only now."""
+        trouble = failure_of(self._socket)
+        if trouble is not None:
+            return BrokerUnavailable(f"{self._url}: {trouble}")
+        if not self._over:
+            return _VersionRefused(
+                f"{self._url} gave no answer in {limit_s:g} s to MQTT {self._version}",
+                said_so=False,
+            )
+        hint = self._certificate_hint()
+        if not hint and self._url.path is None:
+            want = "wss://" if self._url.tls else "mqtts:// or ws://"
+            hint = f": does the port want {want}?"
+        return _VersionRefused(
+            f"{self._url} closed the connection to MQTT {self._version}{hint}", said_so=False
+        )
+
+    def _certificate_hint(self) -> str:
+        """Guess at what brokers do not say who hang up after the handshake (asyncio's do not)."""
+        if not self._url.tls or self._settings.tls.cert_file is None:
+            return ""
+        return ": perhaps our certificate is of another site, or has run out; enroll again then"
+
     def _refusal(self, error: MqttConnectError) -> FoamError:
         value = _value(error.rc)
         if value == _UNSUPPORTED_VERSION:
             return _VersionRefused(f"{self._url} does not speak MQTT {self._version}", said_so=True)
         kind = _FATAL.get(value, BrokerUnavailable)
         who = self._client.identifier
-        return kind(f"{self._url} refuses the connection of {who}: {error.rc} [{value}]")
+        hint = ""
+        if kind is AccessDenied and self._settings.tls.cert_file is not None and self._url.tls:
+            hint = ": our certificate is revoked, or of somebody else; enroll again"
+        elif kind is AccessDenied and self._settings.password is None:
+            hint = ": it wants a password or a certificate, and got neither"
+        return kind(f"{self._url} refuses the connection of {who}: {error.rc} [{value}]{hint}")
 
 
 class MqttSession(SessionCore):

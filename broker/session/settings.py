@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 from broker.tls import TlsSettings
 from capability_schemas.errors import ConfigurationError
 
-DEFAULT_PORTS: Final = {"mqtt": 1883, "mqtts": 8883}
+# RFC 6455 section 3 for ws and wss.
+DEFAULT_PORTS: Final = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
+WEBSOCKET_PATH: Final = "/mqtt"
 MAX_PAYLOAD_BYTES: Final = 16 * 1024 * 1024
 _BETWEEN_URLS: Final = re.compile(r",(?=\s*[a-z]+://)")  # a comma may stand in a password
 
@@ -27,6 +29,7 @@ class BrokerUrl:
         tls: Whether the connection is encrypted.
         username: From the user part of the URL, if it has one.
         password: Likewise.
+        path: Where MQTT is served over WebSocket; None for MQTT straight over TCP.
     """
 
     host: str
@@ -34,10 +37,13 @@ class BrokerUrl:
     tls: bool
     username: str | None = None
     password: SecretStr | None = None
+    path: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> "BrokerUrl":
-        """Read ``mqtt://[user[:password]@]host[:port]`` or ``mqtts://...``.
+        """Read ``mqtt://[user[:password]@]host[:port]``; or ``mqtts``, ``ws``, ``wss`` likewise.
+
+        Over WebSocket there may be a path; it is ``/mqtt`` when there is none.
 
         Raises:
             ConfigurationError: It is no such URL. The message repeats no password.
@@ -50,16 +56,24 @@ class BrokerUrl:
         if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
             shown = f"{parts.scheme}://{parts.hostname or ''}" if "@" in text else text
             raise ConfigurationError(
-                f"broker URL {shown!r} is not usable: write mqtt://host:port or mqtts://host:port"
+                f"broker URL {shown!r} is not usable: write mqtt://host:port or mqtts://host:port "
+                "(ws://host:port/mqtt or wss://host:port/mqtt over WebSocket)"
             )
-        if parts.path not in {"", "/"} or parts.query or parts.fragment:
-            raise ConfigurationError("a broker URL ends with the port: it has no path or query")
+        websocket = parts.scheme in {"ws", "wss"}
+        if parts.query or parts.fragment or (not websocket and parts.path not in {"", "/"}):
+            raise ConfigurationError(
+                "a broker URL ends with the port (with the path for ws:// and wss://): it has no "
+                "query"
+            )
+        if any(not "!" <= character <= "~" for character in parts.path):
+            raise ConfigurationError("the path of a broker URL is plain ASCII without spaces")
         return cls(
             host=parts.hostname,
             port=DEFAULT_PORTS[parts.scheme] if port is None else port,
-            tls=parts.scheme == "mqtts",
+            tls=parts.scheme in {"mqtts", "wss"},
             username=None if parts.username is None else unquote(parts.username),
             password=None if parts.password is None else SecretStr(unquote(parts.password)),
+            path=(parts.path if len(parts.path) > 1 else WEBSOCKET_PATH) if websocket else None,
         )
 
     @classmethod
@@ -73,7 +87,8 @@ class BrokerUrl:
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
+        scheme = "mqtt" if self.path is None else "ws"
+        return f"{scheme}{'s' if self.tls else ''}://{host}:{self.port}{self.path or ''}"
 
 
 class SessionSettings(BaseModel):
@@ -103,7 +118,7 @@ class SessionSettings(BaseModel):
         backoff_cap_s: Longest wait of all.
         reconnect_floor_s: Shortest wait before the same client id is used again at a broker
             that had accepted it. NATS drops quicker returns as flapping.
-        tls: For ``mqtts`` URLs.
+        tls: For ``mqtts`` and ``wss`` URLs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

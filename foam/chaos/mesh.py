@@ -21,15 +21,16 @@ from broker.lifecycle import Service
 from broker.session.mqtt import MqttSession
 from broker.session.settings import BrokerUrl, SessionSettings
 from capability_schemas.errors import FoamError
-from capability_schemas.topics import Topics
+from capability_schemas.provenance import Signer
+from capability_schemas.topics import DEFAULT_SITE, Topics
 from foam.chaos.device import DeviceClient
 from foam.chaos.judge import Judge
 from foam.chaos.proxy import TcpProxy
 from foam.mesh import ADMIN_ID, REGISTRY_ID, ROUTER_ID, Identity, MeshFolder, MeshRecord, Person
 from foam.nodefile import NodeHead
-from foam.sdk.address import MeshAddress
+from foam.sdk.address import MeshAddress, find_mesh
 from foam.sdk.client import MeshClient
-from foam.settings import child_environment
+from foam.settings import Settings, child_environment
 from foam.supervisor import Child, ChildSpec, Facts, RestartPolicy, Supervisor
 
 __all__ = ["BROKER", "ChaosMesh", "MeshPlan"]
@@ -141,6 +142,16 @@ class ChaosMesh(Service):
         """Make a session for an administrator, past all proxies."""
         return self._session(self._folder.identity(ADMIN_ID), self._url)
 
+    def admin_signer(self) -> Signer:
+        """Load what that administrator signs its questions with.
+
+        Raises:
+            ConfigurationError: Its key cannot be read.
+        """
+        identity = self._folder.identity(ADMIN_ID)
+        key = self._folder.signing_key(identity)
+        return Signer(identity=identity.id, key=key, passport=identity.passport)
+
     async def _on_start(self) -> None:
         async with asyncio.timeout(self._plan.start_s):
             await self._bring_up()
@@ -192,18 +203,18 @@ class ChaosMesh(Service):
             **dict.fromkeys(self._plan.device_names, Role.DEVICE),
         }
         for name, role in wanted.items():
-            self._folder.ensure(name, role)
+            self._folder.ensure(name, role, site=DEFAULT_SITE)
 
     def _write_record(self) -> None:
         people = [
             Person(id=known.id, username=known.username or known.id, password=known.password)
             for known in map(self._folder.identity, (self._plan.device_names[0], ADMIN_ID))
         ]
-        record = MeshRecord(broker=self._url, site="local", device=people[0], admin=people[1])
+        record = MeshRecord(broker=self._url, site=DEFAULT_SITE, device=people[0], admin=people[1])
         self._folder.write_record(record)
 
     def _add(self, name: str, command: Callable[[Facts | None], Sequence[str]], url: str) -> Child:
-        extra = {"FOAM_URL": url, "FOAM_SITE": "local"} if url else {}
+        extra = {"FOAM_URL": url, "FOAM_SITE": DEFAULT_SITE} if url else {}
         child = self._children[name] = self._supervisor.add(
             ChildSpec(
                 name=name,
@@ -226,16 +237,11 @@ class ChaosMesh(Service):
     def _link(self, name: str) -> str:
         return self.proxies[name].url
 
+    def _admin_address(self) -> MeshAddress:
+        return find_mesh(Settings(data=self._folder.path), admin=True)
+
     async def _wait_served(self, nodes: int) -> None:
-        admin = self._folder.identity(ADMIN_ID)
-        address = MeshAddress(
-            url=self._url,
-            site="local",
-            client=admin.id,
-            username=admin.username,
-            password=admin.password,
-            router=ROUTER_ID,
-        )
+        address = await asyncio.to_thread(self._admin_address)
         async with MeshClient.at(address, connect_timeout_s=None) as mesh:
             while True:
                 try:

@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from broker.session.base import Message, Session
+from capability_schemas.admin import AdminRequest
 from capability_schemas.errors import FoamError
+from capability_schemas.ids import now_ms
+from capability_schemas.provenance import Signer
 from capability_schemas.topics import TopicKind, Topics
+from capability_schemas.wire import encode
 from foam.chaos.hand import ChaosHand, kinds_of
 from foam.chaos.judge import Judge, Verdict, percentile
 from foam.chaos.mesh import BROKER, ChaosMesh, MeshPlan
@@ -126,7 +130,8 @@ async def run_chaos(plan: ChaosPlan, *, notify: Callable[[str], None]) -> ChaosR
     judge = Judge(grace_ms=_GRACE_MS)
     mesh = ChaosMesh(plan=plan.mesh, judge=judge, clock=clock, seed=str(plan.seed), notify=notify)
     async with mesh, mesh.admin_session() as admin:
-        probe = _RegistryProbe(session=admin, topics=Topics(), clock=clock)
+        signer = await asyncio.to_thread(mesh.admin_signer)
+        probe = _RegistryProbe(session=admin, topics=Topics(), signer=signer, clock=clock)
         await probe.listen()
         mesh.spawn(probe.ask(), name="probe")
         return await _Run(plan, mesh, judge, probe, clock, notify).run()
@@ -251,9 +256,12 @@ class _Run:
 class _RegistryProbe:
     """Asks the registry again and again as an administrator, and notes when it was answered."""
 
-    def __init__(self, *, session: Session, topics: Topics, clock: Callable[[], int]) -> None:
+    def __init__(
+        self, *, session: Session, topics: Topics, signer: Signer, clock: Callable[[], int]
+    ) -> None:
         self._session = session
         self._topics = topics
+        self._signer = signer
         self._clock = clock
         self._asked: dict[str, int] = {}
         self._answers: list[tuple[int, int]] = []
@@ -268,12 +276,17 @@ class _RegistryProbe:
         """Ask, until cancelled."""
         topic = self._topics.build(TopicKind.ADMIN, target=REGISTRY_ID, client=ADMIN_ID)
         for number in itertools.count(1):
-            name = f"probe-{number}"
-            self._asked[name] = self._clock()
+            request = AdminRequest(
+                id=f"probe-{number}",
+                verb="stats",
+                sender=ADMIN_ID,
+                target=REGISTRY_ID,
+                sent_at=now_ms(),
+                passport=self._signer.passport,
+            )
+            self._asked[request.id] = self._clock()
             with contextlib.suppress(FoamError):  # not connected: the next one will be heard
-                self._session.post(
-                    topic, json.dumps({"id": name, "verb": "catalogue", "args": {}}).encode()
-                )
+                self._session.post(topic, encode(self._signer.sign(request)))
             await asyncio.sleep(_PROBE_S)
 
     def first_after(self, at: int) -> int | None:
@@ -281,9 +294,9 @@ class _RegistryProbe:
         return min((heard for asked, heard in self._answers if asked > at), default=None)
 
     async def _on_reply(self, message: Message) -> None:
-        name = str(json.loads(message.payload).get("task"))
-        asked = self._asked.pop(name, None)
-        if asked is not None:
+        answer = json.loads(message.payload)
+        asked = self._asked.pop(str(answer.get("task")), None)
+        if asked is not None and answer.get("event") == "result":
             self._answers.append((asked, self._clock()))
 
 

@@ -2,14 +2,17 @@
 
 Modules: `app` (the application and its error boundary), `codes` (exit codes), `ask`, `processes`
 (up, broker, registry, router), `node` (run, check), `look` (nodes, functions), `routing` (explain,
-whatif, weights, calibrate), `rules`, `admin`, `device`, `enrollment` (token, enroll, audit),
-`model`, `doctor`, `demo`, `evaluate`, `chaos`. Commands import what they need when they run, so
-that ``foam node`` stays as light as a node should be.
+whatif, weights, calibrate), `rules`, `admin`, `device`, `access`, `enrollment` (token, enroll,
+audit), `attest`, `authority`, `model`, `doctor`, `demo`, `evaluate`, `chaos`. Commands import what
+they need when they run, so that ``foam node`` stays as light as a node should be.
 """
 
 from foam.cli import (
+    access,
     admin,
     ask,
+    attest,
+    authority,
     chaos,
     demo,
     device,
@@ -26,9 +29,12 @@ from foam.cli import (
 from foam.cli.app import app, main
 
 __all__ = [
+    "access",
     "admin",
     "app",
     "ask",
+    "attest",
+    "authority",
     "chaos",
     "demo",
     "device",

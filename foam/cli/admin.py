@@ -1,4 +1,4 @@
-"""``foam admin``: orders to the router."""
+"""``foam admin``: orders to the router; ``foam quotas``: what clients may have, and use."""
 
 import json
 import sys
@@ -10,10 +10,10 @@ import typer
 from foam.cli.app import app
 from foam.cli.codes import CODES_EPILOG
 from foam.cli.connection import connected
-from foam.cli.look import show
+from foam.cli.look import JsonOption, new_table, print_rich, show
 from foam.settings import Settings
 
-__all__ = ["admin"]
+__all__ = ["admin", "quotas"]
 
 admin = typer.Typer(
     help="Steer the mesh: nodes, stats, task, reputation, encoder.",
@@ -118,3 +118,44 @@ def encoder(
     asked = {"backend": backend, "folder": None if folder is None else str(folder)}
     args: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     show(settings, "encoder", _draw, target=target, **args)
+
+
+def _draw_quotas(answer: dict[str, Any]) -> None:
+    if answer["problem"]:
+        sys.stderr.write(f"not in force: {answer['problem']}\n")
+    table = new_table("who", "role", "tasks/s", "burst", "at a time", "bytes/s", "left", "refused")
+
+    def add(who: str, limits: dict[str, Any], *, role: str = "", use: tuple[str, ...]) -> None:
+        names = ("tasks_per_s", "burst", "concurrent", "bytes_per_s")
+        shown = ["" if limits[name] is None else f"{limits[name]:g}" for name in names]
+        shown[2] = use[0] + shown[2]
+        table.add_row(who, role, *shown, *use[1:])
+
+    add("default", answer["default"], use=("", "", ""))
+    for role, limits in answer["role"].items():
+        add(f"every {role}", limits, use=("", "", ""))
+    for row in answer["clients"]:
+        left = "" if row["tasks_left"] is None else str(row["tasks_left"])
+        use = (f"{row['live']} of " if row["limits"]["concurrent"] else str(row["live"]), left)
+        add(row["client"], row["limits"], role=row["role"], use=(*use, str(row["refused"])))
+    print_rich(table)
+    more = answer["total"] - len(answer["clients"])
+    if more > 0:
+        sys.stderr.write(f"and {more} more clients; name one to see it\n")
+
+
+@app.command(epilog=CODES_EPILOG)
+@connected()
+def quotas(
+    settings: Settings,
+    client: Annotated[str | None, typer.Argument(help="Of this client alone.")] = None,
+    *,
+    target: TargetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what clients may ask of the router, and what they use of it.
+
+    Quotas stand in quotas.toml in the data folder of the router (docs/quotas.md), which it follows.
+    """
+    args: dict[str, Any] = {} if client is None else {"client": client}
+    show(settings, "quotas", _draw_quotas, target=target, as_json=as_json, **args)

@@ -312,6 +312,12 @@ def ask(
     stream: Annotated[
         bool, typer.Option("--stream/--no-stream", help="Show the answer as it comes.")
     ] = True,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Take a result only with the signature of the node that it names."
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write every reply event as a JSON line.")
     ] = False,
@@ -332,6 +338,7 @@ def ask(
         "priority": priority,
         "task_id": task_id,
         "stream": stream,
+        "verify": verify,
     }
     printer = EventPrinter(as_json=as_json, quiet=quiet)
     run_async(_run(settings, printer=printer, task=task))

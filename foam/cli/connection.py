@@ -11,12 +11,26 @@ import typer
 from foam.logging import configure_logging
 from foam.settings import Settings, load_settings
 
-__all__ = ["DataOption", "SiteOption", "client_settings", "connected", "process_settings"]
+__all__ = [
+    "DataOption",
+    "SiteOption",
+    "TenantOption",
+    "client_settings",
+    "connected",
+    "process_settings",
+]
 
 DataOption = Annotated[
     Path | None,
     typer.Option(
         "--data", help="Folder of the mesh (FOAM_DATA; default: the user's state folder)."
+    ),
+]
+TenantOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tenant",
+        help="Whose the device or node is, apart from all others; * for a node that serves all.",
     ),
 ]
 SiteOption = Annotated[
@@ -28,8 +42,8 @@ _OPTIONS: Final[dict[str, Any]] = {
         str | None,
         typer.Option(
             "--url",
-            help="Broker, mqtt://[user:password@]host:port, or several of one cluster, separated "
-            "by commas (FOAM_URL).",
+            help="Broker, mqtt://[user:password@]host:port, or mqtts, ws, wss; several of one "
+            "cluster, separated by commas (FOAM_URL).",
         ),
     ],
     "username": Annotated[
@@ -42,7 +56,16 @@ _OPTIONS: Final[dict[str, Any]] = {
         ),
     ],
     "site": SiteOption,
+    "identity_file": Annotated[
+        Path | None,
+        typer.Option(
+            "--identity",
+            help="Act as the member of this file, made by `foam enroll` (FOAM_IDENTITY_FILE).",
+        ),
+    ],
 }
+_CLIENT_ONLY: Final = "identity_file"
+"""Processes of the mesh have an option of that name of their own."""
 
 _P = ParamSpec("_P")
 
@@ -80,16 +103,21 @@ def connected(
     Args:
         join: Makes the settings of the options.
     """
+    options = {
+        name: option
+        for name, option in _OPTIONS.items()
+        if name != _CLIENT_ONLY or join is client_settings
+    }
 
     def decorate(command: Callable[Concatenate[Settings, _P], None]) -> Callable[..., None]:
         def run(**given: Any) -> None:
-            settings = join(**{name: given.pop(name) for name in _OPTIONS})
+            settings = join(**{name: given.pop(name) for name in options})
             command(settings, **given)  # type: ignore[call-arg]
 
         _, *own = inspect.signature(command).parameters.values()
         shared = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
-            for name, option in _OPTIONS.items()
+            for name, option in options.items()
         ]
         functools.update_wrapper(run, command)
         run.__dict__["__signature__"] = inspect.Signature([*own, *shared])

@@ -5,17 +5,15 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from pydantic import ValidationError
 
 from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.errors import AccessDenied, ConfigurationError, FoamError, NotFound
-from capability_schemas.wire import first_problem
 from foam.cli.app import app, run_async
 from foam.cli.codes import CODES_EPILOG
-from foam.cli.connection import DataOption, client_settings
+from foam.cli.connection import DataOption, TenantOption, client_settings
 
 if TYPE_CHECKING:
     from broker.access.policy import Role
@@ -39,7 +37,8 @@ def add(
     identity: Annotated[str, typer.Argument(help="Id: user name and topic level.")],
     *,
     role: Annotated[
-        str, typer.Option("--role", help="device, node, router, registry, admin or observer.")
+        str,
+        typer.Option("--role", help="device, node, router, registry, admin, operator or observer."),
     ] = "device",
     zone: Annotated[
         list[str] | None, typer.Option("--zone", help="Zone a node stands in; may be repeated.")
@@ -54,6 +53,7 @@ def add(
             help="Class of data a node may see: public, internal, private; all when not given.",
         ),
     ] = None,
+    tenant: TenantOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder to copy the identity file and its key to.")
     ] = None,
@@ -68,7 +68,7 @@ def add(
         wanted = Role(role)
     except ValueError as exc:
         raise ConfigurationError(f"role {role!r}: use one of {', '.join(Role)}", role=role) from exc
-    attested = _attested(wanted, zone, grant, data_class)
+    attested = _attested(wanted, zone, grant, data_class, tenant)
     folder = MeshFolder(settings.data).prepare()
     made = folder.create(identity, wanted, attested=attested)
     path = _export(folder, made, out)
@@ -89,20 +89,20 @@ def add(
 
 
 def _attested(
-    role: "Role", zones: list[str] | None, grants: list[str] | None, data: list[str] | None
+    role: "Role",
+    zones: list[str] | None,
+    grants: list[str] | None,
+    data: list[str] | None,
+    tenant: str | None,
 ) -> CapabilityPolicy | None:
     """Read what the operator vouches for; None when nothing was said."""
+    from registry.enrollment.tenancy import check_attested
+
     given = {"zones": zones, "grants": grants, "data": data}
-    said = {name: tuple(values) for name, values in given.items() if values}
-    if not said:
-        return None
-    if role.value != "node":
-        raise ConfigurationError(f"--zone, --grant and --data-class are for nodes, not a {role}")
-    try:
-        return CapabilityPolicy.model_validate(said)
-    except ValidationError as exc:
-        field, problem = first_problem(exc)
-        raise ConfigurationError(f"{field}: {problem}", field=field) from exc
+    said: dict[str, Any] = {name: tuple(values) for name, values in given.items() if values}
+    if tenant is not None:
+        said["tenant"] = tenant
+    return check_attested(role, said, error=ConfigurationError)
 
 
 def _export(folder: "MeshFolder", made: "Identity", out: Path | None) -> Path:
@@ -169,6 +169,7 @@ def list_members(*, data: DataOption = None) -> None:
         placed = [f"zones={','.join(held.zones)}"] if held is not None and held.zones else []
         placed += [f"grants={','.join(held.grants)}"] if held is not None and held.grants else []
         placed += [f"data={','.join(held.data)}"] if held is not None else []
+        placed += [f"tenant={held.tenant}"] if held is not None and held.tenant else []
         sys.stdout.write("\t".join((name, credential.role.value, state, *placed)) + "\n")
 
 

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Final
 import typer
 
 from capability_schemas.errors import ConfigurationError
+from capability_schemas.ids import now_ms
 from foam.cli.admin import admin
 from foam.cli.app import app, run_async
 from foam.cli.codes import CODES_EPILOG
-from foam.cli.connection import DataOption, client_settings, connected
+from foam.cli.connection import DataOption, TenantOption, client_settings, connected
 from foam.cli.look import JsonOption, new_table, print_rich, show
 from foam.mesh import REGISTRY_ID, MeshFolder
 from foam.settings import Settings
@@ -45,7 +46,10 @@ def create(
     settings: Settings,
     *,
     role: Annotated[
-        str, typer.Option("--role", help="Role it gives: node, device, router, admin, observer …")
+        str,
+        typer.Option(
+            "--role", help="Role it gives: node, device, router, admin, operator or observer."
+        ),
     ] = "node",
     ttl: Annotated[
         str, typer.Option("--ttl", help="How long it may be used: 90s, 10m, 2h, 7d.")
@@ -65,6 +69,7 @@ def create(
         list[str] | None,
         typer.Option("--data-class", help="Class of data a node may see; may be repeated."),
     ] = None,
+    tenant: TenantOption = None,
     approve: Annotated[
         bool, typer.Option("--approve", help="An operator decides on each newcomer.")
     ] = False,
@@ -79,6 +84,7 @@ def create(
         "zones": zone,
         "grants": grant,
         "data": data_class,
+        "tenant": tenant,
         "approve": approve,
         "replace": replace,
     }
@@ -95,17 +101,17 @@ def create(
         target=REGISTRY_ID,
         as_json=as_json,
         role=role,
-        ttl_ms=_milliseconds(ttl),
+        ttl_ms=_milliseconds(ttl, "--ttl"),
         uses=uses,
         **args,
     )
 
 
-def _milliseconds(text: str) -> int:
+def _milliseconds(text: str, option: str) -> int:
     units = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
     number, unit = text[:-1], text[-1:]
     if unit not in units or not number.isdigit():
-        raise ConfigurationError(f"--ttl {text!r}: write a number and s, m, h or d, such as 10m")
+        raise ConfigurationError(f"{option} {text!r}: write a number and s, m, h or d, such as 10m")
     return int(number) * units[unit]
 
 
@@ -151,7 +157,9 @@ def revoke_token(
 @app.command(epilog=CODES_EPILOG)
 def enroll(
     *,
-    broker: Annotated[str, typer.Option("--broker", help="Broker, mqtts://host:port.")],
+    broker: Annotated[
+        str, typer.Option("--broker", help="Broker, mqtts://host:port (or wss://host:port/mqtt).")
+    ],
     token_file: Annotated[
         str,
         typer.Option(
@@ -305,9 +313,23 @@ def show_audit(
     settings: Settings,
     *,
     limit: Annotated[int, typer.Option("--limit", help="How many entries.", min=1)] = 20,
+    action: Annotated[
+        str | None,
+        typer.Option("--action", help="Only this; those that begin so, where it ends in *."),
+    ] = None,
+    actor: Annotated[str | None, typer.Option("--actor", help="Only what this one did.")] = None,
+    since: Annotated[
+        str | None, typer.Option("--since", help="Only of the last 90s, 10m, 2h, 7d.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the latest entries, newest last."""
+    asked = {
+        "action": action,
+        "actor": actor,
+        "since": None if since is None else now_ms() - _milliseconds(since, "--since"),
+    }
+    args: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
 
     def draw(answer: dict[str, Any]) -> None:
         table = new_table("number", "when", "who", "what", "whom", "more")
@@ -322,7 +344,7 @@ def show_audit(
             )
         print_rich(table)
 
-    show(settings, "audit", draw, target=REGISTRY_ID, as_json=as_json, limit=limit)
+    show(settings, "audit", draw, target=REGISTRY_ID, as_json=as_json, limit=limit, **args)
 
 
 @audit.command(epilog=CODES_EPILOG)

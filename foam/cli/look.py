@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from capability_schemas.errors import NotFound
 from foam.cli.app import app, run_async
 from foam.cli.codes import CODES_EPILOG
 from foam.cli.connection import connected
@@ -51,13 +52,18 @@ async def ask_admin(
         args: Arguments of the verb.
 
     Raises:
-        FoamError: No mesh, no broker, no answer, or what the target answered.
+        NotFound: The target does not know what was asked about.
+        FoamError: No mesh, no broker, no answer, or what else the target answered.
     """
     from foam.sdk.address import find_mesh
     from foam.sdk.client import MeshClient
 
     async with MeshClient.at(find_mesh(settings, admin=True)) as mesh:
-        return await mesh.admin_pages(verb, target=target, timeout_s=timeout_s, **args)
+        try:
+            return await mesh.admin_pages(verb, target=target, timeout_s=timeout_s, **args)
+        except NotFound as error:
+            # Its code on the wire is that of a task nobody can do, and nobody asked for that.
+            raise NotFound(error.message, **error.detail) from error
 
 
 def show(

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Coroutine
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -40,6 +41,24 @@ HostOption = Annotated[
 TlsPortOption = Annotated[
     int, typer.Option("--tls-port", help="Port with TLS; 0 takes a free one.", min=0, max=65535)
 ]
+MembersPortOption = Annotated[
+    int | None,
+    typer.Option(
+        "--members-port",
+        help="Port with TLS for members with a certificate, where they need one of their own "
+        "(Mosquitto); 0 takes a free one. Default: the one after --tls-port.",
+        min=0,
+        max=65535,
+    ),
+]
+AccessOption = Annotated[
+    str | None,
+    typer.Option(
+        "--access",
+        help="How Mosquitto learns of rights: dynamic (its plugin) or static (files). "
+        "Default: dynamic where the plugin is installed, up to 1,000 members.",
+    ),
+]
 TlsNameOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -48,6 +67,24 @@ TlsNameOption = Annotated[
     ),
 ]
 TlsOption = Annotated[bool, typer.Option("--tls", help="Listen with TLS on loopback too.")]
+WebSocketPortOption = Annotated[
+    int | None,
+    typer.Option(
+        "--ws-port",
+        help="Port for MQTT over WebSocket, at /mqtt: with TLS where the broker listens with TLS, "
+        "else on --host; 0 takes a free one. Default: none.",
+        min=0,
+        max=65535,
+    ),
+]
+WebSocketOriginOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ws-origin",
+        help="Origin (https://host:port) whose web pages may connect to --ws-port, beside its own; "
+        "may be repeated; * for all. Embedded broker only: others ask no page where it is from.",
+    ),
+]
 PlainOption = Annotated[
     bool,
     typer.Option(
@@ -73,7 +110,10 @@ def up(
     host: HostOption = "127.0.0.1",
     tls: TlsOption = False,
     tls_port: TlsPortOption = DEFAULT_TLS_PORT,
+    members_port: MembersPortOption = None,
     tls_name: TlsNameOption = None,
+    ws_port: WebSocketPortOption = None,
+    ws_origin: WebSocketOriginOption = None,
     plain: PlainOption = False,
     data: DataOption = None,
     broker: Annotated[
@@ -84,6 +124,7 @@ def up(
             "Default: mosquitto where its program is installed, else embedded.",
         ),
     ] = None,
+    access: AccessOption = None,
     site: SiteOption = None,
     nodes: Annotated[
         str,
@@ -98,6 +139,14 @@ def up(
     routers: Annotated[
         int, typer.Option("--routers", help="How many routers share the tasks.", min=1, max=16)
     ] = 1,
+    unsigned_admin: Annotated[
+        str | None,
+        typer.Option(
+            "--unsigned-admin",
+            help="allow or refuse requests of administrators that are not signed. Default: allow "
+            "at a broker on this machine, refuse at any other.",
+        ),
+    ] = None,
     supervised: SupervisedOption = False,
 ) -> None:
     """Run a whole mesh on this machine; Ctrl-C stops it.
@@ -106,18 +155,36 @@ def up(
     """
     from foam.up import UpPlan, run_up
 
-    settings = load_settings(data=data, site=site)
+    settings = load_settings(data=data, site=site, unsigned_admin=unsigned_admin)
     plan = UpPlan(
         broker=broker,
-        listeners=Listeners.of(
-            host, port, tls_port=tls_port, names=tls_name or (), plain=plain, tls=tls
+        listeners=replace(
+            Listeners.of(
+                host,
+                port,
+                tls_port=tls_port,
+                members_port=members_port,
+                names=tls_name or (),
+                plain=plain,
+                tls=tls,
+            ),
+            websocket_port=ws_port,
+            websocket_origins=tuple(ws_origin or ()),
         ),
+        access=_access(access),
         site=settings.site or "local",
         nodes=tuple(path.absolute() for path in node) if node else _named_nodes(nodes),
         routers=routers,
+        unsigned_admin=settings.unsigned_admin,
         supervised=supervised,
     )
     run_async(run_up(settings, plan))
+
+
+def _access(name: str | None) -> str | None:
+    if name not in {None, "static", "dynamic"}:
+        raise ConfigurationError(f"access {name!r}: use static or dynamic")
+    return name
 
 
 def _named_nodes(name: str) -> tuple[Path, ...]:
@@ -144,7 +211,11 @@ def broker(
         str | None, typer.Option("--tls-host", help="Address it listens on with TLS.")
     ] = None,
     tls_port: TlsPortOption = DEFAULT_TLS_PORT,
+    members_port: MembersPortOption = None,
     tls_name: TlsNameOption = None,
+    ws_port: WebSocketPortOption = None,
+    ws_origin: WebSocketOriginOption = None,
+    access: AccessOption = None,
     data: DataOption = None,
     site: SiteOption = None,
     supervised: SupervisedOption = False,
@@ -163,9 +234,18 @@ def broker(
             port=port,
             tls_host=tls_host,
             tls_port=tls_port,
+            members_port=members_port,
             names=tuple(tls_name or ()),
+            websocket_port=ws_port,
+            websocket_origins=tuple(ws_origin or ()),
         )
-        return await run_broker(settings, engine=name, listeners=listeners, status=status)
+        return await run_broker(
+            settings,
+            engine=name,
+            listeners=listeners,
+            status=status,
+            access=_access(access),
+        )
 
     run_reporting(main(), status)
 

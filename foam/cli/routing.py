@@ -214,10 +214,20 @@ def _weight(value: float | None) -> str:
 
 
 def _draw_facts(answer: dict[str, Any]) -> None:
-    table = new_table("calibrated", "")
+    table = new_table("calibrated", "", "what it is")
     for name, value in answer.items():
-        table.add_row(name.replace("_", " "), _number(value) if value is not None else "unknown")
+        shown = _number(value) if value is not None else "unknown"
+        table.add_row(name.replace("_", " "), shown, _FACTS.get(name, ""))
     print_rich(table)
+
+
+_FACTS: Final = {
+    "threshold": "a request whose best score is below it is answered: nobody can",
+    "half": "share of a request's words, rare ones counting more, at which they score 0.5",
+    "held_out": "examples of the catalogue that it was fitted to",
+    "window": "candidates nearer than this to the best compete by cost, time and load",
+    "bias": "log odds that a choice with score and margin 0 is right",
+}
 
 
 # ---- commands

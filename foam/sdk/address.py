@@ -1,14 +1,29 @@
 """Which mesh to talk to, and as whom."""
 
+import contextlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pydantic import SecretStr
 
 from broker.session.settings import BrokerUrl
 from broker.tls import TlsSettings
 from capability_schemas.errors import ConfigurationError, NotFound
-from capability_schemas.ids import is_identifier
-from foam.mesh import ROUTER_ID, MeshFolder, MeshRecord, Person
+from capability_schemas.ids import is_identifier, now_ms
+from capability_schemas.provenance import Signer
+from capability_schemas.topics import DEFAULT_SITE
+from foam.mesh import (
+    ADMIN_ID,
+    DEVICE_ID,
+    ROUTER_ID,
+    Identity,
+    MeshFolder,
+    MeshRecord,
+    Person,
+    load_signer,
+    tls_files,
+)
 from foam.settings import Settings
 
 __all__ = ["MeshAddress", "external_person", "find_mesh"]
@@ -26,6 +41,8 @@ class MeshAddress:
         password: Its password.
         router: Router that answers administration.
         tls: How to check a broker with TLS.
+        signer: Signs what it asks of routers and registries; None: it goes unsigned.
+        registries: Public keys of the site's registries by id, for checking results.
     """
 
     url: str
@@ -35,6 +52,8 @@ class MeshAddress:
     password: SecretStr | None
     router: str = ROUTER_ID
     tls: TlsSettings = field(default_factory=TlsSettings)
+    signer: Signer | None = None
+    registries: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -63,7 +82,7 @@ def find_mesh(settings: Settings, *, admin: bool = False) -> MeshAddress:
 
     An explicit ``url`` wins over the mesh of the data folder; explicit ``username`` and
     ``password`` win over those in the URL, and these over the ones in the data folder, which are
-    used only for the mesh they belong to.
+    used only for the mesh they belong to. An identity file brings all of it.
 
     Args:
         settings: Environment and options.
@@ -73,19 +92,18 @@ def find_mesh(settings: Settings, *, admin: bool = False) -> MeshAddress:
         NotFound: No URL is given and the data folder holds no mesh.
         ConfigurationError: The URL cannot be read.
     """
+    if settings.identity_file is not None:
+        return _as_identity(settings, settings.identity_file)
+    folder = MeshFolder(settings.data)
     record: MeshRecord | None = None
     try:
-        record = MeshFolder(settings.data).record()
+        record = folder.record()
     except NotFound:
         if settings.url is None:
             raise
     given = BrokerUrl.parse_all(settings.url) if settings.url is not None else ()
     url = ",".join(map(str, given)) or (record.broker if record is not None else "")
-    own = (
-        record
-        if record is not None and BrokerUrl.parse_all(record.broker) == BrokerUrl.parse_all(url)
-        else None
-    )
+    own = record if record is not None and record.is_at(BrokerUrl.parse_all(url)) else None
     person = external_person(given[0]) if given else None
     if person is None and own is not None:
         person = own.admin if admin else own.device
@@ -93,7 +111,13 @@ def find_mesh(settings: Settings, *, admin: bool = False) -> MeshAddress:
         person = Person(
             id=settings.username, username=settings.username, password=settings.password
         )
-    site = settings.site or (own.site if own is not None else "local")
+    site = settings.site or (own.site if own is not None else DEFAULT_SITE)
+    identity = None
+    if own is not None and person is not None:
+        names = [person.id]
+        if person in {own.admin, own.device}:  # at a broker that is not ours it has another name
+            names.append(ADMIN_ID if admin else DEVICE_ID)
+        identity = _member(folder, names, site=site)
     return MeshAddress(
         url=url,
         site=site,
@@ -101,5 +125,55 @@ def find_mesh(settings: Settings, *, admin: bool = False) -> MeshAddress:
         username=person.username if person is not None else None,
         password=person.password if person is not None else None,
         router=own.router if own is not None else ROUTER_ID,
-        tls=TlsSettings(ca_file=settings.ca),
+        tls=TlsSettings(
+            ca_file=settings.ca
+            or (folder.broker_authority(url) if own and own.own_broker else None)
+        ),
+        signer=_signer(identity, folder),
+        registries=identity.registries if identity is not None else {},
+    )
+
+
+def _member(folder: MeshFolder, names: Iterable[str], *, site: str) -> Identity | None:
+    """Return the first of these that is a member of the folder, its passport still good."""
+    for name in names:
+        if not folder.identity_path(name).exists():
+            continue
+        with contextlib.suppress(ConfigurationError):  # then it asks without a signature
+            identity = folder.identity(name)
+            if identity.renew_at is not None and now_ms() >= identity.renew_at:
+                identity = folder.vouch(identity, site=site)
+            return identity
+    return None
+
+
+def _signer(identity: Identity | None, folder: MeshFolder) -> Signer | None:
+    if identity is None or identity.passport is None:
+        return None
+    with contextlib.suppress(ConfigurationError):
+        return load_signer(identity, folder.identity_path(identity.id).parent)
+    return None
+
+
+def _as_identity(settings: Settings, path: Path) -> MeshAddress:
+    """Return the address of a member that has an identity file: of ``foam enroll``, say.
+
+    Raises:
+        ConfigurationError: The file or a key beside it cannot be read, or it names no broker and
+            no ``url`` is given.
+    """
+    identity, where = Identity.read(path), path.resolve().parent
+    url = settings.url or identity.broker
+    if url is None:
+        raise ConfigurationError(f"{path} names no broker: give --url")
+    tls = tls_files(where, identity)
+    return MeshAddress(
+        url=",".join(map(str, BrokerUrl.parse_all(url))),
+        site=settings.site or identity.site or DEFAULT_SITE,
+        client=identity.id,
+        username=settings.username or identity.username,
+        password=settings.password or identity.password,
+        tls=tls if settings.ca is None else tls.model_copy(update={"ca_file": settings.ca}),
+        signer=load_signer(identity, where),
+        registries=identity.registries,
     )

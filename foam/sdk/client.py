@@ -17,12 +17,15 @@ from broker.session.settings import SessionSettings
 from capability_schemas.errors import (
     AccessDenied,
     BrokerUnavailable,
+    ConfigurationError,
     FoamError,
     InvalidTask,
     Overloaded,
     TooLarge,
 )
 from capability_schemas.ids import new_uuid7, now_ms
+from capability_schemas.passport import PassportBook
+from capability_schemas.provenance import check_result
 from capability_schemas.reply import Chunk, ErrorEvent, ReplyEvent, Result, Routed
 from capability_schemas.task import (
     TASK_LIMIT_BYTES,
@@ -62,7 +65,12 @@ class TaskHandle:
     """
 
     def __init__(
-        self, *, stream: TaskStream, client: "MeshClient", publish: Callable[[], Awaitable[None]]
+        self,
+        *,
+        stream: TaskStream,
+        client: "MeshClient",
+        publish: Callable[[], Awaitable[None]],
+        book: PassportBook | None = None,
     ) -> None:
         self.id = stream.task
         self.routed: Routed | None = None
@@ -70,6 +78,7 @@ class TaskHandle:
         self._stream = stream
         self._client = client
         self._publish = publish
+        self._book = book
         self._heard = False
 
     def __aiter__(self) -> AsyncIterator[ReplyEvent]:
@@ -80,6 +89,8 @@ class TaskHandle:
 
         Raises:
             StopAsyncIteration: The terminal event was read.
+            BadSignature, AccessDenied: The result is not one of the node that it names, where that
+                was to be checked.
             DeadlineExceeded: Nobody ended the task in time.
             BrokerUnavailable: The session cannot go on.
         """
@@ -88,6 +99,8 @@ class TaskHandle:
         if isinstance(event, Routed):
             self.routed = event
         elif isinstance(event, Result | ErrorEvent):
+            if self._book is not None and isinstance(event, Result):
+                check_result(event, client=self._client.client, book=self._book)
             self.outcome = event
         return event
 
@@ -219,6 +232,11 @@ class MeshClient:
                 tls=address.tls,
             )
         )
+        self._book = (
+            PassportBook(site=address.site, registries=address.registries)
+            if address.registries
+            else None
+        )
         self._inbox = ReplyInbox(session=self._session, topics=self._topics, client=self.client)
         self._routers = RouterWatch(session=self._session, topics=self._topics)
         self._stack = AsyncExitStack()
@@ -235,9 +253,11 @@ class MeshClient:
             try:
                 await self._session.wait_connected(self._connect_timeout_s)
             except BrokerUnavailable as error:
+                reason = error.detail.get("reason")
                 raise BrokerUnavailable(
                     f"the broker {self.address.url} does not answer: is it running? "
-                    "`foam up` starts a mesh, --url or FOAM_URL names another",
+                    "`foam up` starts a mesh, --url or FOAM_URL names another"
+                    + (f" (the last try: {reason})" if reason else ""),
                     url=self.address.url,
                 ) from error
             except AccessDenied as error:
@@ -275,6 +295,7 @@ class MeshClient:
         min_confidence: float | None = None,
         task_id: str | None = None,
         trace: str | None = None,
+        verify: bool = False,
     ) -> TaskHandle:
         """Publish a task and return the handle on its events.
 
@@ -298,8 +319,12 @@ class MeshClient:
                 stronger ones as long as an answer is below it. `Result.cascade` tells the steps.
             task_id: Id of the task; the same id again gives the same outcome. Made when omitted.
             trace: W3C ``traceparent``.
+            verify: Whether a result counts only with the signature of the node that it names: that
+                this node gave this output to this task. Not covered: what a router was free to
+                choose, and chunks shown before the result.
 
         Raises:
+            ConfigurationError: ``verify`` without knowing a registry of the site.
             InvalidTask: A value does not fit; ``detail["field"]`` names it.
             TooLarge: The task exceeds 1 MiB.
             BrokerUnavailable: The broker did not confirm the task in time.
@@ -317,7 +342,13 @@ class MeshClient:
             "min_confidence": min_confidence,
             "id": task_id or new_uuid7(),
             "trace": trace,
+            "proof": verify,
         }
+        if verify and self._book is None:
+            raise ConfigurationError(
+                f"{self.client} knows no registry of the site, and cannot check a signature: use "
+                "an identity that `foam up` made or that was enrolled (--identity FILE)"
+            )
         if policy is not None:
             fields["policy"] = policy
         if weights is not None:
@@ -340,7 +371,8 @@ class MeshClient:
         except BaseException:
             opened.close()
             raise
-        return TaskHandle(stream=opened, client=self, publish=publish)
+        book = self._book if verify else None
+        return TaskHandle(stream=opened, client=self, publish=publish, book=book)
 
     async def ask(self, text: str | None = None, **options: Any) -> Result:
         """Submit a task and wait for its result.
@@ -388,7 +420,14 @@ class MeshClient:
             DeadlineExceeded: No answer: it is not running, or this client may not ask it.
             FoamError: What it answered.
         """
-        ask = partial(call_admin, self._inbox, verb=verb, args=args, timeout_s=timeout_s)
+        ask = partial(
+            call_admin,
+            self._inbox,
+            verb=verb,
+            args=args,
+            timeout_s=timeout_s,
+            signer=self.address.signer,
+        )
         if target is not None:
             return await ask(target=target)
         live = await self._routers.live(preferred=self.address.router)

@@ -9,17 +9,22 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
+from broker.access.policy import Role
 from broker.session.base import Message
 from capability_schemas.capability import CapabilityClaim, CatalogRecord
 from capability_schemas.errors import Unavailable
+from capability_schemas.passport import Passport, PassportBook, issue
+from capability_schemas.provenance import Signer
+from capability_schemas.signing import SigningKey
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode, encode
 from foam.chaos.device import DeviceClient
 from foam.chaos.judge import Judge
+from foam.mesh import REGISTRY_ID
 from foam.simulation.loop import Process
 from foam.simulation.network import SimulatedBroker, SimulatedSession
 from foam.simulation.runtime import FUNCTIONS, RUNTIME, SimulatedRuntime
@@ -33,6 +38,8 @@ from router import Ledger, RouterService, RouterSettings, router_will
 __all__ = ["Clerk", "Device", "LoopLedger", "Member", "Node", "Place", "Router"]
 
 _EPOCH_MS: Final = 1_700_000_000_000
+_VALID_MS: Final = 30 * 86_400_000
+"""How long a passport is good, before and after the epoch: no clock here is wrong by that much."""
 _COMMIT_S: Final = 0.001
 _FAREWELL_S: Final = 60.0
 
@@ -47,6 +54,7 @@ class Place:
         seed: Of what they draw.
         folder: For files.
         judge: Hears what devices get.
+        key: The registry's: what it vouches for, members believe.
     """
 
     broker: SimulatedBroker
@@ -54,10 +62,39 @@ class Place:
     seed: str
     folder: Path
     judge: Judge
+    key: SigningKey = field(default_factory=SigningKey.generate)
 
     def now_ms(self) -> int:
         """Return the true time, UTC milliseconds."""
         return _EPOCH_MS + round(1000 * self.broker.loop.time())
+
+    def vouch(self, name: str, role: Role) -> Signer:
+        """Make a member's key, and the passport that the registry vouches with.
+
+        Args:
+            name: The member.
+            role: What it is.
+        """
+        key = SigningKey.generate()
+        passport = Passport(
+            identity=name,
+            role=role.value,
+            site=self.topics.site,
+            public_key=key.public,
+            issued_at=_EPOCH_MS - _VALID_MS,
+            expires_at=_EPOCH_MS + _VALID_MS,
+            registry=REGISTRY_ID,
+        )
+        return Signer(identity=name, key=key, passport=issue(passport, self.key))
+
+    def book(self, clock: Callable[[], int]) -> PassportBook:
+        """Make the book of passports that a member begins its life with.
+
+        Args:
+            clock: The member's, UTC milliseconds.
+        """
+        known = {REGISTRY_ID: self.key.public}
+        return PassportBook(site=self.topics.site, registries=known, clock=clock)
 
 
 class Member(ABC):
@@ -201,6 +238,7 @@ class Router(Member):
         self.ledger: LoopLedger | None = None
         self.session: SimulatedSession | None = None
         self._settings = settings
+        self._signer = place.vouch(name, Role.ROUTER)
 
     async def _enter(self, stack: AsyncExitStack) -> None:
         place, epoch = self.place, self.clock()
@@ -221,6 +259,8 @@ class Router(Member):
             ledger=self.ledger,
             router_id=self.name,
             settings=self._settings,
+            signer=self._signer,
+            book=place.book(self.clock),
             epoch=epoch,
             clock=self.clock,
         )
@@ -251,6 +291,7 @@ class Node(Member):
             cut_off_s=2 * load_interval_s,
             memory_reserve_bytes=0,
         )
+        self._signer = place.vouch(name, Role.NODE)
 
     async def _enter(self, stack: AsyncExitStack) -> None:
         place, agents = self.place, list[NodeAgent]()
@@ -264,6 +305,8 @@ class Node(Member):
             topics=place.topics,
             settings=self.settings,
             functions=FUNCTIONS,
+            signer=self._signer,
+            book=place.book(self.clock),
             runtimes={RUNTIME: SimulatedRuntime()},
             clock=self.clock,
         )

@@ -22,6 +22,7 @@ from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode
 from foam.chaos.judge import Judge, Verdict
 from foam.chaos.schedule import Fault
+from foam.mesh import REGISTRY_ID
 from foam.simulation.loop import VirtualLoop, run_virtual
 from foam.simulation.members import Clerk, Device, Member, Node, Place, Router, crashes
 from foam.simulation.network import SimulatedBroker
@@ -160,7 +161,7 @@ class _World:
             judge=self._judge,
         )
         settings = RouterSettings(calibration_delay_s=3_600.0, sweep_s=2.0 if large else 0.5)
-        self._clerk = Clerk("registry-1", place)
+        self._clerk = Clerk(REGISTRY_ID, place)
         self._routers = {n: Router(n, place, settings=settings) for n in scenario.router_names}
         self._nodes = {
             name: Node(name, place, load_interval_s=30.0 if large else 5.0)

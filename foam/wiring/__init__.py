@@ -10,7 +10,8 @@ Imports stand inside the functions on purpose: a node process must not load what
 
 from foam.wiring.broker import ENGINES, engine_available, run_broker
 from foam.wiring.node import check_node, run_node
-from foam.wiring.services import run_registry, run_router
+from foam.wiring.registry import run_registry
+from foam.wiring.services import run_router
 
 __all__ = [
     "ENGINES",

@@ -1,13 +1,14 @@
 """The process of a broker of our own."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import structlog
 
 from capability_schemas.errors import BrokerUnavailable, ConfigurationError, Unavailable
+from capability_schemas.ids import now_ms
 from capability_schemas.topics import DEFAULT_SITE, Topics
 from foam.listening import BrokerPapers, Listeners, own_names
 from foam.mesh import MeshFolder
@@ -17,6 +18,7 @@ from foam.status import ProcessStatus
 from foam.wiring.member import ACCESS_POLL_S
 
 if TYPE_CHECKING:
+    from broker.access.credentials import CredentialStore
     from broker.engine import BrokerEngine
 
 ENGINES: Final = ("embedded", "mosquitto", "nats")
@@ -25,7 +27,12 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 async def run_broker(
-    settings: Settings, *, engine: str, listeners: Listeners, status: ProcessStatus
+    settings: Settings,
+    *,
+    engine: str,
+    listeners: Listeners,
+    status: ProcessStatus,
+    access: str | None = None,
 ) -> int:
     """Run a broker over the identities of the data folder until told to end.
 
@@ -34,6 +41,8 @@ async def run_broker(
         engine: One of `ENGINES`.
         listeners: Where to listen.
         status: Where readiness is reported.
+        access: How Mosquitto learns of rights, ``static`` or ``dynamic``; None: by plugin where
+            that is installed.
 
     Raises:
         ConfigurationError: The port is in use, the program is missing, the folder unusable.
@@ -50,24 +59,55 @@ async def run_broker(
         names = dict.fromkeys((*own_names(listeners.tls_host), *listeners.names))
         papers = BrokerPapers(folder, site=site, names=list(names))
         await asyncio.to_thread(papers.refresh)
+        await asyncio.to_thread(papers.list_revoked, _serials(store))
 
     async def assemble(process: Process) -> Mapping[str, Any]:
         made = _engine(
-            engine, folder, listeners=listeners, papers=papers, site=site, passwords=passwords
+            engine,
+            folder,
+            listeners=listeners,
+            papers=papers,
+            site=site,
+            passwords=passwords,
+            access=access,
         )
         runner = await process.enter(_EngineRunner(made))
         process.spawn(_follow_access(store, made, passwords, folder, papers), name="access")
+        names = papers.names if papers is not None else ()
+        certificates = papers is not None and made.traits.certificates
         return {
             "url": runner.engine.url,
             "engine": engine,
-            "certificates": papers is not None and made.traits.certificates,
-            "public": [
-                f"mqtts://{f'[{name}]' if ':' in name else name}:{runner.engine.tls_port}"
-                for name in (papers.names if papers is not None else ())
-            ],
+            "certificates": certificates,
+            "public": _urls(names, made.tls_port),
+            "members": _urls(names, made.members_port) if certificates else [],
+            "websocket": _websocket_urls(listeners, names, made.websocket_port),
         }
 
     return await run_process(Process(name="broker", assemble=assemble, status=status))
+
+
+def _urls(names: Iterable[str], port: int) -> list[str]:
+    return [f"mqtts://{f'[{name}]' if ':' in name else name}:{port}" for name in names]
+
+
+def _websocket_urls(listeners: Listeners, names: Iterable[str], port: int) -> list[str]:
+    found = listeners.websocket()
+    if found is None:
+        return []
+    scheme, hosts = ("wss", names) if found.secure else ("ws", [found.host])
+    return [f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/mqtt" for host in hosts]
+
+
+def _serials(store: "CredentialStore") -> set[str]:
+    """Return the serial numbers of the certificates that count."""
+    now = now_ms()
+    return {
+        serial
+        for credential in store.identities().values()
+        if credential.counts(now)
+        for serial in credential.serials
+    }
 
 
 class _EngineRunner:
@@ -105,16 +145,24 @@ def _engine(
     papers: BrokerPapers | None,
     site: str,
     passwords: Mapping[str, str],
+    access: str | None,
 ) -> "BrokerEngine":
     from broker.engine import EngineSettings
 
-    settings = EngineSettings(
-        data_dir=folder.broker_data,
-        host=listeners.host,
-        port=listeners.port,
-        tls=papers.listener(listeners.tls_host, listeners.tls_port)
-        if papers is not None and listeners.tls_host is not None
-        else None,
+    tls = None
+    if papers is not None and listeners.tls_host is not None:
+        tls = papers.listener(
+            listeners.tls_host, listeners.tls_port, members_port=listeners.port_of_members()
+        )
+    settings = EngineSettings.model_validate(
+        {
+            "data_dir": folder.broker_data,
+            "host": listeners.host,
+            "port": listeners.port,
+            "tls": tls,
+            "websocket": listeners.websocket(),
+            "access": access,
+        }
     )
     credentials, topics = folder.credentials(), Topics(site=site)
     if name == "mosquitto":
@@ -141,7 +189,7 @@ def engine_available(name: str) -> bool:
 
 
 async def _follow_access(
-    store: Any,
+    store: "CredentialStore",
     engine: "BrokerEngine",
     passwords: dict[str, str],
     folder: MeshFolder,
@@ -149,15 +197,20 @@ async def _follow_access(
 ) -> None:
     """Have the broker read its access and certificate files again when they change."""
     looked_at = asyncio.get_running_loop().time()
+    behind = False  # the broker knows less than the files: also because a reload went wrong
     while True:
         await asyncio.sleep(ACCESS_POLL_S)
         now = asyncio.get_running_loop().time()
         try:
-            changed = await asyncio.to_thread(store.refresh)
-            if papers is not None and now - looked_at > _PAPERS_POLL_S:
+            behind = await asyncio.to_thread(store.refresh) or behind
+            if papers is not None and (
+                behind or papers.authority_changed() or now - looked_at > _PAPERS_POLL_S
+            ):
                 looked_at = now
-                changed = await asyncio.to_thread(papers.refresh) or changed
-            if not changed:
+                behind = await asyncio.to_thread(papers.refresh) or behind
+                serials = _serials(store)
+                behind = await asyncio.to_thread(papers.list_revoked, serials) or behind
+            if not behind:
                 continue
             if passwords:
                 passwords.update(await asyncio.to_thread(folder.passwords))
@@ -165,4 +218,5 @@ async def _follow_access(
         except (ConfigurationError, BrokerUnavailable) as error:
             _log.warning("broker.access_not_reloaded", error=error.message)
         else:
+            behind = False
             _log.info("broker.access_reloaded", identities=len(store.identities()))

@@ -1,18 +1,21 @@
 """What every member's process does first: a session, a connection, papers that stay fresh."""
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from broker.session.mqtt import MqttSession
-from broker.session.settings import SessionSettings
+from broker.session.settings import BrokerUrl, SessionSettings
 from capability_schemas.errors import AccessDenied, BrokerUnavailable
 from capability_schemas.topics import Topics
 from foam.member import Member
-from foam.mesh import load_key
+from foam.mesh import Identity, load_key
 from foam.process import Process
+from foam.settings import Settings
 
 if TYPE_CHECKING:
     from broker.session.base import WillFactory
+    from registry.encoders.thread import EncoderThread
 
 ACCESS_POLL_S: Final = 0.5
 """How often a broker looks whether its credentials have changed, seconds."""
@@ -57,9 +60,25 @@ async def connect(process: Process, session: MqttSession, url: str) -> None:
             return
 
 
-def keep_papers(process: Process, member: Member, session: MqttSession) -> None:
-    """Have an enrolled member renew its papers as long as it runs."""
+def keep_papers(
+    process: Process, member: Member, session: MqttSession, *, shown: Callable[[], None]
+) -> None:
+    """Have a member renew its papers as long as it runs.
+
+    Args:
+        process: Where it runs.
+        member: The member.
+        session: Its session.
+        shown: Called when the member's signer has a new passport, for it to be shown.
+    """
     from foam.renewal import Renewal
+
+    def take(identity: Identity) -> None:
+        if member.book is not None:
+            member.book.believe(identity.registries)
+        if member.signer is not None and identity.passport is not None:
+            member.signer.passport = identity.passport
+            shown()
 
     if member.identity.renew_at is None:
         return
@@ -69,8 +88,27 @@ def keep_papers(process: Process, member: Member, session: MqttSession) -> None:
         key=load_key(member.identity, member.folder),
         session=session,
         topics=Topics(site=member.site),
+        home=member.home,
+        shown=take,
     )
     process.spawn(renewal.keep(), name="papers")
+
+
+def takes_unsigned(settings: Settings, url: str) -> bool:
+    """Tell whether the broker's word will do for who administrates.
+
+    Where nobody was asked: at a broker on this machine that is reached without TLS, as `foam up`
+    runs it, for whoever is that broker has the keys too; not at any other.
+
+    Args:
+        settings: What was asked for.
+        url: The broker; of a cluster several, separated by commas, and all have to be so.
+    """
+    if settings.unsigned_admin is not None:
+        return settings.unsigned_admin == "allow"
+    from foam.listening import is_loopback
+
+    return all(not one.tls and is_loopback(one.host) for one in BrokerUrl.parse_all(url))
 
 
 async def wait_for_access(member: Member) -> None:
@@ -89,3 +127,13 @@ async def wait_for_access(member: Member) -> None:
         except BrokerUnavailable:
             pass
         return
+
+
+async def encoder_thread(process: Process, settings: Settings) -> "EncoderThread":
+    """Start the encoder that the settings name."""
+    from registry.encoders import load_encoder
+    from registry.encoders.thread import EncoderThread
+
+    return await process.enter(
+        EncoderThread(encoder=lambda: load_encoder(settings.encoder_backend, settings.encoder))
+    )

@@ -22,8 +22,11 @@ from foam.status import ProcessStatus
 from foam.wiring.member import connect, keep_papers, member_session, wait_for_access
 
 if TYPE_CHECKING:
+    from broker.session.base import Session
     from capability_schemas.functions import FunctionSpec
     from capability_schemas.problem import Problem
+    from node_agent.agent import NodeAgent
+    from node_agent.attestation import Attester
     from node_agent.declaration import Declaration
     from node_agent.declaration.watch import SourceWatch
 
@@ -97,6 +100,8 @@ async def run_node(
             settings=head.tuned(member.identity.id),
             functions=functions,
             key=load_key(member.identity, member.folder),
+            signer=member.signer,
+            book=member.book,
             context=RuntimeContext(
                 model_path=models.resolve, mesh=mesh, mcp_servers=declaration.mcp
             ),
@@ -121,9 +126,9 @@ async def run_node(
         if member.is_new:
             await wait_for_access(member)
         await connect(process, session, member.url)
-        keep_papers(process, member, session)
-        await process.enter(mesh)
-        await process.enter(agents[0])
+        keep_papers(process, member, session, shown=agents[0].show_passport)
+        for part in (mesh, agents[0], _attester(settings, member, agents[0], session)):
+            await process.enter(part)
         if not await agents[0].wait_warm(_WARM_S):
             _log.warning("node.still_warming", node=member.identity.id)
         watch = await process.enter(
@@ -147,6 +152,24 @@ async def run_node(
     )
     with models:
         return await run_process(process)
+
+
+def _attester(
+    settings: Settings, member: Member, agent: "NodeAgent", session: "Session"
+) -> "Attester":
+    """Make what shows evidence of this node."""
+    from node_agent.attestation import Attester, evidence_sources
+
+    return Attester(
+        session=session,
+        topics=Topics(site=member.site),
+        node=member.identity.id,
+        epoch=agent.epoch,
+        key=load_key(member.identity, member.folder),
+        offer=agent.offer,
+        sources=evidence_sources(tpm_key=settings.tpm_key),
+        registries=member.identity.registries,
+    )
 
 
 def _reload_on_hangup(watch: "SourceWatch") -> None:

@@ -41,6 +41,7 @@ from capability_schemas.signing import SigningKey, sign, verify
 from capability_schemas.wire import decode
 from registry.enrollment.book import EnrollmentBook, Token, Waiting
 from registry.enrollment.papers import PaperOffice
+from registry.enrollment.rotation import Rotation
 
 MAX_TOKEN_MS: Final = 30 * 86_400_000
 
@@ -72,6 +73,8 @@ class Answer:
 class EnrollmentDesk:
     """Gives out join tokens, and papers for them. One thread at a time.
 
+    ``rotation`` is what operators do with the authority.
+
     Args:
         path: File of tokens, of those who wait, and of what was revoked; mode 0600.
         site: The site.
@@ -80,6 +83,7 @@ class EnrollmentDesk:
         credentials: Who may log on at the broker; members are written there.
         authority: Signs certificates; None where the site has no TLS: everybody gets a password.
         brokers: Tells where members connect to.
+        member_brokers: Tells where those with a certificate do, if elsewhere.
         certificates: Whether the broker takes certificates; else everybody gets a password.
         clock: UTC milliseconds.
 
@@ -97,6 +101,7 @@ class EnrollmentDesk:
         credentials: CredentialStore,
         authority: Authority | None,
         brokers: Callable[[], Sequence[str]],
+        member_brokers: Callable[[], Sequence[str]] = tuple,
         certificates: bool = True,
         clock: Callable[[], int] = now_ms,
     ) -> None:
@@ -111,10 +116,14 @@ class EnrollmentDesk:
             key=key,
             authority=authority,
             brokers=brokers,
+            member_brokers=member_brokers,
             certificates=certificates,
             clock=clock,
         )
         self._book = EnrollmentBook(path)
+        self.rotation = Rotation(
+            authority=authority, credentials=credentials, tokens=self.tokens, clock=clock
+        )
         self._answered: OrderedDict[tuple[str, str], tuple[bytes, Answer]] = OrderedDict()
 
     # ---- tokens
@@ -300,6 +309,14 @@ class EnrollmentDesk:
         asked = {name: at for name, at in self._book.asked.items() if name != identity}
         self._book.write(revoked={**self._book.revoked, identity: self._clock()}, asked=asked)
 
+    def role(self, identity: str) -> Role | None:
+        """Return what a member is, or what a token is for; None where it is neither."""
+        token = self._book.tokens.get(identity)
+        if token is not None:
+            return token.role
+        known = self._credentials.identities().get(identity)
+        return known.role if known is not None else None
+
     @property
     def revoked(self) -> Mapping[str, int]:
         """Identities and when they were revoked, UTC milliseconds: older passports are void."""
@@ -382,7 +399,7 @@ class EnrollmentDesk:
             serial=certificate.serial if certificate is not None else None,
         )
         left = token.model_copy(update={"uses": token.uses - 1})
-        revoked = {name: at for name, at in self._book.revoked.items() if name != request.id}
+        revoked = dict(self._book.revoked)  # what was thrown out stays void: its keys are others
         if known is not None:
             revoked[request.id] = self._clock()
         self._book.write(tokens={**self._book.tokens, level: left}, revoked=revoked)

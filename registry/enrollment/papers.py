@@ -15,7 +15,7 @@ PAPERS_DAYS: Final = 30.0
 RENEW_SHARE: Final = 2 / 3
 """Papers are renewed when this share of their time has passed, which leaves days for retries."""
 
-SIGNING_ROLES: Final = frozenset({Role.NODE, Role.ROUTER, Role.REGISTRY, Role.ADMIN})
+SIGNING_ROLES: Final = frozenset({Role.NODE, Role.ROUTER, Role.REGISTRY, Role.ADMIN, Role.OPERATOR})
 """Roles whose messages are signed, so that they have to bring a key."""
 
 _DAY_MS: Final = 86_400_000
@@ -30,6 +30,7 @@ class PaperOffice:
         key: Signs passports.
         authority: Signs certificates; None where the site has no TLS.
         brokers: Tells where members connect to.
+        member_brokers: Tells where those with a certificate do; empty: at the same place.
         certificates: Whether the broker takes certificates; else everybody gets a password.
         clock: UTC milliseconds.
     """
@@ -42,6 +43,7 @@ class PaperOffice:
         key: SigningKey,
         authority: Authority | None,
         brokers: Callable[[], Sequence[str]],
+        member_brokers: Callable[[], Sequence[str]] = tuple,
         certificates: bool = True,
         clock: Callable[[], int],
     ) -> None:
@@ -50,6 +52,7 @@ class PaperOffice:
         self._key = key
         self._authority = authority
         self._brokers = brokers
+        self._member_brokers = member_brokers
         self._certificates = certificates
         self._clock = clock
 
@@ -108,6 +111,7 @@ class PaperOffice:
                 ),
                 self._key,
             )
+        brokers = (self._member_brokers() if certificate is not None else ()) or self._brokers()
         return self.reply(request, "granted").model_copy(
             update={
                 "id": request.id,
@@ -115,7 +119,7 @@ class PaperOffice:
                 "site": self._site,
                 "certificate": certificate.pem if certificate is not None else None,
                 "authority": self._authority.bundle if self._authority is not None else None,
-                "brokers": tuple(self._brokers()),
+                "brokers": tuple(brokers),
                 "passport": passport,
                 "registries": {self._registry_id: self._key.public},
                 "sealed": sealed,

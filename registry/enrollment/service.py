@@ -5,7 +5,6 @@ holds a token can have it work only so often.
 """
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
@@ -13,10 +12,11 @@ from typing import Any, Final, TypeVar
 import structlog
 from pydantic import TypeAdapter, ValidationError
 
+from broker.access.orders import Requester
 from broker.access.policy import Role
+from broker.audit import Budget
 from broker.lifecycle import Service
 from broker.session.base import Message, Session
-from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.enrollment import EnrollRequest
 from capability_schemas.errors import (
     BrokerUnavailable,
@@ -26,9 +26,10 @@ from capability_schemas.errors import (
     Overloaded,
 )
 from capability_schemas.topics import TopicKind, Topics
-from capability_schemas.wire import decode, encode, first_problem
+from capability_schemas.wire import decode, encode
 from registry.admin import Verb
 from registry.enrollment.desk import Answer, EnrollmentDesk
+from registry.enrollment.tenancy import ATTESTED, check_attested
 from registry.store.audit import AuditLog
 
 _QUEUE: Final = 1_000
@@ -41,23 +42,6 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _STRINGS: Final = TypeAdapter(tuple[str, ...])
 
 
-class _Budget:
-    """Requests that each token or member has left (a token bucket each)."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def spend(self, level: str) -> bool:
-        now = self._clock()
-        left, at = self._left.pop(level, (_BURST, now))
-        left = min(_BURST, left + (now - at) * _PER_SECOND)
-        self._left[level] = (max(0.0, left - 1.0), now)
-        if len(self._left) > _LEVELS:
-            self._left.popitem(last=False)
-        return left >= 1.0
-
-
 class EnrollmentService(Service):
     """Answers ``enroll/{request}``; entered with the registry's session.
 
@@ -68,6 +52,7 @@ class EnrollmentService(Service):
         trail: Where everything it does is written down; entered by the caller.
         emit: Publishes an event: kind and JSON fields.
         registry_id: Identity of the registry.
+        changed: Told when members or their papers have changed.
     """
 
     def __init__(
@@ -79,6 +64,7 @@ class EnrollmentService(Service):
         trail: AuditLog,
         emit: Callable[[str, dict[str, Any]], None],
         registry_id: str,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(service_id=registry_id)
         self._session = session
@@ -87,8 +73,9 @@ class EnrollmentService(Service):
         self._trail = trail
         self._emit = emit
         self._id = registry_id
+        self._changed = changed
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="foam-enrollment")
-        self._budget: _Budget | None = None
+        self._budget: Budget | None = None
         self.dropped = 0
 
     @property
@@ -103,10 +90,18 @@ class EnrollmentService(Service):
             "deny": self._deny,
             "revoke": self._revoke,
             "audit": self._audit,
+            "authority": self._authority,
+            "authority_rotate": self._authority_rotate,
+            "authority_retire": self._authority_retire,
         }
 
     async def _on_start(self) -> None:
-        self._budget = _Budget(asyncio.get_running_loop().time)
+        self._budget = Budget(
+            asyncio.get_running_loop().time,
+            burst=_BURST,
+            per_second=_PER_SECOND,
+            remembered=_LEVELS,
+        )
         await self._session.subscribe(
             self._topics.filter(TopicKind.ENROLL),
             self._on_request,
@@ -146,6 +141,7 @@ class EnrollmentService(Service):
     async def _tell(self, answer: Answer, *, actor: str) -> None:
         """Write down what was decided, then say it: nothing is granted that is not on record."""
         detail = {"reason": answer.reason} if answer.reason else {}
+        self._changed()
         await self._note(answer.happened, actor=actor, subject=answer.identity, detail=detail)
         if answer.reply is None:
             return
@@ -168,17 +164,19 @@ class EnrollmentService(Service):
 
     # ---- verbs
 
-    async def _token_create(self, args: dict[str, Any], client: str) -> Any:
-        known = {"role", "ttl_ms", "uses", "names", "zones", "grants", "data", "approve", "replace"}
+    async def _token_create(self, args: dict[str, Any], asker: Requester) -> Any:
+        known = {"role", "ttl_ms", "uses", "names", "approve", "replace", *ATTESTED}
         _only(args, known)
         role = _role(args.get("role", "node"))
-        attested = _attested(args, role)
+        asker.check_member(role, "make a token for")
+        given = {name: args[name] for name in ATTESTED if name in args}
+        attested = check_attested(role, given, error=InvalidTask)
         token = await self._run(
             lambda: self._desk.create_token(
                 role=role,
                 ttl_ms=_whole(args, "ttl_ms", 600_000),
                 uses=_whole(args, "uses", 1),
-                by=client,
+                by=asker.name,
                 names=_strings(args, "names"),
                 attested=attested,
                 approve=_flag(args, "approve"),
@@ -188,13 +186,13 @@ class EnrollmentService(Service):
         made = self._desk.tokens()[token.id]
         await self._note(
             "token_created",
-            actor=client,
+            actor=asker.name,
             subject=token.id,
             detail=made.model_dump(mode="json", exclude={"proof_key"}, exclude_none=True),
         )
         return {"id": token.id, "token": token.reveal(), "expires_at": made.expires_at}
 
-    async def _tokens(self, args: dict[str, Any], _client: str) -> Any:
+    async def _tokens(self, args: dict[str, Any], _asker: Requester) -> Any:
         _only(args, set())
         rows = [
             {"id": name, **token.model_dump(mode="json", exclude={"proof_key"})}
@@ -202,14 +200,17 @@ class EnrollmentService(Service):
         ]
         return {"tokens": rows[:_PAGE], "more": len(rows[_PAGE:])}
 
-    async def _token_revoke(self, args: dict[str, Any], client: str) -> Any:
+    async def _token_revoke(self, args: dict[str, Any], asker: Requester) -> Any:
         _only(args, {"token"})
         token = _text(args, "token")
+        known = self._desk.tokens().get(token)
+        if known is not None:
+            asker.check_member(known.role, "revoke a token for")
         await self._run(lambda: self._desk.revoke_token(token))
-        await self._note("token_revoked", actor=client, subject=token)
+        await self._note("token_revoked", actor=asker.name, subject=token)
         return {"id": token}
 
-    async def _enrollments(self, args: dict[str, Any], _client: str) -> Any:
+    async def _enrollments(self, args: dict[str, Any], _asker: Requester) -> Any:
         _only(args, set())
         rows = []
         for identity, waiting in sorted(self._desk.waiting.items()):
@@ -226,37 +227,76 @@ class EnrollmentService(Service):
             )
         return {"enrollments": rows[:_PAGE], "more": len(rows[_PAGE:])}
 
-    async def _approve(self, args: dict[str, Any], client: str) -> Any:
+    async def _approve(self, args: dict[str, Any], asker: Requester) -> Any:
         _only(args, {"id"})
         identity = _text(args, "id")
-        return await self._decide(identity, client, granted=True)
+        return await self._decide(identity, asker, granted=True)
 
-    async def _deny(self, args: dict[str, Any], client: str) -> Any:
+    async def _deny(self, args: dict[str, Any], asker: Requester) -> Any:
         _only(args, {"id", "reason"})
         reason = _text(args, "reason") if "reason" in args else ""
-        return await self._decide(_text(args, "id"), client, granted=False, reason=reason)
+        return await self._decide(_text(args, "id"), asker, granted=False, reason=reason)
 
     async def _decide(
-        self, identity: str, client: str, *, granted: bool, reason: str = ""
+        self, identity: str, asker: Requester, *, granted: bool, reason: str = ""
     ) -> dict[str, Any]:
+        waiting = self._desk.waiting.get(identity)
+        if waiting is not None:
+            request: EnrollRequest = decode(EnrollRequest, waiting.request.encode())
+            asker.check_member(_role(request.role), "decide on a newcomer of")
         answer = await self._run(
             lambda: self._desk.decide(identity, granted=granted, reason=reason)
         )
-        await self._tell(answer, actor=client)
+        await self._tell(answer, actor=asker.name)
         return {"id": identity, "status": answer.happened, "reason": answer.reason}
 
-    async def _revoke(self, args: dict[str, Any], client: str) -> Any:
+    async def _revoke(self, args: dict[str, Any], asker: Requester) -> Any:
         _only(args, {"id"})
         identity = _text(args, "id")
+        role = self._desk.role(identity)
+        if role is not None:
+            asker.check_member(role, "throw out members of")
         await self._run(lambda: self._desk.revoke(identity))
-        await self._note("revoked", actor=client, subject=identity)
+        self._changed()
+        await self._note("revoked", actor=asker.name, subject=identity)
         return {"id": identity, "revoked_at": self._desk.revoked[identity]}
 
-    async def _audit(self, args: dict[str, Any], _client: str) -> Any:
-        _only(args, {"limit", "before"})
+    async def _authority(self, args: dict[str, Any], _asker: Requester) -> Any:
+        _only(args, set())
+        return await self._run(self._desk.rotation.facts)
+
+    async def _authority_rotate(self, args: dict[str, Any], asker: Requester) -> Any:
+        _only(args, set())
+        facts = await self._run(self._desk.rotation.rotate)
+        root = facts["roots"][0]
+        detail = {"fingerprint": root["fingerprint"]}
+        await self._note(
+            "authority_rotated", actor=asker.name, subject=f"root-{root['number']}", detail=detail
+        )
+        return facts
+
+    async def _authority_retire(self, args: dict[str, Any], asker: Requester) -> Any:
+        _only(args, {"force"})
+        force = _flag(args, "force")
+        facts = await self._run(lambda: self._desk.rotation.retire(force=force))
+        detail = {"locked_out": facts["locked_out"][:_PAGE]}
+        root = f"root-{facts['roots'][0]['number']}"
+        await self._note("authority_retired", actor=asker.name, subject=root, detail=detail)
+        self._changed()
+        return facts
+
+    async def _audit(self, args: dict[str, Any], _asker: Requester) -> Any:
+        _only(args, {"limit", "before", "action", "actor", "since"})
         limit = min(_PAGE, _whole(args, "limit", 50))
         before = _whole(args, "before", 0) or None
-        entries = await self._run(lambda: self._trail.latest(limit, before=before))
+        action = _text(args, "action") if "action" in args else None
+        actor = _text(args, "actor") if "actor" in args else None
+        since = _whole(args, "since", 0) or None
+        entries = await self._run(
+            lambda: self._trail.latest(
+                limit, before=before, action=action, actor=actor, since=since
+            )
+        )
         return {"entries": [entry.describe() for entry in entries]}
 
 
@@ -302,16 +342,3 @@ def _role(value: Any) -> Role:
         raise InvalidTask(
             f"role {value!r}: use one of {', '.join(Role)}", field="args.role"
         ) from exc
-
-
-def _attested(args: dict[str, Any], role: Role) -> CapabilityPolicy | None:
-    given = {name: args[name] for name in ("zones", "grants", "data") if name in args}
-    if not given:
-        return None
-    if role is not Role.NODE:
-        raise InvalidTask("zones, grants and data are for nodes", field="args.role")
-    try:
-        return CapabilityPolicy.model_validate(given)
-    except ValidationError as exc:
-        field, problem = first_problem(exc)
-        raise InvalidTask(f"args.{field}: {problem}", field=f"args.{field}") from exc

@@ -10,9 +10,10 @@ that. What the chain cannot show: entries that were never written.
 import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final, Self
 
 from capability_schemas.errors import BadSignature, ConfigurationError, Unavailable
@@ -33,6 +34,16 @@ _SCHEMA: Final = """
         hash TEXT NOT NULL
     );
     CREATE TABLE head (one INTEGER PRIMARY KEY CHECK (one = 1), signature TEXT NOT NULL);
+"""
+
+_LATEST: Final = """
+    SELECT * FROM entry
+    WHERE (:before IS NULL OR number < :before)
+      AND (:action IS NULL OR action = :action)
+      AND (:begins IS NULL OR substr(action, 1, length(:begins)) = :begins)
+      AND (:actor IS NULL OR actor = :actor)
+      AND (:since IS NULL OR at >= :since)
+    ORDER BY number DESC LIMIT :limit
 """
 
 
@@ -72,6 +83,23 @@ class AuditEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditNote:
+    """What is to be written down.
+
+    Attributes:
+        action: What happened, in one word.
+        actor: Who did it.
+        subject: To whom or what.
+        detail: More of it, JSON; no secrets.
+    """
+
+    action: str
+    actor: str
+    subject: str = ""
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Verification:
     """What a look at the whole chain found.
 
@@ -89,7 +117,7 @@ class Verification:
 
 
 class AuditLog:
-    """The trail of one registry, in SQLite; a context manager. One thread at a time.
+    """The trail of one registry, in SQLite; a context manager. Any thread may use it.
 
     Every entry is on disk when ``write`` returns (``synchronous=FULL``).
 
@@ -104,6 +132,7 @@ class AuditLog:
         self._key = key
         self._clock = clock
         self._connection: sqlite3.Connection | None = None
+        self._lock = Lock()
 
     def __enter__(self) -> Self:
         """Open the file.
@@ -139,53 +168,82 @@ class AuditLog:
         Raises:
             Unavailable: It cannot be written (disk full, file locked); nothing was.
         """
-        connection = self._opened()
-        try:
-            with connection:
-                connection.execute("BEGIN IMMEDIATE")
-                number, before = _head(connection)
-                made = _entry(
-                    number + 1, self._clock(), actor, action, subject, detail or {}, before
-                )
-                connection.execute(
-                    "INSERT INTO entry VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        made.number,
-                        made.at,
-                        made.actor,
-                        made.action,
-                        made.subject,
-                        json.dumps(made.detail, ensure_ascii=False),
-                        made.hash,
-                    ),
-                )
-                connection.execute(
-                    "INSERT OR REPLACE INTO head VALUES (1, ?)",
-                    (self._key.sign_bytes(_signed(made.number, made.hash)),),
-                )
-        except sqlite3.Error as exc:
-            raise Unavailable(f"audit trail {self._path} cannot be written: {exc}") from exc
-        return made
+        return self.write_all([AuditNote(action, actor, subject, detail or {})])[0]
 
-    def latest(self, limit: int = 100, *, before: int | None = None) -> list[AuditEntry]:
+    def write_all(self, notes: Sequence[AuditNote]) -> list[AuditEntry]:
+        """Add entries, all of them or none: one turn of the disk for many.
+
+        Args:
+            notes: What happened, in order.
+
+        Raises:
+            Unavailable: They cannot be written (disk full, file locked); nothing was.
+        """
+        entries: list[AuditEntry] = []
+        with self._lock:
+            connection = self._opened()
+            try:
+                with connection:
+                    connection.execute("BEGIN IMMEDIATE")
+                    number, before = _head(connection)
+                    for note in notes:
+                        number += 1
+                        made = _entry(
+                            number,
+                            self._clock(),
+                            note.actor,
+                            note.action,
+                            note.subject,
+                            note.detail,
+                            before,
+                        )
+                        _insert(connection, made)
+                        entries.append(made)
+                        before = made.hash
+                    connection.execute(
+                        "INSERT OR REPLACE INTO head VALUES (1, ?)",
+                        (self._key.sign_bytes(_signed(number, before)),),
+                    )
+            except sqlite3.Error as exc:
+                raise Unavailable(f"audit trail {self._path} cannot be written: {exc}") from exc
+        return entries
+
+    def latest(
+        self,
+        limit: int = 100,
+        *,
+        before: int | None = None,
+        action: str | None = None,
+        actor: str | None = None,
+        since: int | None = None,
+    ) -> list[AuditEntry]:
         """Return entries, newest first.
 
         Args:
             limit: At most so many.
             before: Only entries with a lower number.
+            action: Only this action, or all that begin with it where it ends in ``*``.
+            actor: Only this actor.
+            since: Only entries of this time or later, UTC milliseconds.
 
         Raises:
             Unavailable: It cannot be read now.
         """
-        connection = self._opened()
-        try:
-            rows = connection.execute(
-                "SELECT * FROM entry WHERE :before IS NULL OR number < :before"
-                " ORDER BY number DESC LIMIT :limit",
-                {"before": before, "limit": limit},
-            ).fetchall()
-        except sqlite3.Error as exc:
-            raise Unavailable(f"audit trail {self._path} cannot be read: {exc}") from exc
+        prefix = action is not None and action.endswith("*")
+        asked = {
+            "before": before,
+            "action": None if prefix else action,
+            "begins": action[:-1] if action is not None and prefix else None,
+            "actor": actor,
+            "since": since,
+            "limit": limit,
+        }
+        with self._lock:
+            connection = self._opened()
+            try:
+                rows = connection.execute(_LATEST, asked).fetchall()
+            except sqlite3.Error as exc:
+                raise Unavailable(f"audit trail {self._path} cannot be read: {exc}") from exc
         return [_read(row) for row in rows]
 
     def _opened(self) -> sqlite3.Connection:
@@ -261,6 +319,21 @@ def _open(path: Path) -> sqlite3.Connection:
             f"audit trail {path} has layout {layout}, known is {_LAYOUT}: update this program"
         )
     return connection
+
+
+def _insert(connection: sqlite3.Connection, entry: AuditEntry) -> None:
+    connection.execute(
+        "INSERT INTO entry VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (
+            entry.number,
+            entry.at,
+            entry.actor,
+            entry.action,
+            entry.subject,
+            json.dumps(entry.detail, ensure_ascii=False),
+            entry.hash,
+        ),
+    )
 
 
 def _rows(connection: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:

@@ -49,6 +49,7 @@ DOORS = {
     "argon2": {"broker/access/credentials.py"},
     "cryptography": {
         "broker/access/authority.py",
+        "broker/access/roots.py",
         "capability_schemas/enrollment.py",
         "capability_schemas/signing.py",
     },
@@ -79,6 +80,7 @@ DOORS = {
     "torch": {"foam/models/training/", "registry/encoders/"},
     "transformers": {"registry/encoders/export.py"},
     "typer": {"foam/cli/"},
+    "websockets": {"broker/embedded/websocket.py"},
     "wasmtime": {"node_agent/worker/wasm_host.py"},
     "xllamacpp": {"node_agent/worker/engines/xllamacpp.py"},
 }

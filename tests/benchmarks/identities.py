@@ -14,6 +14,7 @@ from benchmarks.measure import p50
 from broker.access import AccessPolicy, Action, CredentialStore, Role
 from broker.access.authority import Authority
 from broker.access.credentials import Credential
+from broker.access.orders import Requester
 from broker.embedded import EmbeddedBroker
 from broker.embedded.gate import Gate
 from broker.engine import EngineSettings
@@ -160,7 +161,7 @@ async def joining() -> dict[str, Any]:
 async def _join_some(
     engine: EmbeddedBroker, service: EnrollmentService, folder: Path
 ) -> dict[str, Any]:
-    made = await service.verbs["token_create"]({"uses": JOINS}, "bench")
+    made = await service.verbs["token_create"]({"uses": JOINS}, Requester("bench", Role.ADMIN))
     await engine.reload_access()
     token, url = JoinToken.parse(made["token"]), f"mqtts://127.0.0.1:{engine.tls_port}"
     asked, connected = [], []

@@ -7,8 +7,8 @@
 
 Verbs: ``round_trip``, ``first_token``, ``throughput``, ``footprint``, ``fifty``; ``streams``,
 ``cold_start``, ``runtimes``, ``prediction``, ``failover``, ``routing_scale``, ``rules``,
-``brokers`` and ``routing``, which need no mesh of theirs; ``all``. Tables go to stdout, the same
-numbers to ``--json``.
+``signed_messages``, ``signed_tasks``, ``brokers`` and ``routing``, which need no mesh of theirs;
+``all``. Tables go to stdout, the same numbers to ``--json``.
 """
 
 import argparse
@@ -32,10 +32,12 @@ from benchmarks import (  # noqa: E402 - the test folders are no installed packa
     first_token,
     identities,
     idle_agent,
+    quotas,
     routing_quality,
     routing_scale,
     rule_matching,
     runtime_overhead,
+    signatures,
     task_round_trip,
     token_throughput,
 )
@@ -62,6 +64,9 @@ WITHOUT_MESH: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "failover": fail_over.measure,
     "identities": identities.measure,
     "joining": identities.measure_joining,
+    "quotas": quotas.measure,
+    "signed_messages": signatures.measure_messages,
+    "signed_tasks": signatures.measure_tasks,
 }
 ONCE = ("footprint", "fifty")
 """Benchmarks that do not depend on the broker run on the first one only."""

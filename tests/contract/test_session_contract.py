@@ -89,9 +89,12 @@ class MemoryWorld:
 
 
 class MqttWorld:
-    def __init__(self, site: BrokerSite, version: str, stack: contextlib.AsyncExitStack) -> None:
+    def __init__(
+        self, site: BrokerSite, version: str, scheme: str, stack: contextlib.AsyncExitStack
+    ) -> None:
         self._site = site
         self._version = version
+        self._scheme = scheme
         self._stack = stack
         self._proxies: dict[str, TcpProxy] = {}
 
@@ -105,11 +108,13 @@ class MqttWorld:
         client_id: str | None = None,
         **settings: Any,
     ) -> SessionCore:
-        proxy = TcpProxy(host="127.0.0.1", port=self._site.port)
+        port = self._site.engine.websocket_port if self._scheme == "ws" else self._site.port
+        proxy = TcpProxy(host="127.0.0.1", port=port)
         await self._stack.enter_async_context(proxy)
         if isolated:
             proxy.refuse()
-        made = self._site.settings(identity, url=proxy.url, version=self._version, **settings)
+        url = f"{self._scheme}://127.0.0.1:{proxy.port}"
+        made = self._site.settings(identity, url=url, version=self._version, **settings)
         if client_id is not None:
             made = made.model_copy(update={"client_id": client_id})
         if wrong_password:
@@ -128,11 +133,14 @@ class MqttWorld:
 
 
 KINDS = {
-    "memory": ("", ""),
-    "embedded": ("embedded_site", "auto"),
-    "mosquitto 3.1.1": ("mosquitto_site", "3.1.1"),
-    "mosquitto 5": ("mosquitto_site", "5"),
-    "nats": ("nats_site", "auto"),
+    "memory": ("", "", "mqtt"),
+    "embedded": ("embedded_site", "auto", "mqtt"),
+    "embedded websocket": ("embedded_site", "auto", "ws"),
+    "mosquitto 3.1.1": ("mosquitto_site", "3.1.1", "mqtt"),
+    "mosquitto 5": ("mosquitto_site", "5", "mqtt"),
+    "mosquitto websocket": ("mosquitto_site", "5", "ws"),
+    "nats": ("nats_site", "auto", "mqtt"),
+    "nats websocket": ("nats_site", "3.1.1", "ws"),
 }
 
 
@@ -153,7 +161,7 @@ def kind(request) -> str:
 
 @pytest.fixture
 def site(kind, request) -> BrokerSite | None:
-    fixture, _ = KINDS[kind]
+    fixture, *_ = KINDS[kind]
     return request.getfixturevalue(fixture) if fixture else None
 
 
@@ -163,7 +171,7 @@ async def world(kind, site) -> AsyncIterator[World]:
         yield MemoryWorld()
         return
     async with contextlib.AsyncExitStack() as stack:
-        yield MqttWorld(site, KINDS[kind][1], stack)
+        yield MqttWorld(site, *KINDS[kind][1:], stack)
 
 
 class Got(list[Message]):
@@ -213,7 +221,9 @@ class TestSession:
             assert [m.qos for m in got if m.payload == b"q0"] == [0]
 
     @pytest.mark.parametrize("size", [0, 1, 300_000, 3_000_000])
-    async def test_any_payload_gets_through(self, world, eventually, size):
+    async def test_any_payload_gets_through(self, kind, world, eventually, size):
+        if kind == "mosquitto websocket" and size > 64 * 1024:
+            pytest.skip("Mosquitto 2.0 keeps the end of a large packet until more comes over it")
         payload = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
         async with pair(world) as (device, got, _):
             device.post(TASK, payload)

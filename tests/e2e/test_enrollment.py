@@ -1,5 +1,6 @@
 """Joining a running mesh with nothing but a token, by commands and by the script for fleets."""
 
+import asyncio
 import json
 import os
 import stat
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from capability_schemas.reply import Accepted
+from foam.sdk import MeshClient
 from support.foam_process import ROOT, FoamProcess, FoamUp, foam_environment, run_foam
 
 pytestmark = [pytest.mark.e2e, pytest.mark.broker, pytest.mark.encoder]
@@ -30,7 +33,7 @@ def site(tmp_path_factory):
     mesh = FoamUp(
         folder / "data",
         *("--nodes", "none", "--broker", "embedded", "--tls", "--tls-port", "0"),
-        *("--tls-name", "broker.test"),
+        *("--tls-name", "broker.test", "--ws-port", "0"),
     )
     try:
         yield mesh.wait_ready()
@@ -87,12 +90,83 @@ def test_a_node_joins_serves_and_is_thrown_out(site, tmp_path):
     finally:
         node.end()
     shown = json.loads(foam(site, "audit", "show", "--json"))["entries"]
-    assert [entry["action"] for entry in reversed(shown)][-3:] == [
+    # What the broker refused a member that was thrown out stands there as well.
+    actions = [entry["action"] for entry in reversed(shown) if "enrollment" in entry["action"]]
+    assert actions[-3:] == [
         "enrollment_token_created",
         "enrollment_granted",
         "enrollment_revoked",
     ]
     assert "whole" in foam(site, "audit", "verify")
+
+
+@pytest.mark.timeout(240)
+def test_a_router_joins_and_nodes_obey_it(site, tmp_path):
+    (tmp_path / "plant.py").write_text(PLANT)
+    url, members = site.facts["public"][0], []
+    router = ("--id", "router-7", "--role", "router")
+    for token, options in (
+        (make_token(site), ("--id", "press-4")),
+        (make_token(site, "--role", "router"), router),
+    ):
+        joined = enroll(site, tmp_path / "new", token, *options)
+        assert joined.returncode == 0, joined.stderr
+        members.append(joined.stdout.decode().strip())
+    shared = ("--url", url, "--data", str(tmp_path / "new"))
+    node = FoamProcess("node", str(tmp_path / "plant.py"), "--identity", members[0], *shared)
+    second = FoamProcess("router", "--identity", members[1], *shared)
+    try:
+        node.wait_line("FOAM NODE READY")
+        second.wait_line("FOAM ROUTER READY")
+        routers, results = asyncio.run(_ask_all(site, [f"job-{number}" for number in range(12)]))
+    finally:
+        second.end()
+        node.end()
+    assert results == [{"litres": 40.0}] * 12
+    assert routers == {"router-1", "router-7"}
+    foam(site, "admin", "revoke", "router-7")
+    foam(site, "admin", "revoke", "press-4")
+
+
+async def _ask_all(site, tasks):
+    """Return which routers took the tasks, and what came of them."""
+    person, routers, results = site.facts["device"], set(), []
+    secret = {"username": person["username"], "password": person["password"]}
+    async with MeshClient(site.facts["broker"], **secret) as mesh:
+        for task in tasks:
+            handle = await mesh.submit(
+                function="tank_volume", input={"level_cm": 2}, task_id=task, timeout_s=60
+            )
+            async for event in handle:
+                if isinstance(event, Accepted):
+                    routers.add(event.router)
+            results.append((await handle.result()).output)
+    return routers, results
+
+
+@pytest.mark.timeout(120)
+def test_a_node_joins_and_serves_over_websocket(site, tmp_path):
+    (tmp_path / "plant.py").write_text(PLANT)
+    url = site.facts["websocket"][0]
+    assert url.startswith("wss://")
+    joined = run_foam(
+        *("enroll", "--broker", url, "--token", "-", "--data", str(tmp_path / "new")),
+        *("--id", "press-9"),
+        stdin=make_token(site).encode(),
+    )
+    assert joined.returncode == 0, joined.stderr
+    paper = joined.stdout.decode().strip()
+    node = FoamProcess(
+        *("node", str(tmp_path / "plant.py"), "--identity", paper, "--url", url),
+        *("--data", str(tmp_path / "new")),
+    )
+    try:
+        node.wait_line("FOAM NODE READY")
+        question = ("how much water is in the tank?", "--input", '{"level_cm": 3}')
+        asked = foam(site, "ask", *question, "--url", url, timeout_s=60.0)
+        assert json.loads(asked) == {"litres": 60.0}
+    finally:
+        node.end()
 
 
 def test_what_is_wrong_with_a_token_is_said(site, tmp_path):
@@ -141,3 +215,49 @@ def test_the_script_for_fleets_may_run_twice(site, tmp_path):
     )
     assert without.returncode == 1
     assert "no join token" in without.stderr
+
+
+@pytest.mark.external_broker
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("access", ["dynamic", "static"])
+def test_on_mosquitto_a_member_comes_with_a_certificate(access, tmp_path):
+    from conftest import require_broker  # noqa: PLC0415  # a helper beside the fixtures
+
+    require_broker("mosquitto" if access == "dynamic" else "mosquitto_static")
+    mesh = FoamUp(
+        tmp_path / "data",
+        *("--nodes", "none", "--broker", "mosquitto", "--access", access),
+        *("--tls", "--tls-port", "0"),
+    )
+    (tmp_path / "plant.py").write_text(PLANT)
+    try:
+        site = mesh.wait_ready()
+        assert site.facts["members"] != site.facts["public"]
+        token = make_token(site)  # and at once, before the broker has heard of it:
+        joined = enroll(site, tmp_path / "new", token, "--id", "press-7")
+        assert joined.returncode == 0, joined.stderr
+        paper = Path(joined.stdout.decode().strip())
+        member = json.loads(paper.read_text())
+        assert member["broker"] == site.facts["members"][0]
+        assert "password" not in member
+        node = FoamProcess(
+            *("node", str(tmp_path / "plant.py"), "--identity", str(paper)),
+            *("--data", str(tmp_path / "new")),
+        )
+        try:
+            node.wait_line("FOAM NODE READY")
+            foam(site, "admin", "revoke", "press-7")
+            if access == "dynamic":  # else it stays, deaf and dumb, until it connects again
+                node.wait_line("our certificate was revoked", where="err")
+        finally:
+            node.end()
+        again = FoamProcess(
+            *("node", str(tmp_path / "plant.py"), "--identity", str(paper)),
+            *("--data", str(tmp_path / "new")),
+        )
+        try:
+            again.wait_line("our certificate was revoked", where="err")
+        finally:
+            again.end()
+    finally:
+        mesh.end()

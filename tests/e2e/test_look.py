@@ -88,7 +88,7 @@ def test_cordon_and_uncordon(mesh: FoamUp) -> None:
 def test_unknown_node_and_task(mesh: FoamUp) -> None:
     for arguments in (["admin", "drain", "nobody"], ["admin", "task", "nothing"]):
         done = run_foam(*arguments, "--data", str(mesh.data))
-        assert done.returncode == 11
+        assert done.returncode == 23
         assert b"is not known" in done.stderr
 
 

@@ -123,7 +123,8 @@ def test_runs_on_a_broker_that_is_not_ours(tmp_path: Path, trial_node: Path) -> 
     """The credentials in its URL are used for everything."""
     require_broker("mosquitto")
     hosting, guest = tmp_path / "host", tmp_path / "guest"
-    with foam_up(hosting, "--broker", "mosquitto", "--nodes", "none") as host:
+    static = ("--broker", "mosquitto", "--access", "static")
+    with foam_up(hosting, *static, "--nodes", "none") as host:
         port, folder = host.port, hosting / "broker"
         (folder / "mosquitto.acl").write_text("user admin-1\ntopic readwrite #\n")
         mosquitto = next(one for one in host.family() if one.name() == "mosquitto")

@@ -10,6 +10,7 @@ from pydantic import SecretStr
 
 from broker.access import CredentialStore, Role
 from broker.access.authority import Authority
+from broker.access.orders import Requester
 from broker.embedded import EmbeddedBroker
 from broker.engine import EngineSettings
 from broker.session.mqtt import MqttSession
@@ -25,12 +26,14 @@ from capability_schemas.errors import (
 )
 from capability_schemas.signing import SigningKey
 from capability_schemas.topics import TopicKind, Topics
+from foam import enrolling
 from foam.enrolling import enroll, store_papers
 from foam.mesh import Identity, load_key, tls_files
 from foam.renewal import Renewal
 from registry.enrollment import EnrollmentDesk, EnrollmentService
 from registry.store.audit import AuditLog, verify_trail
 
+ADMIN = Requester("admin-1", Role.ADMIN)
 pytestmark = pytest.mark.broker
 
 SITE = "hall-3"
@@ -55,7 +58,7 @@ class Mesh:
         return f"mqtts://127.0.0.1:{self.engine.tls_port}"
 
     async def token(self, **args):
-        made = await self.service.verbs["token_create"](args, "admin-1")
+        made = await self.service.verbs["token_create"](args, ADMIN)
         await self.engine.reload_access()
         return JoinToken.parse(made["token"])
 
@@ -166,7 +169,7 @@ async def test_a_revoked_member_is_cut_off_and_stays_out(mesh, eventually):
     path = store_papers(await mesh.join(await mesh.token()), mesh.folder / "new")
     async with mesh.session(path) as session:
         await session.wait_connected(20)
-        await mesh.service.verbs["revoke"]({"id": "edge-1"}, "admin-1")
+        await mesh.service.verbs["revoke"]({"id": "edge-1"}, ADMIN)
         await mesh.engine.reload_access()
         with pytest.raises(AccessDenied):
             async with asyncio.timeout(20):
@@ -190,11 +193,11 @@ async def test_an_operator_lets_a_newcomer_in(mesh, eventually):
     told: list[str] = []
     joining = asyncio.create_task(mesh.join(token, waiting=told.append))
     await eventually(lambda: bool(mesh.desk.waiting))
-    waiting = (await mesh.service.verbs["enrollments"]({}, "admin-1"))["enrollments"]
+    waiting = (await mesh.service.verbs["enrollments"]({}, ADMIN))["enrollments"]
     assert [row["id"] for row in waiting] == ["edge-1"]
     assert waiting[0]["facts"]["host"]
     await eventually(lambda: bool(told))
-    await mesh.service.verbs["approve"]({"id": "edge-1"}, "admin-1")
+    await mesh.service.verbs["approve"]({"id": "edge-1"}, ADMIN)
     papers = await joining
     assert papers.reply.status == "granted"
 
@@ -203,7 +206,7 @@ async def test_an_operator_keeps_a_newcomer_out(mesh, eventually):
     token = await mesh.token(approve=True)
     joining = asyncio.create_task(mesh.join(token))
     await eventually(lambda: bool(mesh.desk.waiting))
-    await mesh.service.verbs["deny"]({"id": "edge-1", "reason": "not ours"}, "admin-1")
+    await mesh.service.verbs["deny"]({"id": "edge-1", "reason": "not ours"}, ADMIN)
     with pytest.raises(AccessDenied, match="not ours"):
         await joining
 
@@ -215,7 +218,7 @@ async def test_refusals_reach_the_newcomer_in_words(mesh):
     stranger = JoinToken.make(authority=token.authority)
     with pytest.raises(AccessDenied, match="does not know the join token"):
         await mesh.join(stranger)
-    await mesh.service.verbs["token_revoke"]({"token": token.id}, "admin-1")
+    await mesh.service.verbs["token_revoke"]({"token": token.id}, ADMIN)
     await mesh.engine.reload_access()
     with pytest.raises(AccessDenied, match="does not know the join token"):
         await mesh.join(token)
@@ -304,3 +307,51 @@ async def test_a_member_renews_its_papers_over_the_session_it_has(mesh, monkeypa
         with pytest.raises(Unavailable, match="did not answer"):
             await thief.renew()  # another key than the known one: nobody answers
     assert Identity.read(path) == after
+
+
+async def test_a_token_the_broker_has_not_heard_of_yet_is_tried_again(mesh, monkeypatch):
+    """Mosquitto hears of a new login up to a second after it was made."""
+    token = await mesh.token()
+    mesh.credentials.update(token.id, disabled=True)
+    await mesh.engine.reload_access()
+    ask, refusals = enrolling._ask, []
+
+    async def ask_and_listen(*arguments):
+        try:
+            return await ask(*arguments)
+        except AccessDenied:
+            refusals.append(token.id)
+            mesh.credentials.update(token.id, disabled=False)
+            await mesh.engine.reload_access()
+            raise
+
+    monkeypatch.setattr(enrolling, "_ask", ask_and_listen)
+    papers = await mesh.join(token, "edge-9")
+    assert (papers.reply.status, refusals) == ("granted", [token.id])
+
+
+async def test_a_refusal_is_believed_in_the_end(monkeypatch):
+    monkeypatch.setattr(enrolling, "_DOUBT_S", 0.2)
+    monkeypatch.setattr(enrolling, "_DOUBT_AGAIN_S", 0.05)
+    tries = []
+
+    async def refused():
+        tries.append(None)
+        raise AccessDenied("no")
+
+    with pytest.raises(AccessDenied, match="no"):
+        await enrolling._patiently(refused)
+    assert 1 < len(tries) <= 5
+
+
+@pytest.mark.parametrize(
+    ("brokers", "host", "chosen"),
+    [
+        (["mqtts://a:1", "mqtts://b:2"], "b", "mqtts://b:2"),
+        (["mqtts://a:1", "mqtts://[::1]:2"], "::1", "mqtts://[::1]:2"),
+        (["mqtts://a:1", "mqtts://b:2"], "c", "mqtts://a:1"),
+        ([], "a", None),
+    ],
+)
+async def test_a_newcomer_goes_on_with_the_broker_it_reached(brokers, host, chosen):
+    assert enrolling._near(brokers, host) == chosen

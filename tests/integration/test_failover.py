@@ -105,7 +105,9 @@ async def test_a_node_that_comes_back_is_passed_over(mesh: Mesh, eventually: Any
     assert ("cancel", "superseded") in [(one["verb"], one["reason"]) for one in lost.orders]
 
 
-async def test_a_slow_node_is_overtaken_by_another_one(mesh: Mesh, eventually: Any) -> None:
+async def test_a_slow_node_is_overtaken_unless_its_signature_is_wanted(
+    mesh: Mesh, eventually: Any
+) -> None:
     await mesh.stop_router()
     settings = QUICK.model_copy(update={"hedge_share": 1.0, "hedge_samples": 5})
     router = await mesh.start_router(settings)
@@ -126,15 +128,24 @@ async def test_a_slow_node_is_overtaken_by_another_one(mesh: Mesh, eventually: A
         mesh.submit(id=f"quick-{number}", function="echo")
         await eventually(lambda number=number: mesh.final(f"quick-{number}"))
     slow[0] = True
+    mesh.submit(id="signed", function="echo", proof=True)
+    await eventually(lambda: "routed" in mesh.kinds("signed"))
     mesh.submit(id="t", function="echo")
     await eventually(lambda: mesh.final("t"))
     assert numbered(mesh, "t") == [("result", 0)]
     final = mesh.final("t")
     assert final is not None
     assert (final["output"], final["attempt"]) == ("hello world", 2)
-    holder = next(node for node in nodes if node.invocations[-1].attempt == 1)
+    holder = next(node for node in nodes if ("t", 1) in asked(node))
     assert "overtaken" in [order["reason"] for order in holder.orders]
+    assert sum(asked(node).count(("signed", 1)) for node in nodes) == 1
+    assert not any(("signed", 2) in asked(node) for node in nodes)
     assert router.stats.hedged >= 1
+
+
+def asked(node: ScriptedNode) -> list[tuple[str, int]]:
+    """Return the tasks and attempts that a node was asked for."""
+    return [(invocation.task, invocation.attempt) for invocation in node.invocations]
 
 
 async def test_one_task_taken_twice_at_the_same_moment_runs_once(

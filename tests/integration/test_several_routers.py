@@ -1,15 +1,24 @@
 """Two routers over one broker in memory: each task is one router's, whatever is killed."""
 
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from capability_schemas.capability import CapabilityPolicy
+from capability_schemas.ids import now_ms
+from capability_schemas.node import RouterState
+from capability_schemas.signing import sign, verify
 from capability_schemas.topics import TopicKind, Topics
+from capability_schemas.trust import TrustState
+from capability_schemas.wire import encode
 from router.ownership import rank
+from router.quota import QuotaFile
 from support.capabilities import make_record
+from support.members import REGISTRY_KEY, make_book, make_signer
 from support.scripted_mesh import QUICK, Mesh, ScriptedNode, admit, answer, begin, say_nothing
 
 SETTINGS = QUICK.model_copy(update={"takeover_ms": 400, "router_heartbeat_s": 0.1})
@@ -34,9 +43,14 @@ async def mesh(tmp_path: Path, topics: Topics) -> AsyncIterator[Mesh]:
             await mesh.stop_router(name)
 
 
-async def start_both(mesh: Mesh, eventually: Any, settings: Any = SETTINGS) -> None:
+async def start_both(
+    mesh: Mesh,
+    eventually: Any,
+    settings: Any = SETTINGS,
+    more: Callable[[str], dict[str, Any]] = lambda _: {},
+) -> None:
     for name in ROUTERS:
-        await mesh.start_router(settings, name=name)
+        await mesh.start_router(settings, name=name, **more(name))
     await know_each_other(mesh, eventually)
 
 
@@ -384,3 +398,87 @@ async def test_every_task_ends_once_while_routers_come_and_go(mesh: Mesh, eventu
     assert [task for task in tasks if len(finals(mesh, task)) != 1] == []
     assert all(mesh.final(task)["event"] == "result" for task in tasks)  # type: ignore[index]
     assert sum(len(node.invocations) for node in nodes) >= len(tasks)
+
+
+# ---- what holds for a task holds at whoever takes it over
+
+
+async def test_a_members_task_stays_with_its_tenant(mesh: Mesh, eventually: Any) -> None:
+    def offer(node: str, tenant: str) -> Any:
+        return make_record(mesh.words, node, policy=CapabilityPolicy(tenant=tenant))
+
+    state = TrustState(
+        member="pump-7", state="trusted", at=1_000, registry="registry-1", tenant="acme"
+    )
+    topic = mesh.topics.build(TopicKind.TRUST, member="pump-7")
+    mesh.client.post(topic, encode(sign(state, REGISTRY_KEY)), retain=True)
+    first = await mesh.node("edge-1", say_nothing, offer("edge-1", "acme"))
+    await start_both(mesh, eventually, PATIENT, lambda _: {"book": make_book(now_ms)})
+    (task,) = owned_by("router-1")
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: first.invocations)
+    others = await mesh.node("edge-2", answer, offer("edge-2", "bolt"))
+    own = await mesh.node("edge-3", answer, offer("edge-3", "acme"))
+    await mesh.kill_router("router-1")
+    first.be("offline")
+    await eventually(lambda: mesh.final(task))
+    await mesh.broker.settle()
+    assert ended_once(mesh, task)
+    assert [invocation.router for invocation in own.invocations] == ["router-2"]
+    assert others.invocations == []
+
+
+async def test_a_task_counts_where_it_is(mesh: Mesh, eventually: Any, tmp_path: Path) -> None:
+    def quotas(_: str) -> dict[str, Any]:
+        file = QuotaFile(tmp_path / "quotas.toml")
+        file.load()
+        return {"quotas": file}
+
+    async def code(task: str) -> str | None:
+        mesh.submit(id=task, function="echo")
+        await eventually(lambda: mesh.final(task) or "routed" in mesh.kinds(task))
+        final = mesh.final(task)
+        return final["code"] if final else None
+
+    (tmp_path / "quotas.toml").write_text("[client.pump-7]\nconcurrent = 1\n")
+    node = await mesh.node("edge-1", admit)
+    await start_both(mesh, eventually, PATIENT, quotas)
+    task, fourth = owned_by("router-1", 2)
+    second, third = owned_by("router-2", 2)
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: node.invocations)
+    mesh.broker.hold("router-1")  # it lives on and thinks the task its own
+    await eventually(lambda: len(node.invocations) == 2)
+    assert await code(second) == "overloaded"  # the one it has taken over counts
+    mesh.broker.release("router-1")
+    await eventually(lambda: mesh.routers["router-1"].stats.given_up == 1)
+    await eventually(lambda: len(mesh.routers["router-2"].book.order("x")) == 2)
+    await eventually(lambda: mesh.routers["router-1"].reception.caught_up)
+    assert await code(fourth) is None  # the one it has given up does not
+    answer(node, node.invocations[1])
+    await eventually(lambda: mesh.final(task))
+    assert await code(third) is None
+
+
+async def test_what_a_router_says_is_signed_by_it(mesh: Mesh, eventually: Any) -> None:
+    signers = {name: make_signer(name, "router", now=now_ms()) for name in ROUTERS}
+    node = await mesh.node("edge-1", admit)
+    await start_both(mesh, eventually, PATIENT, lambda name: {"signer": signers[name]})
+    (task,) = owned_by("router-1")
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: node.invocations)
+    mesh.broker.hold("router-1")
+    await eventually(lambda: len(node.invocations) == 2)
+    mesh.broker.release("router-1")  # it gives the task up, and calls off what it had begun
+    await eventually(lambda: [order["reason"] for order in node.orders] == ["superseded"])
+    assert [invocation.router for invocation in node.invocations] == [*ROUTERS]
+    for kind, sender in ((TopicKind.INVOKE, "router"), (TopicKind.CONTROL, "sender")):
+        for message in mesh.broker.published(mesh.topics.build(kind, node="edge-1")):
+            order = json.loads(message.payload)
+            assert (order["node"], order["epoch"]) == ("edge-1", 10)
+            verify(message.payload, signers[order[sender]].key.public)
+    for name in ROUTERS:
+        said = mesh.broker.published(mesh.topics.build(TopicKind.ROUTER_STATE, router=name))
+        states = [RouterState.model_validate_json(message.payload) for message in said]
+        shown = {state.passport for state in states if state.state == "birth"}
+        assert shown == {signers[name].passport}

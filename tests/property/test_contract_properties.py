@@ -2,6 +2,7 @@
 
 import json
 
+import rfc8785
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,3 +100,19 @@ def test_chunks_survive_the_wire(data, seq):
 def test_canonical_bytes_ignore_order_and_the_signature(fields):
     shuffled = dict(reversed(fields.items())) | {"signature": "x"}
     assert canonical_bytes(fields | {"signature": "y"}) == canonical_bytes(shuffled)
+
+
+@given(JSON)
+def test_canonical_bytes_are_those_of_rfc_8785(value):
+    """Whichever way they are made; integers that it has no words for stand as strings."""
+    assert canonical_bytes({"x": value}) == rfc8785.dumps({"x": _in_words(value)})
+
+
+def _in_words(value):
+    if isinstance(value, dict):
+        return {key: _in_words(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_in_words(item) for item in value]
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**53:
+        return str(value)
+    return value

@@ -1,6 +1,6 @@
 """Throws damaged frames at everything that reads what others send.
 
-    python tests/security/fuzz_decoders.py --cases 1000000 --seed 7
+    PYTHONPATH=.:tests python -m security.fuzz_decoders --cases 1000000 --seed 7
 
 Every case is a sound message that was bent: bits flipped, cut off, repeated, spliced with another
 one, numbers and strings replaced by hostile ones. A reader may refuse with an error of the mesh;
@@ -9,6 +9,7 @@ run with the seed that shows it again.
 """
 
 import argparse
+import base64
 import json
 import random
 import sys
@@ -33,14 +34,27 @@ from capability_schemas.errors import FoamError
 from capability_schemas.invocation import Control, Invocation, Report
 from capability_schemas.node import NodeLoad, NodeState, RouterState
 from capability_schemas.passport import Passport, PassportBook, issue
-from capability_schemas.reply import decode_reply
-from capability_schemas.signing import SigningKey, canonical_bytes, sign, verify
+from capability_schemas.provenance import (
+    ORDER_ROLES,
+    AdminCheck,
+    Provenance,
+    Signer,
+    check_result,
+    result_claims,
+    sign_result,
+)
+from capability_schemas.reply import Result, decode_reply
+from capability_schemas.signing import SigningKey, canonical_bytes, digest, sign, verify
 from capability_schemas.task import CancelRequest, ResumeRequest, decode_task
 from capability_schemas.topics import Topics
+from capability_schemas.trust import Evidence, TrustState, read_trust
 from capability_schemas.wire import decode, encode, parse_json
 from registry.admission import Admitted, Identity, judge
+from registry.attestation.judgement import read_evidence
+from registry.attestation.tpm import check_quote, read_quote
 from registry.vectors import pack_vector, unpack_vector
 from router.observation import ReplyReader
+from support.tpm import SoftTpm
 
 NOW: Final = 1_790_000_000_000
 _KEY: Final = SigningKey.generate()
@@ -174,13 +188,126 @@ def _proven() -> list[Target]:
     )
     _, asked = make_key_and_request("edge-1")
     proven, signed = encode(request), encode(sign(request, _KEY))
+    invocation, asked_for, answer = _signed_messages(passport)
     return [
+        *_attested(),
         ("claim, signed", claim, admit),
         ("passport", encode(passport), show),
         ("proof", proven, _signed(proven, lambda p: check_proof(p, _TOKEN.proof_key))),
         ("signature", signed, _signed(signed, lambda p: verify(p, _KEY.public))),
+        ("invocation, signed", encode(invocation), _signed(encode(invocation), _take_order)),
+        ("admin request, signed", encode(asked_for), _signed(encode(asked_for), _take_request)),
+        ("result, signed", encode(answer), _take_result(answer)),
+        ("state with passport", encode(_state(passport)), _decoder(RouterState)),
         ("csr", asked.encode(), lambda p: _ignore(read_request(p.decode("latin-1"), "edge-1"))),
     ]
+
+
+def _attested() -> list[Target]:
+    """Return the readers of trust states and evidence, and of the quote of a TPM."""
+    state = TrustState(
+        member="edge-1", state="lapsed", at=NOW, challenge="ab" * 32, void_before=NOW,
+        reason="its evidence ran out", registry="registry-1",
+    )  # fmt: skip
+    evidence = Evidence(
+        node="edge-1", epoch=1, at=NOW, challenge="ab" * 32, platform={"system": "Linux"},
+        measurements={"code/foam": "sha256:" + "a" * 64},
+        statements=({"source": "tpm2", "data": {"quoted": "AAAA", "signature": "AAAA"}},),
+    )  # fmt: skip
+    said, shown = encode(sign(state, _KEY)), encode(sign(evidence, _KEY))
+    tpm = SoftTpm("ec")
+    quoted = tpm.attest("ab" * 32)
+
+    def hear(payload: bytes) -> None:
+        read_trust(payload, member="edge-1", registries={"registry-1": _KEY.public})
+
+    def take(payload: bytes) -> None:
+        read_evidence(payload, node="edge-1", key=_KEY.public, now=NOW)
+
+    def check(payload: bytes) -> None:
+        data = tpm.quote("ab" * 32) | {"signature": base64.b64encode(payload).decode()}
+        check_quote(data, key=tpm.public, challenge="ab" * 32)
+
+    return [
+        ("trust state", said, _signed(said, hear)),
+        ("evidence", shown, _signed(shown, take)),
+        ("quote", quoted, lambda payload: _ignore(read_quote(payload))),
+        ("signature of a quote", tpm.signature(quoted), check),
+    ]
+
+
+def _book() -> PassportBook:
+    return PassportBook(site="local", registries={"registry-1": _KEY.public}, clock=lambda: NOW)
+
+
+def _state(passport: Passport) -> RouterState:
+    return RouterState(router="router-1", state="birth", epoch=1, at=NOW, passport=passport)
+
+
+def _passport(identity: str, role: str) -> Passport:
+    made = Passport(
+        identity=identity, role=role, site="local", public_key=_KEY.public,
+        issued_at=NOW, expires_at=NOW + 1000, registry="registry-1",
+    )  # fmt: skip
+    return issue(made, _KEY)
+
+
+def _signed_messages(passport: Passport) -> tuple[Invocation, AdminRequest, Result]:
+    router = Signer(identity="router-1", key=_KEY, passport=passport)
+    invocation = Invocation(
+        task="t1", client="c", router="router-1", node="edge-1", epoch=1, function="f",
+        version="1.0.0", text="x", input={"a": [1.5, None]}, deadline=NOW,
+        reply="foam/v1/local/reply/c/t1", sent_at=NOW,
+    )  # fmt: skip
+    admin = Signer(identity="admin-1", key=_KEY, passport=_passport("admin-1", "admin"))
+    request = AdminRequest(
+        id="a1", verb="drain", args={"node": "edge-1"}, sender="admin-1", target="router-1",
+        sent_at=NOW, passport=admin.passport,
+    )  # fmt: skip
+    node = Signer(identity="edge-1", key=_KEY, passport=_passport("edge-1", "node"))
+    result = Result(
+        task="t1", at=NOW, seq=1, output={"a": 1}, node="edge-1", function="f", version="1.0.0",
+        digest=digest({"a": 1}),
+    )  # fmt: skip
+    return (
+        router.sign(invocation),
+        admin.sign(request),
+        sign_result(result, client="c", signer=node, show_passport=True),
+    )
+
+
+def _take_order(payload: bytes) -> None:
+    book = _book()
+    book.admit(_passport("router-1", "router"))
+    order: Invocation = decode(Invocation, payload)
+    Provenance(own="edge-1", book=book, clock=lambda: NOW).check(
+        payload,
+        sender=order.router,
+        roles=ORDER_ROLES,
+        target=order.node,
+        sent_at=order.sent_at,
+        nonce=order.task,
+    )
+
+
+def _take_request(payload: bytes) -> None:
+    provenance = Provenance(own="router-1", book=_book(), clock=lambda: NOW)
+    check = AdminCheck(target="router-1", provenance=provenance, unsigned=False)
+    check.verify("admin-1", payload, decode_admin_request(payload))
+
+
+def _take_result(original: Result) -> Callable[[bytes], None]:
+    def run(payload: bytes) -> None:
+        found = decode_reply(payload)
+        if not isinstance(found, Result):
+            return
+        check_result(found, client="c", book=_book())
+        if result_claims(found, client="c") != result_claims(original, client="c"):
+            raise AssertionError("a result of something else passed its check")
+        if digest(found.output) != original.digest:
+            raise AssertionError("another output passed as the one that was signed")
+
+    return run
 
 
 def _ignore(_value: object) -> None:

@@ -12,8 +12,8 @@ from pydantic import SecretStr
 from broker.access.credentials import CredentialStore
 from broker.access.policy import Role
 from broker.embedded import EmbeddedBroker
-from broker.engine import ChildEngine, EngineSettings
-from broker.mosquitto import MosquittoBroker
+from broker.engine import ChildEngine, EngineSettings, WebSocketListener
+from broker.mosquitto import MosquittoBroker, find_plugin
 from broker.nats import NatsBroker
 from broker.session.settings import SessionSettings
 from capability_schemas.topics import Topics
@@ -67,12 +67,14 @@ class BrokerSite:
 def is_available(kind: str) -> bool:
     """Whether this machine can run the broker."""
     if kind == "mosquitto":
+        return MosquittoBroker.available() and find_plugin() is not None
+    if kind == "mosquitto_static":
         return MosquittoBroker.available()
     return kind != "nats" or NatsBroker.available()
 
 
 def make_site(kind: str, folder: Path, *, port: int = 0) -> BrokerSite:
-    """Make a broker ("embedded", "mosquitto", "nats") with ``IDENTITIES``, not started."""
+    """Make a broker with ``IDENTITIES``, not started: embedded, mosquitto(_static), nats."""
     topics = Topics()
     store = CredentialStore(folder / "credentials.json")
     passwords = {name: store.add(name, role) for name, role in IDENTITIES.items()}
@@ -82,10 +84,13 @@ def make_site(kind: str, folder: Path, *, port: int = 0) -> BrokerSite:
 
 def make_engine(site: BrokerSite, store: CredentialStore, folder: Path, port: int) -> ChildEngine:
     """Make an engine over the credentials and the data of a site, not started."""
-    settings = EngineSettings(data_dir=folder / "broker", port=port)
+    access: Any = {"mosquitto": "dynamic", "mosquitto_static": "static"}.get(site.kind)
+    settings = EngineSettings(
+        data_dir=folder / "broker", port=port, access=access, websocket=WebSocketListener()
+    )
     if site.kind == "embedded":
         return EmbeddedBroker(settings=settings, credentials=store, topics=site.topics)
-    if site.kind == "mosquitto":
+    if site.kind.startswith("mosquitto"):
         return MosquittoBroker(settings=settings, credentials=store, topics=site.topics)
     return NatsBroker(
         settings=settings, credentials=store, topics=site.topics, passwords=site.passwords

@@ -147,6 +147,7 @@ class Mesh:
         name: str = "router-1",
         epoch: int = 1,
         will: bool = True,
+        **more: Any,
     ) -> RouterService:
         life = self._router_lives[name] = AsyncExitStack()
         ledger = await life.enter_async_context(
@@ -169,6 +170,7 @@ class Mesh:
             router_id=name,
             settings=settings,
             epoch=epoch,
+            **more,
         )
         self.routers[name] = router
         if name == "router-1":

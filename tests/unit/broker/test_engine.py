@@ -69,11 +69,45 @@ async def test_mosquitto_is_told_what_matters(parts):
     assert ("user root" in text) is (os.geteuid() == 0)
 
 
+@pytest.mark.parametrize(
+    ("members", "access", "plugin", "chosen"),
+    [
+        (1, None, True, "dynamic"),
+        (1, None, False, "static"),
+        (2, None, True, "static"),  # too many for the plugin
+        (2, "dynamic", True, "dynamic"),
+        (1, "static", True, "static"),
+    ],
+)
+def test_mosquitto_is_told_of_rights_as_it_can(parts, monkeypatch, members, access, plugin, chosen):
+    monkeypatch.setattr(mosquitto, "find_plugin", lambda: Path("/plugin.so") if plugin else None)
+    monkeypatch.setattr(mosquitto, "_DYNAMIC_MOST", 1)
+    for number in range(members):
+        parts["credentials"].add(f"pump-{number}", Role.DEVICE)
+    settings = parts["settings"].model_copy(update={"access": access})
+    engine = MosquittoBroker(**parts | {"settings": settings})
+    text = engine._configuration(1883)
+    assert engine.access == chosen
+    assert engine.traits.refuses_forbidden_filter is (chosen == "dynamic")
+    assert ("plugin /plugin.so" in text, "acl_file" in text) == (
+        chosen == "dynamic",
+        chosen == "static",
+    )
+
+
+def test_dynamic_access_without_the_plugin_is_refused(parts, monkeypatch):
+    monkeypatch.setattr(mosquitto, "find_plugin", lambda: None)
+    settings = parts["settings"].model_copy(update={"access": "dynamic"})
+    with pytest.raises(ConfigurationError, match=r"dynamic_security\.so is not on this machine"):
+        MosquittoBroker(**parts | {"settings": settings})
+
+
 def test_files_with_secrets_are_private(parts):
     password = parts["credentials"].add("pump-7", Role.DEVICE)
     folder = parts["settings"].data_dir
     folder.mkdir()
-    MosquittoBroker(**parts)._write_access()
+    static = parts["settings"].model_copy(update={"access": "static"})
+    MosquittoBroker(**parts | {"settings": static})._write_access()
     NatsBroker(**parts, passwords={"pump-7": password})._write_access()
     assert {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()} == {
         "mosquitto.passwords": 0o600,

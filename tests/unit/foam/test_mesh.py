@@ -8,7 +8,7 @@ from pydantic import SecretStr
 from broker.access.policy import Role
 from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.errors import ConfigurationError, Conflict, NotFound
-from foam.mesh import Identity, MeshFolder, MeshRecord, Person
+from foam.mesh import Identity, MeshFolder, MeshRecord, Person, load_signer, make_book
 
 
 @pytest.fixture
@@ -133,3 +133,111 @@ def test_a_damaged_identity_says_what_and_what_to_do(folder: MeshFolder) -> None
         folder.ensure("press", Role.NODE)
     with pytest.raises(ConfigurationError, match="does not exist; make one: foam device add gone"):
         folder.identity("gone")
+
+
+# ---- passports
+
+
+NOW = 1_790_000_000_000
+DAY_MS = 86_400_000
+
+
+def _site(folder: MeshFolder) -> dict[str, Identity]:
+    roles = {
+        "registry-1": Role.REGISTRY,
+        "router-1": Role.ROUTER,
+        "edge-1": Role.NODE,
+        "admin-1": Role.ADMIN,
+        "device-1": Role.DEVICE,
+    }
+    return {name: folder.ensure(name, role, site="hall") for name, role in roles.items()}
+
+
+def test_members_of_the_folder_can_sign_and_check(folder: MeshFolder) -> None:
+    made = _site(folder)
+    public = folder.signing_key(made["registry-1"]).public
+    for name in ("router-1", "edge-1", "admin-1"):
+        signer = load_signer(made[name], folder.identity_path(name).parent)
+        assert signer is not None
+        assert signer.passport is not None
+        assert (signer.passport.role, signer.passport.site) == (made[name].role.value, "hall")
+        book = make_book(made["device-1"], site="hall")
+        assert book is not None
+        book.admit(signer.passport)
+        assert book.key(name, made[name].role.value) == signer.key.public
+    assert made["device-1"].registries == {"registry-1": public}
+    assert made["device-1"].passport is made["registry-1"].passport is None
+    assert folder.identity("router-1") == made["router-1"]
+
+
+def test_passports_are_kept_until_it_is_time(folder: MeshFolder) -> None:
+    _site(folder)
+    first = folder.vouch(folder.identity("edge-1"), site="hall", clock=lambda: NOW)
+    assert first.renew_at is not None
+    issued = first.passport.issued_at if first.passport is not None else 0
+    clock = lambda: issued + 19 * DAY_MS  # noqa: E731 - a clock
+    assert folder.vouch(first, site="hall", clock=clock) == first
+    clock = lambda: issued + 21 * DAY_MS  # noqa: E731
+    later = folder.vouch(first, site="hall", clock=clock)
+    assert later.passport is not None
+    assert later.passport.issued_at == clock()
+    assert later.renew_at == clock() + 20 * DAY_MS
+    assert folder.identity("edge-1") == later
+
+
+def test_another_site_other_rights_or_another_registry_need_another_passport(
+    folder: MeshFolder,
+) -> None:
+    first = _site(folder)["edge-1"]
+    moved = folder.vouch(first, site="yard")
+    assert moved.passport is not None
+    assert moved.passport.site == "yard"
+    given = CapabilityPolicy(zones=("hall-3",))
+    placed = folder.ensure("edge-1", Role.NODE, site="yard", attested=given)
+    assert placed.passport is not None
+    assert placed.passport.attested == given
+    folder.remove("registry-1")
+    registry = folder.ensure("registry-1", Role.REGISTRY, site="yard")
+    anew = folder.ensure("edge-1", Role.NODE, site="yard")
+    book = make_book(anew, site="yard")
+    assert book is not None
+    assert anew.passport is not None
+    book.admit(anew.passport)
+    assert anew.registries == {"registry-1": folder.signing_key(registry).public}
+
+
+def test_an_old_folder_is_mended(folder: MeshFolder) -> None:
+    """As a release made it that signed claims only: administrators had no key."""
+    _site(folder)
+    for name in ("admin-1", "router-1"):
+        path = folder.identity_path(name)
+        old = json.loads(path.read_text())
+        for field in ("passport", "registries", "renew_at"):
+            del old[field]
+        if name == "admin-1":
+            old["signing_key"] = None
+            path.with_suffix(".key").unlink()
+        path.write_text(json.dumps(old))
+    mended = _site(folder)
+    admin = load_signer(mended["admin-1"], folder.identity_path("admin-1").parent)
+    assert admin is not None
+    assert admin.passport is not None
+    assert folder.credentials().identities()["admin-1"].public_key == admin.key.public
+    assert mended["router-1"].passport is not None
+    key = folder.identity_path("admin-1").with_suffix(".key")
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+
+
+def test_without_a_registry_nobody_vouches(folder: MeshFolder) -> None:
+    made = folder.ensure("edge-1", Role.NODE, site="hall")
+    assert made.passport is None
+    assert make_book(made, site="hall") is None
+
+
+def test_what_is_carried_away_takes_its_passport_along(folder: MeshFolder) -> None:
+    _site(folder)
+    made = folder.create("edge-9", Role.NODE)
+    assert made.passport is not None
+    assert made.passport.site == "local"
+    assert list(made.registries) == ["registry-1"]
+    assert made.renew_at is not None

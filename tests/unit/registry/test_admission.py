@@ -106,7 +106,8 @@ class TestOrder:
         assert isinstance(ask(self.payload, standing=Standing(order, "sha256:x")), Admitted)
 
     def test_the_same_claim_changes_nothing(self) -> None:
-        assert ask(self.payload, standing=Standing((10, 5), self.digest)) == Unchanged()
+        verdict = ask(self.payload, standing=Standing((10, 5), self.digest))
+        assert isinstance(verdict, Unchanged)
 
     def test_the_same_order_with_other_content_is_a_conflict(self) -> None:
         verdict = ask(self.payload, standing=Standing((10, 5), "sha256:other"))
@@ -128,15 +129,23 @@ def test_policy_holds_only_what_is_attested() -> None:
     attested = CapabilityPolicy(
         zones=("hall-2", "hall-3"), data=("public", "internal"), grants=("actuate",), external=True
     )
-    policy = attested_policy(claim, Identity(KEY.public, attested))
+    policy = attested_policy(claim.policy, Identity(KEY.public, attested))
     assert policy == CapabilityPolicy(
         zones=("hall-2",), data=("public",), grants=("actuate",), external=True
     )
 
 
+@pytest.mark.parametrize("wished", [None, "acme", "bolt", "*"])
+@pytest.mark.parametrize("attested", [None, "acme", "*"])
+def test_nobody_chooses_its_tenant(wished: str | None, attested: str | None) -> None:
+    identity = Identity(KEY.public, CapabilityPolicy(tenant=attested))
+    assert attested_policy(CapabilityPolicy(tenant=wished), identity).tenant == attested
+    assert attested_policy(CapabilityPolicy(tenant=wished), KEY.public).tenant is None
+
+
 def test_nothing_is_attested_without_an_entry_but_data_classes() -> None:
     claim = make_claim(policy=CapabilityPolicy(zones=("hall-1",), grants=("root",)))
-    policy = attested_policy(claim, KEY.public)
+    policy = attested_policy(claim.policy, KEY.public)
     assert policy.zones == policy.grants == ()
     assert policy.data == claim.policy.data
 

@@ -9,7 +9,7 @@ from broker.access.credentials import CredentialStore
 from broker.access.policy import Role
 from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.enrollment import EnrollRequest, JoinToken, SealKey, check_proof, prove
-from capability_schemas.errors import ConfigurationError, NotFound
+from capability_schemas.errors import AccessDenied, ConfigurationError, NotFound
 from capability_schemas.ids import new_uuid7
 from capability_schemas.passport import CLOCK_SKEW_MS, PassportBook
 from capability_schemas.signing import SigningKey, sign, verify
@@ -339,6 +339,21 @@ def test_a_revoked_member_is_out_and_stays_out(site):
     assert site.desk.consider("edge-1", edge.request()).happened == "ignored"
     with pytest.raises(NotFound):
         site.desk.revoke("edge-1")
+
+
+def test_what_was_thrown_out_stays_void_after_a_new_enrollment(site):
+    edge = Newcomer(site)
+    stolen = edge.join(site.token()).reply.passport
+    site.now += 1_000
+    site.desk.revoke("edge-1")
+    site.now += 1_000
+    again = Newcomer(site)
+    fresh = again.join(site.token()).reply.passport
+    book = PassportBook(site="site-1", registries={"registry-1": REGISTRY.public}, clock=site.clock)
+    book.revoke("edge-1", before=site.open().revoked["edge-1"])
+    with pytest.raises(AccessDenied, match="revoked"):
+        book.admit(stolen)
+    book.admit(fresh)
 
 
 def test_a_revoked_token_logs_on_no_more(site):

@@ -123,7 +123,7 @@ async def test_what_demands_hide_is_not_replaced_by_something_else(world: World)
     world.offer(
         make_record(WORDS, "b", "poem", **other, policy=CapabilityPolicy(zones=("hall-2",)))
     )
-    world.rules.book = RuleBook.parse(
+    world.rules.value = RuleBook.parse(
         '[[rule]]\nname = "hall"\nwhen = { client = "gauge-*" }\nrequire = { zone = "hall-2" }\n'
     )
     poem = await world.select(text="this poem", policy=TaskPolicy(zones=("hall-2",)))
@@ -141,7 +141,7 @@ async def test_what_demands_hide_is_not_replaced_by_something_else(world: World)
 async def test_rules_narrow_the_policy_and_hold_for_named_functions_too(world: World) -> None:
     world.offer(make_record(WORDS, "a", policy=CapabilityPolicy(external=True)))
     world.offer(make_record(WORDS, "b", cost=Cost(money=3.0)))
-    world.rules.book = RuleBook.parse(
+    world.rules.value = RuleBook.parse(
         '[[rule]]\nname = "stay"\nwhen = { client = "pump-*" }\n'
         'policy = { local_only = true }\nroute = "cheapest"\n'
     )
@@ -311,3 +311,122 @@ async def test_weights_hold_from_the_next_decision_on(world: World) -> None:
     assert (await world.select(function="echo")).choices[0].node == "b"
     world.routing.weights = change({"load": 0.0, "cost": 0.5})
     assert (await world.select(function="echo")).choices[0].node == "a"
+
+
+# ---- tenants
+
+TENANTS = {"acme-1": "acme", "bolt-1": "bolt"}
+
+
+@pytest.fixture
+def divided(world: World) -> World:
+    """A fleet of two tenants, with offers for nobody in particular and for all."""
+    world.routing = TaskRouting(
+        meaning=world.meaning,
+        fleet=world.fleet,
+        settings=RouterSettings(),
+        rules=world.rules,
+        tenant_of=TENANTS.get,
+    )
+    words = {"description": "echo this text", "examples": ("echo that text",)}
+    for node, tenant in (("a", "acme"), ("b", "bolt"), ("n", None), ("s", "*")):
+        policy = CapabilityPolicy(tenant=tenant)
+        world.offer(make_record(WORDS, node, "echo", **words, policy=policy))
+        other = {"description": f"secret work of {node}", "examples": (f"do {node} work",)}
+        world.offer(make_record(WORDS, node, f"secret_{node}", **other, policy=policy))
+    return world
+
+
+SEEN = {"acme-1": {"a", "s"}, "bolt-1": {"b", "s"}, "stranger": {"n", "s"}}
+
+
+@pytest.mark.parametrize(("client", "nodes"), SEEN.items())
+async def test_a_client_reaches_its_tenants_nodes_and_those_of_all(
+    divided: World, client: str, nodes: set[str]
+) -> None:
+    for asked in ({"text": "echo this text"}, {"function": "echo"}):
+        selection = await divided.select(client, **asked)
+        assert {choice.node for choice in selection.choices} == nodes, asked
+
+
+@pytest.mark.parametrize(("client", "nodes"), SEEN.items())
+async def test_what_others_offer_is_as_if_it_were_not_there(
+    divided: World, client: str, nodes: set[str]
+) -> None:
+    """Neither explanations nor near misses nor suggestions tell of another tenant."""
+    hidden = {"a", "b", "n", "s"} - nodes
+    for node in hidden:
+        for asked in (
+            {"text": f"do secret work of {node}"},
+            {"text": f"do {node} work", "skills": ["x"]},
+            {"text": f"secret work of {node}", "policy": TaskPolicy(zones=("z",))},
+            {"function": f"secret_{node}"},
+            {"function": f"secret_{node}x"},
+            {"function": f"secret_{node}@>=9"},
+        ):
+            wanted = wanted_of(client, **asked)
+            query = await divided.routing.embed(wanted)
+            told = divided.routing.explain(wanted, query, NOW, candidates=64)
+            selection = divided.routing.select(wanted, query, NOW)
+            assert {one["node"] for one in told["candidates"]} <= nodes, asked
+            said = json.dumps([told["problem"], selection.problem and selection.problem.detail])
+            for other in hidden:
+                if other != node:  # what was asked for may be said again
+                    assert f"secret_{other}" not in said, (asked, said)
+                assert f'"node": "{other}"' not in said, (asked, said)
+            assert "another tenant" not in said
+
+
+async def test_many_of_another_tenant_crowd_nobody_out(divided: World) -> None:
+    for number in range(40):
+        text = f"paint the wall number {number}"
+        divided.offer(
+            make_record(
+                WORDS,
+                "b",
+                f"paint_{number}",
+                description=text,
+                examples=(text, text),
+                policy=CapabilityPolicy(tenant="bolt"),
+            )
+        )
+    own = {"description": "paint the wall of the hall", "examples": ("paint that wall",)}
+    divided.offer(make_record(WORDS, "a", "painter", **own, policy=CapabilityPolicy(tenant="acme")))
+    selection = await divided.select("acme-1", text="paint the wall")
+    assert [choice.function for choice in selection.choices] == ["painter"]
+
+
+async def test_a_node_that_changes_hands_is_not_asked_again(divided: World) -> None:
+    wanted = wanted_of("acme-1", function="echo")
+    choice = next(
+        one for one in divided.routing.select(wanted, None, NOW).choices if one.node == "a"
+    )
+    assert divided.routing.objection(wanted, choice, NOW) is None
+    moved = make_record(
+        WORDS, "a", "echo", revision=2, policy=CapabilityPolicy(tenant="bolt"), examples=()
+    )
+    divided.fleet.admit(moved)
+    objection = divided.routing.objection(wanted, choice, NOW)
+    assert isinstance(objection, PolicyDenied)
+
+
+async def test_supposing_things_of_the_mesh_shows_no_other_tenant(divided: World) -> None:
+    wanted = wanted_of("acme-1", text="echo this text")
+    query = await divided.routing.embed(wanted)
+    told = divided.routing.explain(
+        wanted, query, NOW, candidates=64, supposed=Supposition(weights={"cost": 0.5})
+    )
+    assert {one["node"] for one in told["candidates"]} <= {"a", "s"}
+
+
+async def test_where_no_node_has_a_tenant_clients_of_one_reach_nobody(world: World) -> None:
+    world.routing = TaskRouting(
+        meaning=world.meaning,
+        fleet=world.fleet,
+        settings=RouterSettings(),
+        tenant_of=TENANTS.get,
+    )
+    world.offer(make_record(WORDS, "n"))
+    assert (await world.select("stranger", function="echo")).choices
+    for asked in ({"text": "echo this text"}, {"function": "echo"}):
+        assert isinstance((await world.select("acme-1", **asked)).problem, NoCapableNode)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from capability_schemas.errors import InvalidTask
+from capability_schemas.errors import InvalidTask, NotFound
 from router.catalogue import Fleet
 from router.verbs import flag, key_page, name_page, named_keys, only, whole, word
 from support.capabilities import bare_record
@@ -60,7 +60,6 @@ async def test_pages_hold_every_row_once_whatever_the_names() -> None:
     assert await _pages(fleet, 100, node="a-b") == [["a-b/x", "a-b/x-y", "a-b/x_y"]]
     assert await _pages(fleet, 2, function="x") == [["a/x", "a-b/x"], ["a0/x", "a_b/x"], ["b/x"]]
     assert await _pages(fleet, 2, node="a", function="x") == [["a/x"]]
-    assert await _pages(fleet, 2, node="nobody") == [[]]
 
 
 async def test_a_page_goes_on_where_its_last_row_was_withdrawn() -> None:
@@ -73,3 +72,13 @@ async def test_a_page_goes_on_where_its_last_row_was_withdrawn() -> None:
     )
     assert [row["node"] for row in second["nodes"]] == ["c", "d"]
     assert second["next"] is None
+
+
+def test_who_is_misspelt_is_not_an_empty_list() -> None:
+    fleet = Fleet()
+    fleet.admit(bare_record("a", "x"))
+    with pytest.raises(NotFound, match="node b is not known"):
+        named_keys(fleet, {"node": "b"})
+    with pytest.raises(NotFound, match="no node offers a function y"):
+        named_keys(fleet, {"function": "y"})
+    assert named_keys(fleet, {"node": "a", "function": "x"}) == [("a", "x")]

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from broker.access.authority import (
+    SETTLE_MS,
     Authority,
     check_certificate,
     make_key_and_request,
@@ -196,7 +197,10 @@ def test_rotation_overlaps_and_ends(tmp_path, current):
     server, new_member = contexts(tmp_path, current, trust=before)
     shake_hands(server, new_member)
     shake_hands(server, old_member)
+    server, newcomer = contexts(tmp_path, current, trust=newest_of(current))
+    shake_hands(server, newcomer)
     current.retire()
+    assert Authority.create(tmp_path / "authority", site="hall-3").bundle == current.bundle
     assert not current.rotating
     assert current.bundle != before
     server, renewed = contexts(tmp_path, current)
@@ -206,6 +210,43 @@ def test_rotation_overlaps_and_ends(tmp_path, current):
         shake_hands(server, old_member)
     with pytest.raises(Conflict, match="only one"):
         current.retire()
+
+
+def newest_of(authority):
+    """The bundle of somebody who has joined with a token of the new root alone."""
+    newest = authority.bundle.split("-----END CERTIFICATE-----\n")[0]
+    return newest + "-----END CERTIFICATE-----\n"
+
+
+def test_a_new_root_signs_members_once_the_brokers_have_read_it(tmp_path):
+    now = [NOW]
+    authority = Authority.create(tmp_path / "authority", site="hall-3", clock=lambda: now[0])
+    _, asked = make_key_and_request("pump-7")
+    key = read_request(asked, "pump-7")
+
+    def issue():
+        return authority.issue_client(key, identity="pump-7", role=Role.NODE)
+
+    first, token_root = issue(), authority.server_root()
+    assert authority.is_by_newest(first.serial)
+    authority.rotate()
+    early = issue()
+    assert not authority.is_by_newest(early.serial)
+    assert authority.server_root() == token_root
+    assert [(root.number, root.signing) for root in authority.roots()] == [(2, False), (1, True)]
+    now[0] += SETTLE_MS
+    late = issue()
+    assert [authority.is_by_newest(one.serial) for one in (first, early, late)] == [
+        False,
+        False,
+        True,
+    ]
+    assert authority.server_root() != token_root
+    assert [(root.number, root.signing) for root in authority.roots()] == [(2, True), (1, False)]
+    authority.retire()
+    assert [root.number for root in authority.roots()] == [2]
+    authority.rotate()  # and once more: the link is that of the root before it
+    assert [root.number for root in authority.roots()] == [3, 2]
 
 
 def test_revoked_serials_stand_in_the_list_of_every_root(tmp_path, current):

@@ -78,6 +78,7 @@ PUBLISHED = {
         "reply/c/t/x",
         "event/x/k",
         "enroll/x",
+        "evidence/x",
     ),
     Role.ROUTER: (
         "invoke/n",
@@ -94,8 +95,10 @@ PUBLISHED = {
         "artifact/n/d",
         "reply/c/t/x",
         "event/x/k",
+        "trust/m",
     ),
     Role.ADMIN: ("task/x", "task/x/cancel", "task/x/resume", "admin/router-1/x", "enroll/x"),
+    Role.OPERATOR: ("task/x", "task/x/cancel", "task/x/resume", "admin/router-1/x", "enroll/x"),
     Role.OBSERVER: (),
     Role.ENROLLEE: ("enroll/x",),
 }
@@ -119,6 +122,7 @@ SUBSCRIBED = {
         "reply/#",
         "admin/x/+",
         "router/+/state",
+        "trust/+",
         "enroll/x/reply",
     ),
     Role.REGISTRY: (
@@ -128,6 +132,9 @@ SUBSCRIBED = {
         "admin/x/+",
         "enroll/+",
         "router/+/state",
+        "event/+/audit",
+        "trust/+",
+        "evidence/+",
     ),
     Role.ADMIN: (
         "reply/x/#",
@@ -138,7 +145,16 @@ SUBSCRIBED = {
         "event/#",
         "report/#",
     ),
-    Role.OBSERVER: ("catalog/#", "node/#", "router/#", "event/#"),
+    Role.OPERATOR: (
+        "reply/x/#",
+        "catalog/#",
+        "node/#",
+        "router/#",
+        "event/#",
+        "trust/+",
+        "enroll/x/reply",
+    ),
+    Role.OBSERVER: ("catalog/#", "node/#", "router/#", "event/#", "trust/+"),
     Role.ENROLLEE: ("enroll/x/reply",),
 }
 EVERY_TOPIC = sorted({t for topics in PUBLISHED.values() for t in topics})
@@ -207,3 +223,18 @@ def test_components_are_bound_to_one_client_id():
         Role.ROUTER,
         Role.REGISTRY,
     }
+
+
+def test_a_node_of_a_tenant_hears_nothing_of_what_others_offer():
+    load = f"{T.root}/node/other/load"
+    assert POLICY.allows(Role.NODE, "x", Action.SUBSCRIBE, load)
+    assert not POLICY.allows(Role.NODE, "x", Action.SUBSCRIBE, load, apart=True)
+    assert not POLICY.allows(Role.NODE, "x", Action.RECEIVE, load, apart=True)
+    for kind in ("capability/other/f", "catalog/other/f", "invoke/other", "node/other/state"):
+        for apart in (False, True):
+            topic = f"{T.root}/{kind}"
+            assert not POLICY.allows(Role.NODE, "x", Action.RECEIVE, topic, apart=apart), kind
+    assert all(
+        POLICY.allows(Role.NODE, "x", Action.PUBLISH, f"{T.root}/{topic}", apart=True)
+        for topic in PUBLISHED[Role.NODE]
+    )

@@ -5,10 +5,13 @@ import functools
 import pytest
 
 from broker.access import AccessPolicy, Action, CredentialStore, Role
+from broker.audit import Tally
 from broker.embedded import hardened
 from broker.embedded.gate import Admission, Gate
+from broker.embedded.refusals import Refusals
 from broker.engine import EngineSettings
 from broker.tls import PeerCertificate
+from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.topics import Topics
 
@@ -123,7 +126,11 @@ async def test_a_damaged_file_leaves_the_old_rules(store, make_gate):
 async def test_another_release_of_amqtt_is_refused(make_gate, monkeypatch, tmp_path):
     monkeypatch.setattr(hardened, "version", lambda _: "0.13.0")
     with pytest.raises(ConfigurationError, match=r"0\.13\.0"):
-        hardened.HardenedBroker(settings=EngineSettings(data_dir=tmp_path), gate=make_gate())
+        hardened.HardenedBroker(
+            settings=EngineSettings(data_dir=tmp_path),
+            gate=make_gate(),
+            refusals=Refusals(tally=Tally(lambda: 0), topics=Topics()),
+        )
 
 
 EDGE = PeerCertificate("edge-1", "a1")
@@ -210,3 +217,18 @@ async def test_an_expired_login_is_refused(tmp_path):
         assert await gate.admit("join-1", "p" * 32, "x") is Admission.NOT_AUTHORIZED
     finally:
         gate.close()
+
+
+async def test_a_node_of_a_tenant_may_not_listen_to_its_neighbours(store, make_gate):
+    for name, tenant in (("of-acme", "acme"), ("of-all", "*"), ("of-none", None)):
+        store.add(name, Role.NODE, attested=CapabilityPolicy(tenant=tenant))
+    gate = make_gate()
+    heard = {
+        name
+        for name in ("of-acme", "of-all", "of-none")
+        if gate.may(name, Action.SUBSCRIBE, "foam/v1/local/node/other/load")
+    }
+    assert heard == {"of-all", "of-none"}
+    store.update("of-none", attested=CapabilityPolicy(tenant="bolt"))
+    await gate.reload()
+    assert not gate.may("of-none", Action.RECEIVE, "foam/v1/local/node/other/load")

@@ -15,6 +15,8 @@ from capability_schemas.errors import ConfigurationError
         ("mqtts://broker", "broker", 8883, True, None, None),
         ("mqtt://u:p%40ss@10.0.0.1:99", "10.0.0.1", 99, False, "u", "p@ss"),
         ("mqtt://[::1]:1884/", "::1", 1884, False, None, None),
+        ("ws://u:p@broker", "broker", 80, False, "u", "p"),
+        ("wss://broker:8443/mqtt", "broker", 8443, True, None, None),
     ],
 )
 def test_urls_are_taken_apart(text, host, port, tls, username, password):
@@ -27,13 +29,32 @@ def test_urls_are_taken_apart(text, host, port, tls, username, password):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "broker:1883", "http://x", "mqtt://", "mqtt://h:port", "mqtt://h:1/x", "mqtt://h?a"],
+    [
+        *("", "broker:1883", "http://x", "mqtt://", "mqtt://h:port", "mqtt://h:1/x", "mqtt://h?a"),
+        *("ws://", "ws://h/mqtt?token=x", "wss://h/mqtt#x", "ws://h/a b", "ws://h/\u00fc"),
+    ],
 )
 def test_other_urls_are_refused(text):
     with pytest.raises(ConfigurationError):
         BrokerUrl.parse(text)
     with pytest.raises(ValidationError):
         SessionSettings(urls=(text,), client_id="a")
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "shown"),
+    [
+        ("ws://h:1", "/mqtt", "ws://h:1/mqtt"),
+        ("ws://h:1/", "/mqtt", "ws://h:1/mqtt"),
+        ("wss://[::1]:1/a/b", "/a/b", "wss://[::1]:1/a/b"),
+        ("mqtts://h:1", None, "mqtts://h:1"),
+    ],
+)
+def test_websocket_urls_have_a_path(text, path, shown):
+    url = BrokerUrl.parse(text)
+    assert url.path == path
+    assert str(url) == shown
+    assert BrokerUrl.parse(str(url)) == url
 
 
 def test_secrets_do_not_show():

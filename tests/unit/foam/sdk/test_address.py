@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from broker.access.policy import Role
 from capability_schemas.errors import ConfigurationError, NotFound
 from foam.mesh import MeshFolder, MeshRecord, Person
 from foam.sdk.address import find_mesh
@@ -54,3 +55,83 @@ def test_nothing_to_go_by(tmp_path: Path) -> None:
         find_mesh(_settings(tmp_path))
     with pytest.raises(ConfigurationError, match="topic level"):
         find_mesh(_settings(tmp_path, url="mqtt://a%2Fb:c@127.0.0.1"))
+
+
+# ---- who signs
+
+
+def _with_members(data: Path) -> MeshFolder:
+    folder = MeshFolder(data)
+    for name, role in (
+        ("registry-1", Role.REGISTRY),
+        ("device-1", Role.DEVICE),
+        ("admin-1", Role.ADMIN),
+    ):
+        folder.ensure(name, role, site="hall")
+    return folder
+
+
+def test_people_of_the_folder_sign_and_check(data: Path) -> None:
+    _with_members(data)
+    admin = find_mesh(_settings(data), admin=True)
+    assert admin.signer is not None
+    assert admin.signer.identity == "admin-1"
+    device = find_mesh(_settings(data))
+    assert device.signer is None
+    assert list(device.registries) == ["registry-1"]
+    assert find_mesh(_settings(data, url="mqtt://203.0.113.1"), admin=True).signer is None
+    named = find_mesh(_settings(data, username="admin-1", password="a"))
+    assert named.signer is not None
+    assert find_mesh(_settings(data, username="ann", password="a"), admin=True).signer is None
+
+
+def test_at_a_broker_of_others_the_folder_signs_for_its_person(data: Path) -> None:
+    folder = _with_members(data)
+    guest = Person(id="guest", username="guest", password=SecretStr("g"))
+    folder.write_record(
+        folder.record().model_copy(update={"admin": guest, "device": guest, "own_broker": False})
+    )
+    found = find_mesh(_settings(data), admin=True)
+    assert found.client == "guest"
+    assert found.signer is not None
+    assert found.signer.identity == "admin-1"
+
+
+def test_a_damaged_key_leaves_the_request_unsigned(data: Path) -> None:
+    folder = _with_members(data)
+    folder.identity_path("admin-1").with_suffix(".key").write_text("no key")
+    assert find_mesh(_settings(data), admin=True).signer is None
+
+
+def test_an_identity_file_brings_everything(data: Path, tmp_path: Path) -> None:
+    folder = _with_members(data)
+    folder.create("admin-9", Role.ADMIN)
+    path = folder.identity_path("admin-9")
+    found = find_mesh(_settings(tmp_path / "elsewhere", identity_file=path), admin=True)
+    assert (found.url, found.site, found.client, found.username) == (
+        "mqtt://127.0.0.1:1884",
+        "hall",
+        "admin-9",
+        "admin-9",
+    )
+    assert found.signer is not None
+    assert found.signer.passport is not None
+    with pytest.raises(ConfigurationError, match="does not exist"):
+        find_mesh(_settings(data, identity_file=tmp_path / "none.json"))
+    made = folder.identity("admin-9").model_copy(update={"broker": None})
+    path.write_text(made.model_dump_json())
+    with pytest.raises(ConfigurationError, match="names no broker"):
+        find_mesh(_settings(tmp_path / "elsewhere", identity_file=path))
+
+
+def test_brokers_of_a_cluster_are_the_mesh_whichever_of_them_are_named(data: Path) -> None:
+    folder = MeshFolder(data)
+    one, two = "mqtt://127.0.0.1:18831", "mqtt://127.0.0.1:18832"
+    own = folder.record().device
+    folder.write_record(folder.record().model_copy(update={"broker": f"{one},{two}"}))
+    assert find_mesh(Settings(data=data)).urls == (one, two)
+    for named in (one, two, f"{two},{one}"):
+        found = find_mesh(Settings(data=data, url=named))
+        assert (found.url, found.username) == (named, own.username)
+    elsewhere = find_mesh(Settings(data=data, url=f"{one},mqtt://203.0.113.5:1883"))
+    assert elsewhere.username is None
