@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -583,15 +584,17 @@ async def test_what_others_told_mosquittos_plugin_is_undone(tmp_path):
                     {"command": "addClientRole", "username": "pump-1", "rolename": "all"},
                 ]
             )
-        login = {"username": "intruder", "password": "intruder"}
-        intruder = await Probe.open(site.port, "intruder", **login)
+        login = functools.partial(
+            Probe.open, site.port, "intruder", username="intruder", password="intruder"
+        )
+        intruder = await login()
         assert await intruder.subscribe("#") == 1
         await engine.reload_access()
         for probe in (intruder, device):
             await probe.wait_lost()
             await probe.abort()
         with pytest.raises(Refused):
-            await Probe.open(site.port, "intruder", **login)
+            await login()
         device = await Probe.open(
             site.port, "pump-1", username="pump-1", password=site.passwords["pump-1"]
         )

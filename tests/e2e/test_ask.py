@@ -7,7 +7,12 @@ import pytest
 
 from support.foam_process import FoamProcess, FoamUp, run_foam
 
-pytestmark = [pytest.mark.e2e, pytest.mark.broker, pytest.mark.encoder]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.broker,
+    pytest.mark.encoder,
+    pytest.mark.timeout(180),  # the first test waits for the mesh of all
+]
 
 
 def test_answers_by_meaning_on_every_broker(any_mesh: FoamUp) -> None:

@@ -12,7 +12,12 @@ import pytest
 from foam.sdk.blocking import BlockingMesh
 from support.foam_process import FoamProcess, FoamUp, foam_environment, run_foam
 
-pytestmark = [pytest.mark.e2e, pytest.mark.broker, pytest.mark.encoder]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.broker,
+    pytest.mark.encoder,
+    pytest.mark.timeout(180),  # the first test waits for the mesh of all
+]
 
 
 def _mosquitto(tool: str) -> str:

@@ -14,7 +14,12 @@ from capability_schemas.reply import Accepted
 from foam.sdk import MeshClient
 from support.foam_process import ROOT, FoamProcess, FoamUp, foam_environment, run_foam
 
-pytestmark = [pytest.mark.e2e, pytest.mark.broker, pytest.mark.encoder]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.broker,
+    pytest.mark.encoder,
+    pytest.mark.timeout(180),  # many commands, each a process of its own; and the mesh of all
+]
 
 PLANT = '''
 from foam import function
@@ -144,14 +149,13 @@ async def _ask_all(site, tasks):
     return routers, results
 
 
-@pytest.mark.timeout(120)
 def test_a_node_joins_and_serves_over_websocket(site, tmp_path):
     (tmp_path / "plant.py").write_text(PLANT)
     url = site.facts["websocket"][0]
     assert url.startswith("wss://")
     joined = run_foam(
         *("enroll", "--broker", url, "--token", "-", "--data", str(tmp_path / "new")),
-        *("--id", "press-9"),
+        *("--id", "press-5"),
         stdin=make_token(site).encode(),
     )
     assert joined.returncode == 0, joined.stderr
@@ -218,7 +222,6 @@ def test_the_script_for_fleets_may_run_twice(site, tmp_path):
 
 
 @pytest.mark.external_broker
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("access", ["dynamic", "static"])
 def test_on_mosquitto_a_member_comes_with_a_certificate(access, tmp_path):
     from conftest import require_broker  # noqa: PLC0415  # a helper beside the fixtures

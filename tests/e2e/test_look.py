@@ -9,7 +9,12 @@ import pytest
 
 from support.foam_process import FOAM, FoamUp, foam_environment, run_foam
 
-pytestmark = [pytest.mark.e2e, pytest.mark.broker, pytest.mark.encoder]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.broker,
+    pytest.mark.encoder,
+    pytest.mark.timeout(180),  # the first test waits for the mesh of all
+]
 
 
 def _json(mesh: FoamUp, *arguments: str) -> dict[str, Any]:

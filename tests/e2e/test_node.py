@@ -11,7 +11,10 @@ import pytest
 
 from support.foam_process import FoamUp, foam_up, run_foam
 
-pytestmark = [pytest.mark.e2e]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(180),  # the first test waits for the mesh of all
+]
 
 _SHOP = '''
 from foam import function
@@ -111,7 +114,6 @@ def mesh(shop: Path, tmp_path: Path) -> Iterator[FoamUp]:
 
 @pytest.mark.broker
 @pytest.mark.encoder
-@pytest.mark.timeout(150)
 def test_edits_of_a_running_node_show_in_the_mesh(mesh: FoamUp, shop: Path) -> None:
     code = shop.with_name("shop.py")
     log = mesh.data / "logs" / "node-shop.log"
@@ -134,7 +136,6 @@ def test_edits_of_a_running_node_show_in_the_mesh(mesh: FoamUp, shop: Path) -> N
 
 @pytest.mark.broker
 @pytest.mark.encoder
-@pytest.mark.timeout(90)
 def test_a_node_that_does_not_watch_is_told_by_signal(shop: Path, tmp_path: Path) -> None:
     data = tmp_path / "mesh"
     with foam_up(data, "--broker", "embedded", "--node", str(shop), FOAM_WATCH="0") as up:

@@ -295,10 +295,9 @@ def test_two_tenants_do_not_meet(site: Site, tmp_path: Path) -> None:
         stranger = site.run("ask", "how much water is in the tank?", "--input", '{"level_cm": 2}')
         assert stranger.returncode != 0
         assert b"tank_" not in stranger.stderr
-        for wrong in (("--role", "admin"), ("--role", "operator"), ("--role", "device")):
-            tenant = "acme" if wrong[1] != "device" else "*"
-            done = site.run("token", "create", *wrong, "--tenant", tenant)
-            assert done.returncode != 0, wrong
+        for role, tenant in (("admin", "acme"), ("operator", "acme"), ("device", "*")):
+            done = site.run("token", "create", "--role", role, "--tenant", tenant)
+            assert done.returncode != 0, role
     finally:
         for node in running:
             node.end()

@@ -12,7 +12,13 @@ import pytest
 
 from support.foam_process import ROOT, FoamUp, foam_environment, foam_up, run_foam
 
-pytestmark = [pytest.mark.e2e, pytest.mark.broker, pytest.mark.encoder, pytest.mark.llm]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.broker,
+    pytest.mark.encoder,
+    pytest.mark.llm,
+    pytest.mark.timeout(180),  # the first test waits for the mesh of all
+]
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PLANT = ROOT / "foam" / "demo" / "plant"

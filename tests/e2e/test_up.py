@@ -14,7 +14,11 @@ import pytest
 from conftest import require_broker
 from support.foam_process import FOAM, FoamProcess, FoamUp, foam_environment, foam_up, run_foam
 
-pytestmark = [pytest.mark.e2e, pytest.mark.broker]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.broker,
+    pytest.mark.timeout(180),  # meshes are started and stopped
+]
 
 
 def _all_end(family: list[psutil.Process], *, within_s: float = 15.0) -> list[str]:

@@ -6,9 +6,12 @@ import json
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from broker.access.orders import Requester
+from broker.access.policy import Role
 from broker.session.memory import MemoryBroker, MemorySession
 from capability_schemas.capability import CapabilityPolicy, CatalogRecord
 from capability_schemas.errors import ConfigurationError, InvalidTask, NotFound
@@ -16,7 +19,7 @@ from capability_schemas.functions import FunctionSpec
 from capability_schemas.ids import now_ms
 from capability_schemas.signing import SigningKey, sign, verify
 from capability_schemas.topics import TopicKind, Topics
-from capability_schemas.trust import MAX_MEASUREMENTS, Evidence, TrustState, read_trust
+from capability_schemas.trust import MAX_MEASUREMENTS, Evidence, Standing, TrustState, read_trust
 from capability_schemas.wire import decode, encode
 from node_agent.attestation import Attester, Findings, Offer, TpmSource, evidence_sources
 from node_agent.attestation.catalogue import _plugins
@@ -45,6 +48,7 @@ valid_for = "1h"
 {references}
 gates = {{ data = ["private"], grants = ["actuate"] }}
 """
+ADMIN = Requester(name="anna", role=Role.ADMIN)
 BARE = CapabilityPolicy(zones=("hall-3",), data=("public", "internal"))
 
 
@@ -145,7 +149,7 @@ class World:
                 TOPICS.build(TopicKind.CAPABILITY, node="edge-1", function="echo"),
                 lambda: signed(claim, NODE_KEY),
             )
-            given = {
+            given: dict[str, Any] = {
                 "session": session,
                 "topics": TOPICS,
                 "node": "edge-1",
@@ -187,11 +191,11 @@ class World:
         self.file.path.write_text(GATED.format(references=references))
 
     async def reference(self):
-        answer = await self.attestation.verbs["attestation_reference"]({"node": "edge-1"}, "admin")
+        answer = await self.attestation.verbs["attestation_reference"]({"node": "edge-1"}, ADMIN)
         return answer["toml"]
 
     async def row(self):
-        answer = await self.attestation.verbs["attestation"]({"node": "edge-1"}, "admin")
+        answer = await self.attestation.verbs["attestation"]({"node": "edge-1"}, ADMIN)
         return answer["nodes"][0]
 
 
@@ -482,7 +486,8 @@ class TestTrustBoard:
     ):
         monkeypatch.setattr("registry.trust._GHOSTS_AFTER_S", 0.2)
         async with MemorySession(broker=world.broker, client_id="registry-1") as session:
-            for member, said in (("old", "trusted"), ("thief", "revoked")):
+            left: dict[str, Standing] = {"old": "trusted", "thief": "revoked"}
+            for member, said in left.items():
                 state = TrustState(member=member, state=said, at=1, registry="registry-1")
                 topic = TOPICS.build(TopicKind.TRUST, member=member)
                 session.post(topic, encode(sign(state, REGISTRY_KEY)), retain=True)
@@ -496,11 +501,11 @@ async def test_the_verbs_say_what_is_wrong_with_a_question(world):
     async with world.registry():
         verbs = world.attestation.verbs
         with pytest.raises(NotFound, match="no evidence"):
-            await verbs["attestation_reference"]({"node": "edge-1"}, "admin")
+            await verbs["attestation_reference"]({"node": "edge-1"}, ADMIN)
         with pytest.raises(NotFound, match="no node"):
-            await verbs["attestation"]({"node": "nobody"}, "admin")
+            await verbs["attestation"]({"node": "nobody"}, ADMIN)
         with pytest.raises(InvalidTask, match=r"args\.node"):
-            await verbs["attestation"]({"node": 3}, "admin")
+            await verbs["attestation"]({"node": 3}, ADMIN)
         with pytest.raises(InvalidTask, match="unknown argument"):
-            await verbs["attestation"]({"nod": "x"}, "admin")
-        assert json.dumps(await verbs["attestation"]({}, "admin"))
+            await verbs["attestation"]({"nod": "x"}, ADMIN)
+        assert json.dumps(await verbs["attestation"]({}, ADMIN))

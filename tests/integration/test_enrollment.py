@@ -333,7 +333,7 @@ async def test_a_token_the_broker_has_not_heard_of_yet_is_tried_again(mesh, monk
 async def test_a_refusal_is_believed_in_the_end(monkeypatch):
     monkeypatch.setattr(enrolling, "_DOUBT_S", 0.2)
     monkeypatch.setattr(enrolling, "_DOUBT_AGAIN_S", 0.05)
-    tries = []
+    tries: list[None] = []
 
     async def refused():
         tries.append(None)

@@ -47,7 +47,7 @@ from capability_schemas.reply import Result, decode_reply
 from capability_schemas.signing import SigningKey, canonical_bytes, digest, sign, verify
 from capability_schemas.task import CancelRequest, ResumeRequest, decode_task
 from capability_schemas.topics import Topics
-from capability_schemas.trust import Evidence, TrustState, read_trust
+from capability_schemas.trust import Evidence, Statement, TrustState, read_trust
 from capability_schemas.wire import decode, encode, parse_json
 from registry.admission import Admitted, Identity, judge
 from registry.attestation.judgement import read_evidence
@@ -212,7 +212,7 @@ def _attested() -> list[Target]:
     evidence = Evidence(
         node="edge-1", epoch=1, at=NOW, challenge="ab" * 32, platform={"system": "Linux"},
         measurements={"code/foam": "sha256:" + "a" * 64},
-        statements=({"source": "tpm2", "data": {"quoted": "AAAA", "signature": "AAAA"}},),
+        statements=(Statement(source="tpm2", data={"quoted": "AAAA", "signature": "AAAA"}),),
     )  # fmt: skip
     said, shown = encode(sign(state, _KEY)), encode(sign(evidence, _KEY))
     tpm = SoftTpm("ec")

@@ -18,7 +18,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 FOAM = (sys.executable, "-m", "foam")
 READY = "FOAM READY "
-_START_S = 25.0
+_START_S = 60.0
 _STOP_S = 25.0
 
 
@@ -34,7 +34,7 @@ def foam_environment(**extra: str) -> dict[str, str]:
 
 
 def run_foam(
-    *arguments: str, timeout_s: float = 25.0, stdin: bytes | None = None, **extra: str
+    *arguments: str, timeout_s: float = 60.0, stdin: bytes | None = None, **extra: str
 ) -> subprocess.CompletedProcess[bytes]:
     """Run one command to its end."""
     return subprocess.run(

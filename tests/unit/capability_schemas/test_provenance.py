@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -428,7 +429,8 @@ def test_what_has_no_canonical_form_is_not_signed():
 
 def test_every_task_that_is_taken_can_be_signed():
     """Numbers too large for a double, deep nesting and odd text come through intact."""
-    for value in (2**63, -(2**70), 1e300, "\u0000\uffff", [[[]]], {"": None, "\U0001f600": 1}):
+    odd: list[Any] = [2**63, -(2**70), 1e300, "\u0000\uffff", [[[]]], {"": None, "\U0001f600": 1}]
+    for value in odd:
         task = Task.model_validate({"text": "x", "input": value})
         payload = encode(ROUTER.sign(invocation(input=task.input)))
         verify(payload, ROUTER.key.public)

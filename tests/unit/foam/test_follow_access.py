@@ -1,6 +1,7 @@
 """The broker learns of every change, also when telling it went wrong the first time."""
 
 import asyncio
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
@@ -10,9 +11,12 @@ from capability_schemas.errors import BrokerUnavailable
 from foam.mesh import MeshFolder
 from foam.wiring import broker
 
+if TYPE_CHECKING:
+    from broker.engine import BrokerEngine
+
 
 class Engine:
-    """A broker that does not take the first reloads."""
+    """A broker that does not take the first reloads: all of a BrokerEngine that is asked here."""
 
     def __init__(self, *, fails):
         self.fails = fails
@@ -32,7 +36,7 @@ async def test_a_reload_that_went_wrong_is_repeated(tmp_path, monkeypatch, fails
     folder = MeshFolder(tmp_path).prepare()
     store, engine = CredentialStore(folder.credentials_file), Engine(fails=fails)
     following = asyncio.get_running_loop().create_task(
-        broker._follow_access(store, engine, {}, folder, None)
+        broker._follow_access(store, cast("BrokerEngine", engine), {}, folder, None)
     )
     try:
         await asyncio.to_thread(folder.credentials().add, "pump-7", Role.DEVICE)

@@ -39,7 +39,7 @@ class World:
         self.path = path / "audit.sqlite"
         self.broker = MemoryBroker()
         self.trail = stack.enter_context(AuditLog(self.path, key=KEY))
-        self.life = None
+        self.life = AsyncExitStack()
 
     async def start(self):
         self.life = AsyncExitStack()

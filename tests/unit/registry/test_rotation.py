@@ -15,7 +15,7 @@ NOW = 1_790_000_000_000
 class Site:
     def __init__(self, folder):
         self.now = NOW
-        self.tokens = {}
+        self.tokens: dict[str, Token] = {}
         self.credentials = CredentialStore(folder / "credentials.json", clock=lambda: self.now)
         self.authority = Authority.create(
             folder / "authority", site="hall-3", clock=lambda: self.now

@@ -52,13 +52,13 @@ def test_emqx_rules_are_those_of_the_table(store):
     assert last == "{deny, all}."
     found = {}
     for rule in rules:
-        who, action, topics = re.fullmatch(
-            r'\{allow, \{username, \{re, "(.*)"\}\}, (\w+), \[(.*)\]\}\.', rule
-        ).groups()
+        read = re.fullmatch(r'\{allow, \{username, \{re, "(.*)"\}\}, (\w+), \[(.*)\]\}\.', rule)
+        assert read is not None, rule
+        who, action, topics = read.groups()
         for name in store.identities():
             if re.search(who, name):
                 found[name, action] = re.findall(r'"(.*?)"', topics.replace("${username}", name))
-    wanted = {}
+    wanted: dict[tuple[str, str], list[str]] = {}
     for name, credential in store.identities().items():
         held = POLICY.filters(credential.role, name, apart=credential.apart)
         wanted |= {(name, "publish"): list(held.publish), (name, "subscribe"): [*held.subscribe]}
@@ -68,8 +68,9 @@ def test_emqx_rules_are_those_of_the_table(store):
 def test_a_name_within_a_name_is_nobody(store):
     store.add("pump", Role.DEVICE)
     rules = for_emqx(store.identities(), POLICY).files["acl.conf"]
-    who = re.search(r'\{re, "(.*?)"\}', rules).group(1)
-    assert not any(re.search(who, name) for name in ("pump-7", "my-pump", "PUMP"))
+    found = re.search(r'\{re, "(.*?)"\}', rules)
+    assert found is not None
+    assert not any(re.search(found[1], name) for name in ("pump-7", "my-pump", "PUMP"))
 
 
 def test_a_verifier_with_a_binary_salt_is_named_not_written(store, monkeypatch):
