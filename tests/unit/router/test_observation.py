@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from router.observation import ReplyReader
+from router.observation import Observation, ReplyReader
 
 ROOT = "foam/v1/local"
 
@@ -24,7 +24,7 @@ def payload(**fields: Any) -> bytes:
 def test_a_chunk_is_read(reader: ReplyReader) -> None:
     data = payload(seq=3, attempt=2, data="x")
     read = reader.read(topic(), data)
-    assert read is not None
+    assert isinstance(read, Observation)
     assert (read.client, read.task_id) == ("pump-7", "t")
     event = read.event
     assert (event.source, event.event, event.seq, event.attempt) == ("edge-1", "chunk", 3, 2)
@@ -33,16 +33,16 @@ def test_a_chunk_is_read(reader: ReplyReader) -> None:
 
 def test_the_task_is_the_payloads_for_reply_to_names_another_level(reader: ReplyReader) -> None:
     read = reader.read(topic(level="inbox"), payload())
-    assert read is not None
+    assert isinstance(read, Observation)
     assert read.task_id == "t"
 
 
 def test_an_error_carries_its_code_and_working_no_number(reader: ReplyReader) -> None:
     read = reader.read(topic(), payload(event="error", code="internal"))
-    assert read is not None
+    assert isinstance(read, Observation)
     assert read.event.code == "internal"
     read = reader.read(topic(), payload(event="working"))
-    assert read is not None
+    assert isinstance(read, Observation)
     assert read.event.seq is None
 
 
