@@ -19,7 +19,7 @@ from capability_schemas.capability import CapabilityClaim, CatalogRecord
 from capability_schemas.errors import Unavailable
 from capability_schemas.passport import Passport, PassportBook, issue
 from capability_schemas.provenance import Signer
-from capability_schemas.signing import SigningKey
+from capability_schemas.signing import SigningKey, sign
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode, encode
 from foam.chaos.device import DeviceClient
@@ -360,7 +360,7 @@ class Clerk(Member):
             }
         )
         self._leases[key] = record
-        self._payloads[key] = encode(record)
+        self._payloads[key] = encode(sign(record, self.place.key))
         if self._session is not None:
             self._session.announce(self._topic(key), lambda: self._payloads.get(key, b""))
 
