@@ -470,6 +470,9 @@ class Ledger:
                 loop.call_soon_threadsafe(call)
 
     def _open(self) -> sqlite3.Connection:
+        with contextlib.suppress(OSError):  # what is wrong with the path, SQLite tells
+            self._path.touch(mode=0o600)
+            self._path.chmod(0o600)  # made by an older release; its -wal and -shm go by it
         db = sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
         try:
             db.execute("PRAGMA journal_mode = WAL")
