@@ -4,6 +4,7 @@ TLS 1.2 with forward secrecy and authenticated encryption, or 1.3 (RFC 9325 sect
 """
 
 import ssl
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -192,10 +193,11 @@ _UNKNOWN_ISSUER: Final = frozenset({18, 19, 20, 21})
 _WRONG_HOST: Final = frozenset({62, 64})
 _WRONG_PURPOSE: Final = 26
 
+_REVOKED: Final = "CERTIFICATE_REVOKED"
 _ALERTS: Final = {
     "UNKNOWN_CA": "the broker does not know the authority of our certificate: enroll again",
     "CERTIFICATE_EXPIRED": "our certificate has run out: enroll again",
-    "CERTIFICATE_REVOKED": "our certificate was revoked: enroll again",
+    _REVOKED: "our certificate was revoked: enroll again",
     "BAD_CERTIFICATE": "the broker refuses our certificate: enroll again",
     "CERTIFICATE_REQUIRED": "the broker wants a certificate: enroll, or use another port",
     "WRONG_VERSION_NUMBER": "the port speaks no TLS: use mqtt://, or the port for mqtts://",
@@ -216,16 +218,49 @@ def explain(error: BaseException) -> str | None:
     Returns:
         None when TLS has nothing to do with it.
     """
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in _causes(error):
         if isinstance(seen, ssl.SSLCertVerificationError):
             return _explain_verification(seen)
         if isinstance(seen, ssl.SSLError):
             reason = (seen.reason or "").upper()
             known = (words for name, words in _ALERTS.items() if name in reason)
             return next(known, f"TLS failed: {seen.reason or seen}")
-        seen = seen.__cause__ or seen.__context__
     return None
+
+
+def is_unverified(error: BaseException) -> bool:
+    """Tell whether the other side's certificate did not verify; causes are looked at too."""
+    return any(isinstance(one, ssl.SSLCertVerificationError) for one in _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def never_connected(error: BaseException) -> bool:
+    """Tell whether an error is of the network or its names, before anybody was there to talk to.
+
+    Args:
+        error: What was raised; its causes are looked at too.
+    """
+    return any(
+        isinstance(one, ConnectionRefusedError)
+        or (isinstance(one, OSError) and not isinstance(one, (ssl.SSLError, ConnectionError)))
+        for one in _causes(error)
+    )
+
+
+def says_revoked(connection: object) -> bool:
+    """Tell whether the broker has said, after the handshake, that our certificate is revoked.
+
+    Args:
+        connection: Socket of a connection made with ``client_context``.
+    """
+    failure = connection.failure if isinstance(connection, _TidySocket) else None
+    return failure is not None and _REVOKED in (failure.reason or "").upper()
 
 
 def failure_of(connection: object) -> str | None:

@@ -51,7 +51,7 @@ class Invocation(WireModel):
         router: Who invokes, and hears the report.
         node: Who shall run it; always named by a router that signs.
         epoch: Which start of the node is meant (``NodeState.epoch``): another one has forgotten
-            what it ran, and refuses a signed invocation for an earlier one.
+            what it ran, and refuses a signed invocation for an earlier one or for none.
         attempt: From 1; a higher one supersedes every lower one.
         function: Function name on the node.
         version: Version the router chose.
@@ -115,7 +115,8 @@ class Control(WireModel):
             words.
         sender: Who orders: a router or a registry.
         node: Who shall obey; always named by a sender that signs.
-        epoch: Which start of the node is meant, as in an ``Invocation``; any when None.
+        epoch: Which start of the node is meant, as in an ``Invocation``; any when None,
+            which a node that checks signatures obeys for ``cancel`` only.
         sent_at: When it was sent, UTC milliseconds.
         nonce: Different in every order of a sender, so that none is obeyed twice.
         signature: Of the sender, Ed25519 over the canonical bytes.

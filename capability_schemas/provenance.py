@@ -88,8 +88,8 @@ class Signer:
 class ReplayWindow:
     """Tells what was sent before: of one sender, over the time in which its orders count.
 
-    Bounded: when it is full the oldest is forgotten, and from then on nothing counts that is as old
-    as that one.
+    Bounded: when it is full the oldest is forgotten. From then on nothing counts that is as old as
+    what was forgotten, be it for want of room or for its age: the clock may be set back.
 
     Args:
         clock: UTC milliseconds.
@@ -148,13 +148,21 @@ class ReplayWindow:
             )
         self._seen[nonce] = sent_at
         if len(self._seen) > self._limit:
-            self._forgotten_until = max(self._forgotten_until, self._seen.popitem(last=False)[1])
+            self._forget_oldest()
         return True
 
     def expire(self, now: int) -> None:
         """Forget what is too old to count anyway."""
         while self._seen and next(iter(self._seen.values())) < now - CLOCK_SKEW_MS:
-            self._seen.popitem(last=False)
+            self._forget_oldest()
+
+    @property
+    def forgotten_until(self) -> int:
+        """The latest time of what was forgotten, UTC milliseconds; -1 where nothing was."""
+        return self._forgotten_until
+
+    def _forget_oldest(self) -> None:
+        self._forgotten_until = max(self._forgotten_until, self._seen.popitem(last=False)[1])
 
 
 class Provenance:
@@ -232,6 +240,7 @@ class Provenance:
         for sender, window in tuple(self._windows.items()):
             window.expire(now)
             if not len(window):
+                self._since = max(self._since, window.forgotten_until + 1)
                 del self._windows[sender]
         if len(self._windows) >= _SENDER_LIMIT:
             raise AccessDenied(

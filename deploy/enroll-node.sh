@@ -66,19 +66,19 @@ foam=$(command -v foam)
 umask 077
 mkdir -p "$data"
 paper=$data/identities/$identity.json
-if [ -f "$paper" ]; then
-    say "$identity has joined already ($paper)"
+before=$(cat "$paper" 2> /dev/null || true)
+# Where the machine has papers, foam tries them, and looks at the token only if they are refused.
+if [ -n "$token_file" ]; then
+    foam enroll --broker "$broker" --token "$token_file" --id "$identity" --site "$site" --data "$data" > /dev/null
+elif [ -n "${FOAM_TOKEN:-}" ]; then
+    printf '%s\n' "$FOAM_TOKEN" \
+        | env -u FOAM_TOKEN foam enroll --broker "$broker" --token - --id "$identity" --site "$site" --data "$data" > /dev/null
+elif [ -n "$before" ]; then
+    foam enroll --broker "$broker" --id "$identity" --site "$site" --data "$data" > /dev/null
 else
-    if [ -n "$token_file" ]; then
-        foam enroll --broker "$broker" --token "$token_file" --id "$identity" --site "$site" --data "$data" > /dev/null
-    elif [ -n "${FOAM_TOKEN:-}" ]; then
-        printf '%s\n' "$FOAM_TOKEN" \
-            | env -u FOAM_TOKEN foam enroll --broker "$broker" --token - --id "$identity" --site "$site" --data "$data" > /dev/null
-    else
-        die "no join token: set FOAM_TOKEN, or give --token-file"
-    fi
-    say "$identity has joined $broker"
+    die "no join token: set FOAM_TOKEN, or give --token-file"
 fi
+[ "$before" = "$(cat "$paper")" ] || say "$identity has joined $broker"
 
 [ "$service" != no ] || exit 0
 source=$(readlink -f "$source") || die "$source does not exist"
@@ -117,4 +117,5 @@ if [ "$(cat "$file" 2> /dev/null)" != "$(printf '%s' "$unit")" ]; then
     systemctl $scope daemon-reload
 fi
 systemctl $scope enable --quiet --now "foam-node-$identity.service"
+[ -z "$before" ] || [ "$before" = "$(cat "$paper")" ] || systemctl $scope restart "foam-node-$identity.service"
 say "foam-node-$identity.service is running"

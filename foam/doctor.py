@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from capability_schemas.errors import FoamError
+from capability_schemas.errors import AccessDenied, FoamError
 from foam.settings import Settings
 
 __all__ = ["Check", "run_checks"]
@@ -20,7 +20,7 @@ _MIN_PYTHON: Final = (3, 11)
 _MIN_FREE_BYTES: Final = 500 * 1024 * 1024
 _CONNECT_S: Final = 3.0
 
-Verdict = Literal["ok", "note", "missing"]
+Verdict = Literal["ok", "note", "missing", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,8 @@ class Check:
 
     Attributes:
         what: What was looked at.
-        verdict: ``ok``, ``note`` (works without it) or ``missing`` (the mesh does not work).
+        verdict: ``ok``, ``note`` (works without it), ``missing`` (the mesh does not work) or
+            ``failed`` (it was asked, and refused us).
         found: What was found.
         remedy: What to do; empty when nothing.
     """
@@ -181,6 +182,17 @@ async def _broker_reach(settings: Settings) -> Check:
         address = find_mesh(settings, admin=True)
         async with MeshClient.at(address, connect_timeout_s=_CONNECT_S) as mesh:
             stats = await mesh.admin("stats", timeout_s=_CONNECT_S)
+    except AccessDenied as error:
+        if settings.identity_file is not None:
+            remedy = "its papers are not good (any more): enroll anew, or give another --identity"
+        elif settings.url is not None or settings.username is not None:
+            remedy = "check name and password, or give the --identity of an administrator"
+        else:
+            remedy = (
+                "start the mesh again (`foam up` makes its administrator anew), "
+                "or give the --identity of another one"
+            )
+        return Check("mesh", "failed", error.message, remedy)
     except FoamError as error:
         remedy = (
             "start a mesh with: foam up"

@@ -19,7 +19,7 @@ import structlog
 
 from broker.access.authority import check_certificate, make_key_and_request
 from broker.access.credentials import write_private
-from broker.access.policy import AccessPolicy, Role
+from broker.access.policy import Role
 from broker.session.base import Message
 from broker.session.mqtt import MqttSession
 from broker.session.settings import BrokerUrl, SessionSettings
@@ -45,11 +45,13 @@ from capability_schemas.ids import check_identifier, new_uuid7, now_ms
 from capability_schemas.signing import SigningKey, sign, verify
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode, encode
-from foam.mesh import Identity, tls_files
+from foam import standing
+from foam.mesh import Identity
 
 __all__ = [
     "Papers",
     "enroll",
+    "is_still_member",
     "renewal_request",
     "renewed",
     "store_papers",
@@ -159,6 +161,7 @@ async def enroll(
             username=token.id,
             password=token.password,
             tls=tls,
+            unverified_is_final=True,
         )
         reply = await _patiently(
             lambda: _ask(MqttSession(settings=settings), topics, token, request, timeout_s, waiting)
@@ -167,6 +170,36 @@ async def enroll(
         papers = replace(papers, broker=_near(reply.brokers, address.host))
         await _try_out(papers, topics, folder, reached=address.host)
     return papers
+
+
+async def is_still_member(identity: Identity, folder: Path, *, url: str, site: str) -> bool:
+    """Tell whether a broker takes the papers that a machine has; doubts a refusal for seconds.
+
+    Args:
+        identity: The member.
+        folder: Folder of its identity file.
+        url: The broker, where the identity file names none, or the same one by another name.
+        site: The site, likewise.
+
+    Raises:
+        BrokerUnavailable: The broker cannot be reached.
+        TimeoutError: Nor within ten seconds.
+        ConfigurationError: A file beside the identity file cannot be read.
+    """
+    broker = identity.broker or url
+    if BrokerUrl.parse(broker).port == BrokerUrl.parse(url).port:
+        broker = url  # under the name that is known here; another port is for other papers
+    shown = standing.Papers(identity, folder, broker, Topics(site=identity.site or site))
+
+    async def ask() -> None:
+        if not await standing.is_known(shown):
+            raise AccessDenied(f"{shown.url} does not take the papers of {identity.id}")
+
+    try:
+        await _patiently(ask)
+    except AccessDenied:
+        return False
+    return True
 
 
 async def _patiently(attempt: Callable[[], Awaitable[_T]]) -> _T:
@@ -208,25 +241,9 @@ async def _try_out(papers: Papers, topics: Topics, folder: Path, *, reached: str
             "tls": bool(_tls_texts(papers)),
         }
     )
-    settings = SessionSettings(
-        urls=(papers.broker,),
-        client_id=identity,
-        username=identity,
-        password=member.password,
-        tls=tls_files(folder, member),
-    )
-
-    async def heard(_: Message) -> None:
-        """What is said to the member is nothing to us."""
-
-    async def connect() -> None:
-        async with asyncio.timeout(_CONNECT_S), MqttSession(settings=settings) as session:
-            await session.wait_connected()
-            own = AccessPolicy(topics).filters(member.role, identity).subscribe
-            await session.subscribe(own[0], heard)  # some brokers let in whom they give no rights
-
+    shown = standing.Papers(member, folder, papers.broker, topics)
     try:
-        await _patiently(connect)
+        await _patiently(lambda: standing.log_on(shown, client_id=identity))
     except (FoamError, TimeoutError) as error:
         _log.warning("enrollment.not_known_yet", id=identity, error=str(error))
 

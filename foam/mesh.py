@@ -53,6 +53,7 @@ ADMIN_ID: Final = "admin-1"
 _VOUCHED_ROLES: Final = frozenset({Role.NODE, Role.ROUTER, Role.ADMIN, Role.OPERATOR})
 """Who signs with a key that the registry vouches for; the registry's own is known to all."""
 
+_RUN_ROLES: Final = frozenset({Role.NODE, Role.ROUTER, Role.REGISTRY})
 _SIGNING_ROLES: Final = _VOUCHED_ROLES | {Role.REGISTRY}
 _PASSPORT_MS: Final = 30 * 86_400_000
 _RENEW_SHARE: Final = 2 / 3
@@ -106,19 +107,18 @@ class Identity(_Stored):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read an identity file.
+        """Read an identity file, wherever it is.
 
         Raises:
-            ConfigurationError: It is missing, unreadable or not an identity file.
+            ConfigurationError: It is missing, unreadable or not an identity file. Nothing is said
+                of deleting it: it may be any file of the user's.
         """
-        name = path.stem
-        hint = (
-            f"delete it and `foam up` makes it anew, or: foam device remove {name}; "
-            f"foam device add {name}"
-            if path.exists()
-            else f"make one: foam device add {name} --role node"
-        )
-        return _read(cls, path, hint=hint)
+        if not path.exists():
+            raise ConfigurationError(
+                f"{path}: there is no such file; `foam enroll` and `foam device add` make one",
+                path=str(path),
+            )
+        return _read(cls, path, what="is no identity file", hint="give the one of a member")
 
 
 class Person(_Stored):
@@ -149,6 +149,8 @@ class MeshRecord(_Stored):
         members: Where members with a certificate connect; the same where one port takes both.
         websocket: Where clients over WebSocket connect.
         certificates: Whether the broker knows members by their certificates.
+        ca: File of the certificates that clients trust the broker by, PEM, without any key; None
+            where it has no TLS.
     """
 
     broker: str
@@ -162,6 +164,7 @@ class MeshRecord(_Stored):
     members: tuple[str, ...] = ()
     websocket: tuple[str, ...] = ()
     certificates: bool = False
+    ca: str | None = None
 
     def is_at(self, urls: Iterable[BrokerUrl]) -> bool:
         """Tell whether the mesh is reached at all of these, with the passwords of its people."""
@@ -254,7 +257,14 @@ class MeshFolder:
         Raises:
             ConfigurationError: There is none, or it cannot be read.
         """
-        return Identity.read(self.identity_path(identity))
+        path = self.identity_path(identity)
+        hint = (
+            f"delete it and `foam up` makes it anew, or: foam device remove {identity}; "
+            f"foam device add {identity}"
+            if path.exists()
+            else f"make one: foam device add {identity} --role node"
+        )
+        return _read(Identity, path, hint=hint)
 
     def signing_key(self, identity: Identity) -> SigningKey:
         """Load the key of a member of this folder.
@@ -288,7 +298,7 @@ class MeshFolder:
         """
         path = self.identity_path(identity)
         enrolled = self.credentials().identities()
-        known = Identity.read(path) if path.exists() and identity in enrolled else None
+        known = self.identity(identity) if path.exists() and identity in enrolled else None
         if known is not None and known.role is not role:
             raise Conflict(f"{identity} already exists as {known.role}, not {role}", id=identity)
         if known is None:
@@ -350,10 +360,8 @@ class MeshFolder:
         key_name = None
         public = None
         if role in _SIGNING_ROLES:
-            key = SigningKey.generate()
             key_name = f"{identity}.key"
-            key.save(self._identities / key_name)
-            public = key.public
+            public = self._make_key(identity)
         password = self.credentials().add(identity, role, public_key=public, attested=attested)
         made = Identity(
             id=identity,
@@ -435,7 +443,8 @@ class MeshFolder:
     def _make_key(self, identity: str) -> str:
         key = SigningKey.generate()
         with contextlib.suppress(FileNotFoundError):
-            (self._identities / f"{identity}.key").unlink()  # of one that was never written down
+            # Of one that was never written down, or was thrown out: nobody vouches for that key.
+            (self._identities / f"{identity}.key").unlink()
         key.save(self._identities / f"{identity}.key")
         return key.public
 
@@ -443,19 +452,41 @@ class MeshFolder:
         """Withdraw a member's right to log on and delete its files.
 
         Raises:
-            NotFound: It is not known.
+            NotFound: It is not known, and no file of it is here.
         """
-        self.credentials().remove(identity)
-        with contextlib.suppress(FileNotFoundError):
-            self.identity_path(identity).unlink()
-        with contextlib.suppress(FileNotFoundError):
-            (self._identities / f"{identity}.key").unlink()
+        try:
+            self.credentials().remove(identity)
+        except NotFound:
+            if not self.forget(identity):
+                raise
+        self.forget(identity)
+
+    def forget(self, identity: str) -> bool:
+        """Delete the files of a member here: identity, signing key, TLS key, whom it trusts.
+
+        Returns:
+            Whether there was one.
+        """
+        found = False
+        path = self.identity_path(identity)  # first: without it the others mean nothing
+        for ending in (".json", ".key", ".tls.pem", ".tls.ca"):
+            with contextlib.suppress(FileNotFoundError):
+                path.with_name(identity + ending).unlink()
+                found = True
+        return found
+
+    def runs(self, identity: str) -> bool:
+        """Tell whether a member is of this folder: its own registry, router or nodes."""
+        try:
+            return self.identity(identity).role in _RUN_ROLES
+        except ConfigurationError:  # without a file nothing here can run as it
+            return False
 
     def passwords(self) -> dict[str, str]:
         """Return the clear passwords of the members made here (NATS keeps no verifiers)."""
         found: dict[str, str] = {}
         for path in self._identities.glob("*.json"):
-            identity = Identity.read(path)
+            identity = self.identity(path.stem)
             if identity.username is not None and identity.password is not None:
                 found[identity.username] = identity.password.get_secret_value()
         return found
@@ -476,9 +507,13 @@ class MeshFolder:
         Args:
             url: Where it is reached; of a cluster several, separated by commas.
         """
-        path = self.broker_data / "authority.pem"
         with_tls = any(one.tls for one in BrokerUrl.parse_all(url))
-        return path if with_tls and path.exists() else None
+        return self.authority_certificate() if with_tls else None
+
+    def authority_certificate(self) -> Path | None:
+        """Return the certificates that clients trust our broker by; None where it has no TLS."""
+        path = self.broker_data / "authority.pem"
+        return path if path.exists() else None
 
     def member_brokers(self) -> tuple[str, ...]:
         """Return where members with a certificate connect; empty where that is not known."""
@@ -586,7 +621,7 @@ def _write(path: Path, text: str) -> None:
         ) from exc
 
 
-def _read(model: type[_S], path: Path, *, hint: str) -> _S:
+def _read(model: type[_S], path: Path, *, hint: str, what: str = "is damaged") -> _S:
     try:
         return model.model_validate(json.loads(path.read_bytes()))
     except FileNotFoundError as exc:
@@ -601,4 +636,4 @@ def _read(model: type[_S], path: Path, *, hint: str) -> _S:
             if isinstance(exc, ValidationError)
             else str(exc)
         )
-        raise ConfigurationError(f"{path} is damaged ({problem}); {hint}", path=str(path)) from exc
+        raise ConfigurationError(f"{path} {what} ({problem}); {hint}", path=str(path)) from exc

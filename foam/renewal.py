@@ -1,6 +1,7 @@
 """A member gets new papers before the old ones run out: over its session, or from its folder."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable
 from functools import partial
@@ -71,12 +72,18 @@ class Renewal:
         self._shown = shown
         self._clock = clock
         self._asked = asyncio.Event()
+        self._thrown_out = asyncio.Event()
+        self._refusal: AccessDenied | None = None
         self._chance = chance or random.SystemRandom()
 
     async def keep(self) -> None:
         """Renew whenever it is time, or the registry asks for it, until cancelled.
 
         A failure is tried again, and logged.
+
+        Raises:
+            AccessDenied: The registry has thrown the member out, and papers are of no use any more.
+                Not every broker cuts the session then, or says so when it refuses the next one.
         """
         due = self.identity.renew_at
         if due is None:
@@ -92,7 +99,7 @@ class Renewal:
                 await self.renew()
             except FoamError as error:
                 _log.warning("papers.not_renewed", id=self.identity.id, error=error.message)
-                await asyncio.sleep(_AGAIN_S)
+                await self._pause(_AGAIN_S)
                 self._asked.set()  # whoever asked for it, it is not done
             else:
                 due = self.identity.renew_at
@@ -105,11 +112,18 @@ class Renewal:
                 await self._asked.wait()
         except TimeoutError:
             return False
-        await asyncio.sleep(self._chance.uniform(0, _SPREAD_S))
+        await self._pause(self._chance.uniform(0, _SPREAD_S))
         return True
 
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._thrown_out.wait()
+        if self._refusal is not None:
+            raise self._refusal
+
     async def _on_trust(self, message: Message) -> None:
-        """Hear the registry ask for a renewal: the authority of the site has another root."""
+        """Hear the registry ask for a renewal, or that the member is none any more."""
         own = self.identity.id
         if not message.payload or message.topic != self._topics.build(TopicKind.TRUST, member=own):
             return
@@ -120,6 +134,14 @@ class Renewal:
             return
         passport = self.identity.passport
         issued_at = passport.issued_at if passport is not None else 0
+        if state.state == "revoked" and issued_at < (state.void_before or state.at):
+            reason = f": {state.reason}" if state.reason else ""
+            self._refusal = AccessDenied(
+                f"{own} was revoked{reason}; it has to enroll again: foam enroll", identity=own
+            )
+            self._thrown_out.set()
+            self._asked.set()
+            return
         if state.renew_from is not None and issued_at < state.renew_from:
             self._asked.set()
 

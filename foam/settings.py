@@ -77,6 +77,8 @@ class Settings(BaseModel):
             TLS.
         tpm_key: Handle or context file of this machine's TPM attestation key, for ``tpm2_quote``;
             None: a node's evidence holds no quote.
+        tpm_registers: Bank and registers that it quotes, as ``tpm2_quote -l`` takes them; None:
+            ``sha256:0,1,2,3,4,7``, which is what rules ask for unless they say otherwise.
         log_level: Least severe level that is written.
     """
 
@@ -101,6 +103,7 @@ class Settings(BaseModel):
     identity_file: Path | None = None
     unsigned_admin: Literal["allow", "refuse"] | None = None
     tpm_key: str | None = None
+    tpm_registers: str | None = None
     log_level: LogLevel = "info"
 
     @property

@@ -158,6 +158,7 @@ class _Up:
             device=people[0],
             admin=people[1],
             own_broker=not external,
+            ca=None if external or not facts.get("public") else self._authority(),
         )
         await asyncio.to_thread(self._folder.write_record, record)
         environment = self._environment(url, person)
@@ -335,6 +336,10 @@ class _Up:
                     notice_at = loop.time() + _NOTICE_AFTER_S
                 await asyncio.sleep(_POLL_S)
 
+    def _authority(self) -> str | None:
+        path = self._folder.authority_certificate()
+        return None if path is None else str(path)
+
     def _admin_signer(self) -> Signer | None:
         identity = self._folder.identity(ADMIN_ID)
         return load_signer(identity, self._folder.identity_path(ADMIN_ID).parent)
@@ -347,6 +352,7 @@ class _Up:
             "public": list(record.public),
             "members": list(record.members),
             "websocket": list(record.websocket),
+            "ca": record.ca,
             "site": record.site,
             "device": record.device.shown(),
             "admin": record.admin.shown(),

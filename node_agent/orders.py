@@ -51,7 +51,9 @@ class OrderGate:
         session: The node's session.
         topics: The site's topics.
         node: The node.
-        epoch: Start of the agent, UTC milliseconds: orders for an earlier one are refused.
+        epoch: Start of the agent, UTC milliseconds: orders for an earlier one are refused, and
+            those for none in particular, but to cancel: the clocks of router and node may differ,
+            so that times do not tell whether the earlier one was given the same order.
         book: Passports that were shown; None where no registry is known: then the broker's word
             is all there is, which is logged once.
         alarm: Told about what is refused.
@@ -170,7 +172,13 @@ class OrderGate:
             sent_at=order.sent_at,
             nonce=nonce,
         )
-        if order.epoch not in {None, self._epoch}:
+        if order.epoch is None:
+            if isinstance(order, Invocation) or order.verb != "cancel":
+                raise AccessDenied(
+                    f"names no start of {self._node} (epoch), which may have been given it before: "
+                    "send it again with the epoch of the node's state"
+                )
+        elif order.epoch != self._epoch:
             raise AccessDenied(
                 f"is for an earlier start of {self._node}, which has forgotten what it ran"
             )

@@ -108,6 +108,11 @@ class RegistryAdmin:
             return
         try:
             passport = self._check.verify(client, message.payload, request)
+            requester = (
+                Requester(client, Role.ADMIN)
+                if self._auditor is None
+                else self._auditor.requester(client, passport)
+            )
         except Repeated as exc:
             self._counts["repeated_requests"] += 1
             _log.info("registry.request_repeated", client=client, error=exc.message)
@@ -117,11 +122,6 @@ class RegistryAdmin:
                 self._alarm.tell(exc, sender=client, what=f"admin {request.verb}")
             self._say(client, ErrorEvent.from_error(exc, task=request.id, at=self._clock()))
             return
-        requester = (
-            Requester(client, Role.ADMIN)
-            if self._auditor is None
-            else self._auditor.requester(client, passport)
-        )
         self._say(client, await self._ask(request, requester))
 
     def _refuse_silently(self, message: Message, error: ProtocolError) -> None:

@@ -6,13 +6,12 @@ about itself is not found out here, one that falls silent is, for its entries ar
 """
 
 import asyncio
-import json
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Annotated, Any, Final
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from broker.access.orders import Requester, changes, told_args
 from broker.access.policy import Role
@@ -20,10 +19,18 @@ from broker.audit import AUDIT_KIND, BROKER_SOURCE, AuditVoice, Budget
 from broker.lifecycle import Service
 from broker.session.base import Message, Session
 from capability_schemas.admin import AdminRequest, CloudEvent
-from capability_schemas.errors import AccessDenied, FoamError, InvalidTopic, Unavailable
+from capability_schemas.errors import (
+    AccessDenied,
+    FoamError,
+    InvalidTopic,
+    ProtocolError,
+    Unavailable,
+)
 from capability_schemas.ids import now_ms
 from capability_schemas.passport import Passport
+from capability_schemas.signing import canonical_bytes
 from capability_schemas.topics import TopicKind, Topics
+from capability_schemas.wire import parse_json
 from registry.store.audit import AuditEntry, AuditLog, AuditNote
 
 _WRITTEN_ELSEWHERE: Final = frozenset({"token_create", "token_revoke", "approve", "deny", "revoke"})
@@ -114,10 +121,17 @@ class Auditor(Service):
         Args:
             client: Identity in the topic, as the broker proves it.
             passport: The passport of who signed the order, checked; None for an unsigned one.
+
+        Raises:
+            AccessDenied: The passport was made here, for one that is no member any more: taken out
+                of the credentials on this machine, or disabled there.
         """
         name = client if passport is None else passport.identity
+        role = self._role_of(name)
+        if role is None and passport is not None and passport.registry == self._id:
+            raise AccessDenied(f"{name} is no member any more: enroll it anew", sender=name)
         unknown = Role.OPERATOR if passport is None else Role(passport.role)
-        return Requester(name, self._role_of(name) or unknown)
+        return Requester(name, role or unknown)
 
     def note_order(
         self, requester: Requester, request: AdminRequest, *, error: FoamError | None = None
@@ -281,11 +295,12 @@ class Auditor(Service):
 
 
 def _read(payload: bytes) -> _Told | None:
-    """Read an event; None when it is none, or too large."""
+    """Read an event; None when it is none, too large, or nothing that a chain can hold."""
     if len(payload) > _LIMIT_BYTES:
         return None
     try:
-        event = CloudEvent.model_validate(json.loads(payload))
-        return _Told.model_validate(event.data)
-    except (ValueError, RecursionError, ValidationError):
+        told = _Told.model_validate(CloudEvent.model_validate(parse_json(payload)).data)
+        canonical_bytes(told.model_dump())  # half a surrogate pair passes for JSON, and has none
+    except (ProtocolError, ValueError, RecursionError):
         return None
+    return told

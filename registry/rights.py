@@ -1,4 +1,7 @@
-"""Records follow the rights of their nodes: a zone, grant or class of data that comes or goes."""
+"""Records follow the rights of their nodes: a zone, grant or class of data that comes or goes.
+
+And they go with them: what a node claimed is withdrawn once it is no member any more.
+"""
 
 import asyncio
 from collections import Counter
@@ -13,7 +16,7 @@ from capability_schemas.signing import SigningKey, sign
 from registry.admission import Identities, Key, attested_policy
 from registry.catalog import Catalog
 from registry.publisher import CatalogPublisher
-from registry.store import SqliteStore
+from registry.store import Change, SqliteStore
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _ATTESTED: Final = ("zones", "data", "grants")
@@ -30,6 +33,7 @@ class RecordRights:
         identities: looks nodes up.
         store: keeps the records.
         publisher: sends them.
+        withdraw: takes a record and its claim out, for a reason.
         key: signs them.
         counts: counters of the registry.
         clock: UTC milliseconds.
@@ -43,6 +47,7 @@ class RecordRights:
         identities: Identities,
         store: SqliteStore,
         publisher: CatalogPublisher,
+        withdraw: Callable[[Key, Change, str], None],
         key: SigningKey,
         counts: Counter[str],
         clock: Callable[[], int],
@@ -52,6 +57,7 @@ class RecordRights:
         self._identities = identities
         self._store = store
         self._publisher = publisher
+        self._withdraw = withdraw
         self._key = key
         self._counts = counts
         self._clock = clock
@@ -66,7 +72,8 @@ class RecordRights:
         Args:
             node: the node.
             wished: what its claim asks for.
-            known: what was attested before; stays when the node is not on record any more.
+            known: what was attested before; stays when the node is not on record any more, until
+                what it claimed is withdrawn.
         """
         identity = self._identities(node)
         return known if identity is None else attested_policy(wished, identity)
@@ -97,20 +104,37 @@ class RecordRights:
         self._wishes.pop(key, None)
 
     def look_at(self, node: str) -> None:
-        """Have the records of a node written anew, as far as its rights are others now."""
+        """Have the records of a node written anew, as far as its rights are others now.
+
+        They are withdrawn when it is no member.
+        """
         self._doubtful_nodes.add(node)
         self._wake.set()
 
+    def look_whether_member(self, node: str) -> None:
+        """Have the records of a node withdrawn if it is no member; unlike ``look_at`` at any time.
+
+        Args:
+            node: anybody's name.
+        """
+        if self._identities(node) is None:
+            self.look_at(node)
+
     async def follow(self) -> None:
-        """Write records anew until cancelled."""
+        """Write records anew until cancelled; starts with those of nodes that left meanwhile."""
+        for node in {record.node for record in self._catalog.records()}:
+            self.look_whether_member(node)
         while True:
             await self._wake.wait()
             self._wake.clear()
             nodes, keys = self._doubtful_nodes, self._doubtful
             self._doubtful_nodes, self._doubtful = set(), set()
             keys.update(record.key for record in self._catalog.records() if record.node in nodes)
+            keys.update(key for key in self._wishes if key[0] in nodes)  # those not yet embedded
             for key in sorted(keys):
-                if key not in self._pending:
+                if self._identities(key[0]) is None:
+                    self._withdraw(key, Change.WITHDRAWN, "its node is no member any more")
+                elif key not in self._pending:
                     await self._renew(key)
 
     async def _renew(self, key: Key) -> None:

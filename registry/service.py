@@ -137,6 +137,7 @@ class RegistryService(Service):
             identities=identities,
             store=store,
             publisher=self._publisher,
+            withdraw=self._withdraw,
             key=key,
             counts=self.counts,
             clock=clock,
@@ -312,6 +313,7 @@ class RegistryService(Service):
             return
         if self._passports is not None:
             hear_trust(message.payload, member=member, book=self._passports)
+        self._rights.look_whether_member(member)
 
     def _refuse(self, key: Key, refused: Refused, payload: bytes) -> None:
         """Count a refusal, and say it once: the same claim comes again with every connection."""
@@ -439,9 +441,7 @@ class RegistryService(Service):
         await self._store.put(record, at=now, entry=entry)
         if key not in self._pending:  # withdrawn while it was being embedded or stored
             self._catalog.restore(record, withdrawn=True)
-            gone = HistoryEntry.of(
-                record, Change.WITHDRAWN, at=now, reason="withdrawn while it was being admitted"
-            )
+            gone = HistoryEntry.of(record, Change.WITHDRAWN, at=now, reason="withdrawn meanwhile")
             self._pending.withdraw(key, gone)
             return
         self._catalog.admit(record, grace_until=self._grace_end())

@@ -215,6 +215,7 @@ class AdminDesk:
             "state": view.presence,
             "live": view.live,
             "silent": view.silent,
+            "revoked": view.revoked,
             "cordoned": view.cordoned,
             "epoch": view.epoch,
             "reason": view.reason,

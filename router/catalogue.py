@@ -9,7 +9,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from capability_schemas.capability import CatalogRecord
+from capability_schemas.capability import EVERY_TENANT, CatalogRecord
 from capability_schemas.node import FunctionLoad, NodeLoad, NodeState, Presence
 from router.names import NameIndex
 from router.pulse import Pulse
@@ -36,6 +36,7 @@ class NodeView:
         cordoned: Whether an administrator keeps new tasks from it.
         assigned: Invocations of this router that have not ended; fresher than ``load``.
         silent: Whether its heartbeats have stopped.
+        revoked: Whether the registry has thrown it out: then it is gone, whatever it says.
         reason: Why it is in its state, as it says.
     """
 
@@ -47,12 +48,13 @@ class NodeView:
     cordoned: bool = False
     assigned: int = 0
     silent: bool = False
+    revoked: bool = False
     reason: str = ""
 
     @property
     def live(self) -> bool:
         """Whether it is there, be it draining."""
-        return self.presence in {"birth", "draining"} and not self.silent
+        return self.presence in {"birth", "draining"} and not self.silent and not self.revoked
 
     @property
     def open(self) -> bool:
@@ -103,6 +105,7 @@ class Fleet:
     _vectors: dict[Key, int] = field(default_factory=dict)
     _sharing: Sharing = field(default_factory=Sharing)
     _tenants: set[Key] = field(default_factory=set)
+    _revoked: set[str] = field(default_factory=set)
 
     @property
     def nodes(self) -> Mapping[str, NodeView]:
@@ -129,7 +132,9 @@ class Fleet:
         view = self._nodes.get(node)
         if view is None:
             pulse = Pulse(interval_s=self.heartbeat_s, missed=self.missed_heartbeats)
-            view = self._nodes[node] = NodeView(node=node, pulse=pulse)
+            view = self._nodes[node] = NodeView(
+                node=node, pulse=pulse, revoked=node in self._revoked
+            )
         return view
 
     def named(self, function: str) -> Mapping[str, CatalogRecord]:
@@ -164,6 +169,11 @@ class Fleet:
     def has_tenants(self) -> bool:
         """Whether any node serves a tenant; as long as none does, nobody need be kept apart."""
         return bool(self._tenants)
+
+    @property
+    def apart(self) -> int:
+        """How many records serve one tenant alone, and nobody who is of none."""
+        return sum(self._records[key].policy.tenant != EVERY_TENANT for key in self._tenants)
 
     def serving(self, tenant: str | None, function: str) -> list[str]:
         """Return the nodes that offer a function of a name to members of a tenant."""
@@ -252,6 +262,26 @@ class Fleet:
         was_live = view.live
         view.presence, view.load = None, None
         return was_live
+
+    def revoke(self, member: str, *, revoked: bool = True) -> str | None:
+        """Take a member for gone that was thrown out, or for what it says again.
+
+        Args:
+            member: Its identity; it need not be a node that was heard of.
+            revoked: False once it has been let in anew.
+
+        Returns:
+            As ``hear_state``.
+        """
+        if revoked:
+            self._revoked.add(member)
+        else:
+            self._revoked.discard(member)
+        view = self._nodes.get(member)
+        if view is None:
+            return None
+        was_live, view.revoked = view.live, revoked
+        return "the node was revoked" if was_live and revoked else None
 
     def silenced(self, now: int) -> list[str]:
         """Return the nodes whose heartbeats have just been found missing.

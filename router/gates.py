@@ -245,7 +245,7 @@ class Gatekeeper:
         failed: dict[str, str] = {}
         record, node, now = offer.record, offer.node, self._now
         if not node.live:
-            failed["liveness"] = "silent" if node.silent else (node.presence or "never heard of")
+            failed["liveness"] = _absence(node)
         elif record.expires_at is not None and record.expires_at <= now:
             late_ms = now - record.expires_at
             failed["liveness"] = f"the lease of the capability ran out {late_ms} ms ago"
@@ -277,6 +277,12 @@ class Gatekeeper:
             "deadline": f"done in {finish.least_ms:.0f} ms at the soonest ({figures}),"
             f" {left_ms} ms are left"
         }
+
+
+def _absence(node: NodeView) -> str:
+    if node.revoked:
+        return "revoked"
+    return "silent" if node.silent else (node.presence or "never heard of")
 
 
 def _memory_lacking(offer: Offer) -> str | None:

@@ -1,5 +1,6 @@
 """The file of the ledger: its schema, how it is opened, and where a damaged one goes."""
 
+import contextlib
 import sqlite3
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,6 +59,9 @@ def connect(path: Path, *, limit_bytes: int) -> sqlite3.Connection:
         sqlite3.Error: It cannot be opened, or is damaged (`is_damage`).
         ConfigurationError: It is of a newer version.
     """
+    with contextlib.suppress(OSError):  # what is wrong with the path, SQLite tells
+        path.touch(mode=0o600)
+        path.chmod(0o600)  # made by an older release; its -wal and -shm go by it
     db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
     try:
         _check_pages(db)

@@ -1,18 +1,24 @@
 """What a router hears of the mesh around it: catalogue, presence and load of the nodes."""
 
+import asyncio
+import hashlib
 from collections.abc import Callable
 from typing import Final
 
 import structlog
 
+from broker.security import SecurityAlarm
 from broker.session.base import Message
 from capability_schemas.capability import CatalogRecord
-from capability_schemas.errors import ProtocolError
+from capability_schemas.errors import AccessDenied, FoamError, ProtocolError
 from capability_schemas.node import NodeLoad, NodeState
+from capability_schemas.passport import PassportBook
+from capability_schemas.signing import verify
 from capability_schemas.topics import Topics
 from capability_schemas.wire import DEFAULT_LIMIT_BYTES, Model, decode
-from router.catalogue import Fleet
+from router.catalogue import Fleet, Key
 from router.meaning import Meaning
+from router.people import People
 from router.statistics import RouterStats
 from router.upkeep import Upkeep
 
@@ -53,6 +59,10 @@ class Frames:
             _log.debug("frame.dropped", topic=message.topic, reason=error.message)
             return None
 
+    def drop(self, reason: str) -> None:
+        """Count a frame that was read and counts for nothing all the same."""
+        self._stats.dropped[reason] += 1
+
 
 class FleetNews:
     """Keeps fleet and index as the catalogue and the nodes themselves say. Owned by the event loop.
@@ -63,6 +73,10 @@ class FleetNews:
         meaning: Index of the records.
         upkeep: Hears when the picture changes.
         gone: Told of a node that is lost, and why.
+        people: Hears what the registry says of members.
+        book: Knows the registries, whose signature a record needs; None where no registry of the
+            site is known: then the broker's word is all there is.
+        alarm: Told of records that no registry signed.
         clock: UTC milliseconds.
     """
 
@@ -74,6 +88,9 @@ class FleetNews:
         meaning: Meaning,
         upkeep: Upkeep,
         gone: Callable[[str, str], None],
+        people: People,
+        book: PassportBook | None,
+        alarm: SecurityAlarm,
         clock: Callable[[], int],
     ) -> None:
         self._frames = frames
@@ -81,7 +98,12 @@ class FleetNews:
         self._meaning = meaning
         self._upkeep = upkeep
         self._gone = gone
+        self._people = people
+        self._book = book
+        self._alarm = alarm
         self._clock = clock
+        self._taken: dict[Key, bytes] = {}
+        """Digests of the payloads whose records are kept, so that none is checked twice."""
 
     async def on_node_state(self, message: Message) -> None:
         """Take ``node/{node}/state``."""
@@ -99,6 +121,17 @@ class FleetNews:
         lost = self._fleet.hear_state(state, self._clock())
         if lost is not None:
             self._gone(node, lost)
+
+    async def on_trust(self, message: Message) -> None:
+        """Take ``trust/{member}``; what a node holds that was thrown out goes to others at once."""
+        self._upkeep.heard()  # whose a client is has to be known before its task goes anywhere
+        await self._people.hear(message)
+        member = self._frames.level(message, "member")
+        if member is None:
+            return
+        lost = self._fleet.revoke(member, revoked=self._people.revoked(member))
+        if lost is not None:
+            self._gone(member, lost)
 
     async def on_node_load(self, message: Message) -> None:
         """Take ``node/{node}/load``."""
@@ -119,14 +152,47 @@ class FleetNews:
             return
         key = (node, function)
         if not message.payload:
+            self._taken.pop(key, None)
             if self._fleet.withdraw(key):
                 self._meaning.remove(key)
                 self._upkeep.catalogue_changed()
             return
+        seen = hashlib.sha256(message.payload).digest()
+        if self._taken.get(key) == seen:
+            return  # retained messages come again with every connection
+        if self._take(message, key):
+            self._taken[key] = seen
+        # The messages of a whole catalogue are there at once when a router starts: tasks and
+        # heartbeats get their turn between two records.
+        await asyncio.sleep(0)
+
+    def _take(self, message: Message, key: Key) -> bool:
+        """Keep what a record says; tell whether it is news."""
         record = self._frames.read(CatalogRecord, message, limit_bytes=DEFAULT_LIMIT_BYTES)
         if record is None or record.key != key:
+            return False
+        try:
+            self._prove(record, message.payload)
+        except FoamError as error:
+            self._frames.drop("signature")
+            what = f"record {record.node}/{record.function}"
+            self._alarm.tell(error, sender=record.registry, what=what)
+            return False
+        if not self._fleet.admit(record):
+            return False
+        if self._meaning.upsert(record):
+            self._fleet.lighten(key)
+        self._upkeep.catalogue_changed()
+        return True
+
+    def _prove(self, record: CatalogRecord, payload: bytes) -> None:
+        if self._book is None:
             return
-        if self._fleet.admit(record):
-            if self._meaning.upsert(record):
-                self._fleet.lighten(key)
-            self._upkeep.catalogue_changed()
+        root = self._book.registries.get(record.registry)
+        if root is None:
+            raise AccessDenied(
+                f"record {record.node}/{record.function} is signed by {record.registry}, which is "
+                "no registry here",
+                identity=record.registry,
+            )
+        verify(payload, root)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from broker.session.base import Session
+from capability_schemas.errors import NotFound
 from capability_schemas.ids import new_uuid7
 from capability_schemas.invocation import Control, Invocation
 from capability_schemas.provenance import Signer
@@ -61,13 +62,20 @@ class OrderDesk:
             fields: Further fields of a ``Control``.
 
         Raises:
+            NotFound: The node has not been heard of, and the order is not to cancel: a node obeys
+                none that does not name its start.
             FoamError: The session has no room.
         """
+        epoch = self._epoch(node)
+        if epoch is None and verb != "cancel":
+            raise NotFound(
+                f"node {node} has not said here that it is there: {verb} it when it has", node=node
+            )
         order = Control(
             verb=verb,
             sender=self._router_id,
             node=node,
-            epoch=self._epoch(node),
+            epoch=epoch,
             sent_at=self._clock(),
             nonce=new_uuid7(),
             **fields,

@@ -17,6 +17,7 @@ from capability_schemas.errors import AccessDenied, FoamError
 from capability_schemas.passport import PassportBook
 from capability_schemas.topics import Topics
 from capability_schemas.trust import TrustState, read_trust
+from registry.trust import VOID_KEPT_MS
 
 _MOST_MEMBERS: Final = 200_000
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -56,17 +57,22 @@ class People:
             self.refused += 1
             _log.warning("people.refused", topic=message.topic[:200], error=error.message)
             return
+        if state.void_before is not None:
+            self._book.revoke(member, before=state.void_before)
         known = self._states.get(member)
-        if known is not None and state.at < known.at:
-            return  # an old one again
+        if known is not None and _is_older(state, known):
+            return
         if known is None and len(self._states) >= _MOST_MEMBERS:
             self.refused += 1
             return
         self._states[member] = state
-        if state.void_before is not None:
-            self._book.revoke(member, before=state.void_before)
         self._heard.set()
         self._heard = asyncio.Event()
+
+    def revoked(self, member: str) -> bool:
+        """Tell whether a member was thrown out."""
+        state = self._states.get(member)
+        return state is not None and state.state == "revoked"
 
     def role(self, member: str) -> Role | None:
         """Return what a member is; None where the registry has not told."""
@@ -107,3 +113,15 @@ class People:
         if state is not None and state.state == "revoked":
             raise AccessDenied(f"{client} was revoked: {state.reason}", identity=client)
         return Requester(client, self.role(client) or Role.OPERATOR)
+
+
+def _is_older(state: TrustState, known: TrustState) -> bool:
+    """Tell whether the registry said a state before the one that is known.
+
+    What it voids comes first, for its clock may have been set back since, and a revocation counts
+    all the same. It lets go of that after ``VOID_KEPT_MS``; before, whoever says less is older.
+    """
+    void, known_void = state.void_before or 0, known.void_before or 0
+    if void < known_void:
+        return state.at <= known_void + VOID_KEPT_MS
+    return void == known_void and state.at < known.at

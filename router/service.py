@@ -13,6 +13,7 @@ from broker.access.policy import Role
 from broker.audit import AuditVoice
 from broker.events import EventSource
 from broker.lifecycle import Service
+from broker.security import SecurityAlarm
 from broker.session.base import Handler, Message, Session, Will
 from capability_schemas.errors import Overloaded
 from capability_schemas.ids import now_ms
@@ -89,7 +90,8 @@ class RouterService(Service):
         index_folder: Where the index is kept over restarts; None: nowhere.
         chance: Randomness of exploration; None: no exploration.
         signer: Signs what nodes are told, and is shown with the router's state; None: unsigned.
-        book: Passports of administrators; None where no registry of the site is known.
+        book: Knows the registries, which sign records and the passports of administrators; None
+            where no registry of the site is known.
         unsigned_admin: Whether the broker's word will do for who administrates.
         quotas: The file of quotas, loaded by its owner; None: the defaults hold.
         epoch: Start of this process, UTC milliseconds; now when omitted.
@@ -281,6 +283,9 @@ class RouterService(Service):
             meaning=self._meaning,
             upkeep=self._upkeep,
             gone=self.dispatcher.node_gone,
+            people=self._people,
+            book=book,
+            alarm=SecurityAlarm(events=events, own=router_id, clock=clock),
             clock=clock,
         )
         self._listening = False
@@ -368,7 +373,7 @@ class RouterService(Service):
             (topics.filter(TopicKind.CATALOG), self._news.on_catalog, 1),
             (topics.filter(TopicKind.NODE_STATE), self._news.on_node_state, 1),
             (topics.filter(TopicKind.NODE_LOAD), self._news.on_node_load, 0),
-            (topics.filter(TopicKind.TRUST), self._on_trust, 1),
+            (topics.filter(TopicKind.TRUST), self._news.on_trust, 1),
             (topics.filter(TopicKind.ROUTER_STATE), self._on_router_state, 1),
             (topics.filter(TopicKind.EVENT, kind=CLAIMS), self._peers.hear_claims, 1),
             (topics.filter(TopicKind.EVENT, kind=OUTCOME), self._peers.hear_outcome, 1),
@@ -457,10 +462,6 @@ class RouterService(Service):
             self.stats.dropped["impostor"] += 1
             return
         self.dispatcher.report(report)
-
-    async def _on_trust(self, message: Message) -> None:
-        self._upkeep.heard()  # whose a client is has to be known before its task goes anywhere
-        await self._people.hear(message)
 
     def _role_of(self, client: str) -> Role:
         return self._people.role(client) or (

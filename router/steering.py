@@ -124,13 +124,17 @@ class SteeringDesk:
     async def explain(self, args: dict[str, Any]) -> Answer:
         """Choose for ``text``, or a whole ``task``, without running it.
 
-        ``client`` tells in whose name, for rules and sessions; ``limit`` how many candidates.
+        ``client`` tells in whose name: its rules, sessions and tenant count; ``limit`` how many
+        candidates. Without it the answer tells in ``apart`` how many offers of tenants were left
+        out, where there are any.
         """
         only(args, "text", "task", "client", "limit")
         wanted = self._wanted(args)
         limit = whole(args, "limit", default=_CANDIDATES, most=_CANDIDATES)
         query = await self._routing.embed(wanted)
-        return self._routing.explain(wanted, query, self._clock(), candidates=limit)
+        told: Answer = self._routing.explain(wanted, query, self._clock(), candidates=limit)
+        apart = self._fleet.apart if "client" not in args else 0
+        return {**told, "apart": apart} if apart else told
 
     async def _whatif(self, args: dict[str, Any]) -> Answer:
         """Choose as things are, and as they would be."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import Final, Literal
 
@@ -128,7 +129,8 @@ class CredentialStore:
 
     Every change is read-modify-write under a file lock and replaces the file atomically, so that
     a command line and a running broker may both hold the store. Methods block for some
-    milliseconds (``add`` and ``verify`` hash for tens): call them from a thread in a loop.
+    milliseconds (``add`` and ``verify`` hash for tens): call them from a thread in a loop. Any
+    thread may: one lock keeps what is held and the file it was read from together.
 
     Args:
         path: The file; made on the first change.
@@ -138,6 +140,7 @@ class CredentialStore:
     def __init__(self, path: Path, *, clock: Callable[[], int] = now_ms) -> None:
         self.path = path
         self._clock = clock
+        self._lock = Lock()
         self._stamp: tuple[int, int, int] | None = None
         self._identities: Mapping[str, Credential] = MappingProxyType({})
         self._unknown = ""
@@ -152,17 +155,18 @@ class CredentialStore:
         Raises:
             ConfigurationError: It cannot be read or is not a credentials file.
         """
-        try:
-            found = self.path.stat()
-        except FileNotFoundError:
-            changed, self._stamp = self._stamp is not None, None
-            self._identities = MappingProxyType({})
-            return changed
-        stamp = (found.st_mtime_ns, found.st_ino, found.st_size)
-        if stamp == self._stamp:
-            return False
-        self._identities, self._stamp = self._read(), stamp
-        return True
+        with self._lock:
+            try:
+                found = self.path.stat()
+            except FileNotFoundError:
+                changed, self._stamp = self._stamp is not None, None
+                self._identities = MappingProxyType({})
+                return changed
+            stamp = (found.st_mtime_ns, found.st_ino, found.st_size)
+            if stamp == self._stamp:
+                return False
+            self._identities, self._stamp = self._read(), stamp
+            return True
 
     def identities(self) -> Mapping[str, Credential]:
         """Return every identity by name, disabled ones included; a snapshot."""
@@ -288,8 +292,8 @@ class CredentialStore:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.with_suffix(".lock").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                self.refresh()
-                identities = dict(self._identities)
+                # Read anew, whatever is held: what is written below replaces the whole file.
+                identities = dict(self._read()) if self.path.exists() else {}
                 yield identities
                 document = _File(identities=identities).model_dump(mode="json", exclude_none=True)
                 write_private(self.path, json.dumps(document, indent=1) + "\n")

@@ -24,6 +24,10 @@ SKEW: Final = timedelta(minutes=5)
 """How far ahead of the others' clocks ours may be: certificates are valid from so long ago."""
 
 HASH: Final = hashes.SHA256()
+_WARNING: Final = (
+    "# PRIVATE KEY of the authority of a site: keep it here, and give it to nobody.\n"
+    "# What clients trust the broker by is another file: foam authority show --pem\n"
+)
 _BEGIN: Final = b"-----BEGIN CERTIFICATE-----"
 
 
@@ -104,7 +108,7 @@ def write_root(
     )
     if before is not None:
         name = before.certificate.subject
-    texts = [private_pem(key), pem(_certify(key.public_key(), name, key, now))]
+    texts = [_WARNING, private_pem(key), pem(_certify(key.public_key(), name, key, now))]
     if before is not None:
         link = _certify(key.public_key(), name, before.key, now, before.certificate)
         texts.append(pem(link))

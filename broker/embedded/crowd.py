@@ -1,9 +1,11 @@
 """How many connections there may be, and which one makes room when there are too many."""
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 
 import structlog
+
+from broker.embedded.line import neighbourhood
 
 _log = structlog.get_logger(__name__)
 
@@ -18,20 +20,22 @@ class Guest:
         cut: Drops it at once.
     """
 
-    __slots__ = ("address", "cut")
+    __slots__ = ("address", "cut", "party")
 
     def __init__(self, address: str, cut: Callable[[], None]) -> None:
         self.address = address
+        self.party = neighbourhood(address)
         self.cut = cut
 
 
 class Crowd:
     """Counts connections, in all and by address; the broker's loop owns it.
 
-    When it is full, the connection that has been silent for longest (of the same address, when that
-    is what is full) makes room: one that has not sent a whole CONNECT yet. Somebody who opens
-    connections and says nothing therefore crowds out himself; a client that speaks is not silent
-    for longer than a blink. Where nobody is silent the newcomer is turned away.
+    When it is full, the oldest connection that is not admitted yet makes room: of the same address,
+    when that is what is full, else of the address that has the most of them. Somebody who opens
+    connections and says nothing, or sends wrong passwords, therefore crowds out himself; a client
+    of another address is not cut for him. Where everybody is admitted the newcomer is turned away.
+    An IPv6 network of 64 bits counts as one address.
 
     Args:
         limit: Most connections in all.
@@ -45,7 +49,7 @@ class Crowd:
         self._clock = clock
         self._of_address: Counter[str] = Counter()
         self._total = 0
-        self._silent: OrderedDict[Guest, None] = OrderedDict()
+        self._strangers: dict[str, dict[Guest, None]] = {}  # the oldest first
         self._turned_away = 0
         self._reported_at = float("-inf")
 
@@ -54,43 +58,52 @@ class Crowd:
         return self._total
 
     def enter(self, guest: Guest) -> bool:
-        """Take a connection in, silent so far; false when it has to go."""
-        if self._of_address[guest.address] >= self._address_limit:
-            made_room = self._cut_silent(guest.address)
+        """Take a connection in, a stranger so far; false when it has to go."""
+        if self._of_address[guest.party] >= self._address_limit:
+            made_room = self._cut_stranger(guest.party)
         elif self._total >= self._limit:
-            made_room = self._cut_silent(None)
+            made_room = self._cut_stranger(self._most_strangers())
         else:
             made_room = True
         if not made_room:
-            self._report(guest.address)
+            self._report(guest)
             return False
-        self._of_address[guest.address] += 1
+        self._of_address[guest.party] += 1
         self._total += 1
-        self._silent[guest] = None
+        self._strangers.setdefault(guest.party, {})[guest] = None
         return True
 
-    def spoke(self, guest: Guest) -> None:
-        """Note that a connection has sent its CONNECT."""
-        self._silent.pop(guest, None)
+    def admitted(self, guest: Guest) -> None:
+        """Note that the client of a connection was let in."""
+        self._no_stranger(guest)
 
     def leave(self, guest: Guest) -> None:
         """Forget a connection that was taken in and has ended."""
-        self._silent.pop(guest, None)
+        self._no_stranger(guest)
         self._total -= 1
-        self._of_address[guest.address] -= 1
-        if not self._of_address[guest.address]:
-            del self._of_address[guest.address]
+        self._of_address[guest.party] -= 1
+        if not self._of_address[guest.party]:
+            del self._of_address[guest.party]
 
-    def _cut_silent(self, address: str | None) -> bool:
-        for guest in self._silent:
-            if address is None or guest.address == address:
-                del self._silent[guest]
-                self._report(guest.address)
-                guest.cut()
-                return True
-        return False
+    def _no_stranger(self, guest: Guest) -> None:
+        strangers = self._strangers.get(guest.party, {})
+        strangers.pop(guest, None)
+        if not strangers:
+            self._strangers.pop(guest.party, None)
 
-    def _report(self, address: str) -> None:
+    def _most_strangers(self) -> str | None:
+        return max(self._strangers, key=lambda party: len(self._strangers[party]), default=None)
+
+    def _cut_stranger(self, party: str | None) -> bool:
+        guest = next(iter(self._strangers.get(party or "", ())), None)
+        if guest is None:
+            return False
+        self._no_stranger(guest)
+        self._report(guest)
+        guest.cut()
+        return True
+
+    def _report(self, guest: Guest) -> None:
         """Say that connections are cut or turned away, without a line for each."""
         self._turned_away += 1
         now = self._clock()
@@ -98,8 +111,8 @@ class Crowd:
             self._reported_at = now
             _log.warning(
                 "connections.full",
-                address=address,
-                of_address=self._of_address[address],
+                address=guest.address,
+                of_address=self._of_address[guest.party],
                 connections=self._total,
                 limit=self._limit,
                 address_limit=self._address_limit,

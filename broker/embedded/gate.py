@@ -11,8 +11,9 @@ import structlog
 
 from broker.access.credentials import Credential, CredentialStore, VerifiedCache
 from broker.access.policy import AccessPolicy, Action
+from broker.embedded.line import Line, neighbourhood
 from broker.tls import PeerCertificate
-from capability_schemas.errors import ConfigurationError
+from capability_schemas.errors import ConfigurationError, Overloaded
 from capability_schemas.ids import now_ms
 
 _log = structlog.get_logger(__name__)
@@ -23,6 +24,10 @@ _FIRST_PAUSE_MS: Final = 500
 _MOST_DOUBLINGS: Final = 7  # a minute
 _FORGIVEN_MS: Final = 10 * 60_000
 _GUESSERS: Final = 10_000
+_HASHERS: Final = 2
+# A check takes some 20 ms: the whole line is through it well before admissions time out (30 s).
+_WAITING: Final = 1024
+_WAITING_OF_ADDRESS: Final = 512
 
 
 class Admission(IntEnum):
@@ -78,8 +83,9 @@ class Patience:
 class Gate:
     """Checks passwords off the loop and rights on it.
 
-    One loop owns it. Hashing happens in two threads of its own, and a password that was right once
-    is recognised without hashing, so reconnection storms are cheap. Rights are remembered per
+    One loop owns it. Hashing happens in two threads of its own behind a line that is fair to each
+    address, and a password that was right once is recognised without hashing or waiting, so
+    reconnection storms are cheap and somebody who guesses delays himself. Rights are remembered per
     (identity, action, topic) until the credentials change.
 
     Life cycle: ``close`` ends its threads.
@@ -104,7 +110,8 @@ class Gate:
         self._known = credentials.identities()
         self._verified = VerifiedCache()
         self._answers: OrderedDict[tuple[str, Action, str], bool] = OrderedDict()
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="foam-password")
+        self._line = Line(places=_HASHERS, limit=_WAITING, party_limit=_WAITING_OF_ADDRESS)
+        self._threads = ThreadPoolExecutor(_HASHERS, thread_name_prefix="foam-password")
 
     async def admit(
         self,
@@ -124,17 +131,22 @@ class Gate:
             password: Its password, if any.
             client_id: Its client id.
             certificate: What its certificate says, if it has shown one; its chain is checked.
-            address: Where it comes from; wrong passwords are counted by it and the identity.
+            address: Where it comes from; wrong passwords are counted by it (of IPv6 its network of
+                64 bits) and the identity.
 
         Returns:
             ``NOT_AUTHORIZED`` without a right password or certificate, or while its address has
             guessed at this identity too often; ``IDENTIFIER_REJECTED`` for a client id that belongs
-            to another identity.
+            to another identity; ``UNAVAILABLE``, at once, while too many wait for the check.
         """
         if certificate is not None:
             found = await self._certified(identity, certificate)
         elif identity is not None and password is not None:
-            found = await self._authenticated(identity, password, address)
+            try:
+                found = await self._authenticated(identity, password, neighbourhood(address))
+            except Overloaded as error:
+                _log.info("password.line_full", address=address, reason=error.message)
+                return Admission.UNAVAILABLE
         else:
             return Admission.NOT_AUTHORIZED
         if identity is None or found is None or self._known.get(identity) != found:
@@ -156,20 +168,24 @@ class Gate:
         known = certificate.serial in found.serials and found.counts(self._clock())
         return found if known else None
 
-    async def _authenticated(self, identity: str, password: str, address: str) -> Credential | None:
-        found = await self._look_up(identity)
+    async def _authenticated(self, identity: str, password: str, party: str) -> Credential | None:
+        found = self._known.get(identity)
         if found is not None and self._verified.knows(identity, found, password):
             return found if found.counts(self._clock()) else None
-        if self._patience.is_out(address, identity):
+        if self._patience.is_out(party, identity):
             return None
-        found = await asyncio.get_running_loop().run_in_executor(
-            self._threads, self._credentials.verify, identity, password
-        )
-        if found is None:
-            self._patience.wrong(address, identity)
-        else:
-            self._verified.remember(identity, found, password)
-        return found
+        async with self._line.turn(party):
+            if self._patience.is_out(party, identity):  # it guessed wrong while this one waited
+                return None
+            await self._look_up(identity)
+            found = await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._credentials.verify, identity, password
+            )
+            if found is None:
+                self._patience.wrong(party, identity)
+            else:
+                self._verified.remember(identity, found, password)
+            return found
 
     async def _look_up(self, identity: str) -> Credential | None:
         """Find an identity; one written into the file since the last reload need not wait for it.

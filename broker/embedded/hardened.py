@@ -296,7 +296,7 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
                 _log.info("client.refused", address=guest.address, reason=reason)
                 await sink.close()
                 return
-        source.heard = partial(self._crowd.spoke, guest)
+        source.admitted = partial(self._crowd.admitted, guest)
         await self._client_connected(name, source, sink)
 
     async def _initialize_client_session(
@@ -314,10 +314,10 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
         try:
             async with asyncio.timeout(self.settings.connect_timeout_s):
                 connection, session = await Connection.open(reader, writer, self.plugins_manager)
-            reader.heard()
             async with asyncio.timeout(_ADMISSION_TIMEOUT_S):  # a storm waits for the hashing
                 connection.attach(session, reader, writer)
                 await self._admit(session, connection, writer.certificate, remote_address)
+            reader.admitted()
         except TimeoutError as exc:
             writer.abort()
             raise MQTTError("no CONNECT, or no decision on it, in time") from exc

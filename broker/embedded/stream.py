@@ -63,7 +63,7 @@ class ClientReader(StreamReaderAdapter):  # type: ignore[misc]  # amqtt ships no
     def __init__(self, reader: asyncio.StreamReader) -> None:
         super().__init__(reader)
         self._source = reader
-        self.heard: Callable[[], None] = lambda: None  # called when the CONNECT is there
+        self.admitted: Callable[[], None] = lambda: None  # called when its client is let in
 
     async def read_some(self) -> bytes:
         """Return what has arrived, at least one byte; empty at the end of the stream."""

@@ -180,7 +180,7 @@ async def upgrade(
     request = await _request(reader, writer, frames)
     response = (
         frames.reject(404, "MQTT is at /mqtt\n")
-        if urlsplit(request.path).path not in PATHS
+        if not _is_ours(request.path)
         else frames.accept(request)
         if is_own_page(request.headers, origins, secure=bool(writer.get_extra_info("ssl_object")))
         else frames.reject(403, "pages of this origin may not connect: see --ws-origin\n")
@@ -213,6 +213,13 @@ async def _request(
         if frames.handshake_exc is not None or received >= _HANDSHAKE_LIMIT_BYTES:
             writer.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
             raise MQTTError("no request for a WebSocket")
+
+
+def _is_ours(path: str) -> bool:
+    try:
+        return urlsplit(path).path in PATHS
+    except ValueError:  # half an IPv6 address where a host would be
+        return False
 
 
 def is_own_page(headers: Headers, origins: Collection[str], *, secure: bool) -> bool:

@@ -237,7 +237,7 @@ class SessionCore(Service, ABC):
         """Make one try to connect.
 
         Raises:
-            BrokerUnavailable: It may work later.
+            BrokerUnavailable: It may work later; when it is not retryable, it will not.
             AccessDenied: It will not: the broker knows us and refuses.
             ConfigurationError: It cannot work with these settings.
         """
@@ -291,6 +291,10 @@ class SessionCore(Service, ABC):
                     self._backoff.reset()
                 self._log.warning("session.lost", reason=reason, **link.description)
             except BrokerUnavailable as error:
+                if not error.retryable:
+                    self._log.error("session.refused", reason=error.message)
+                    self._give_up(error)
+                    raise
                 self._trouble = error.message
                 self._log.warning(
                     "session.waiting", broker=self._broker_names(), reason=error.message

@@ -42,7 +42,14 @@ from broker.session.link import LinkEvents
 from broker.session.outbox import Outgoing
 from broker.session.settings import BrokerUrl, SessionSettings, Version
 from broker.session.websocket import WebSocket
-from broker.tls import client_context, explain, failure_of
+from broker.tls import (
+    client_context,
+    explain,
+    failure_of,
+    is_unverified,
+    never_connected,
+    says_revoked,
+)
 from capability_schemas.errors import (
     AccessDenied,
     BrokerUnavailable,
@@ -156,8 +163,9 @@ class MqttLink:
             raise self._refusal(error) from error
         except aiomqtt.MqttError as error:
             self._abandon()
-            reason = explain(error) or f"{error}{self._certificate_hint()}"
-            raise BrokerUnavailable(f"{self._url}: {reason}") from error
+            reason = explain(error) or f"{error}{self._certificate_hint(error)}"
+            final = self._settings.unverified_is_final and is_unverified(error)
+            raise BrokerUnavailable(f"{self._url}: {reason}", retryable=not final) from error
         except BaseException:
             self._abandon()
             raise
@@ -389,7 +397,10 @@ class MqttLink:
         """Say why no answer to CONNECT came; TLS 1.3 refuses our certificate only now."""
         trouble = failure_of(self._socket)
         if trouble is not None:
-            return BrokerUnavailable(f"{self._url}: {trouble}")
+            # Only here is it the broker that says so: what comes before the end of the handshake
+            # anybody on the way may have written.
+            kind = AccessDenied if says_revoked(self._socket) else BrokerUnavailable
+            return kind(f"{self._url}: {trouble}")
         if not self._over:
             return _VersionRefused(
                 f"{self._url} gave no answer in {limit_s:g} s to MQTT {self._version}",
@@ -403,9 +414,15 @@ class MqttLink:
             f"{self._url} closed the connection to MQTT {self._version}{hint}", said_so=False
         )
 
-    def _certificate_hint(self) -> str:
-        """Guess at what brokers do not say who hang up after the handshake (asyncio's do not)."""
+    def _certificate_hint(self, error: BaseException | None = None) -> str:
+        """Guess at what brokers do not say who hang up after the handshake (asyncio's do not).
+
+        Args:
+            error: What the try ended with; one that was never connected says nothing of this.
+        """
         if not self._url.tls or self._settings.tls.cert_file is None:
+            return ""
+        if error is not None and never_connected(error):
             return ""
         return ": perhaps our certificate is of another site, or has run out; enroll again then"
 

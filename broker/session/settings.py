@@ -119,6 +119,8 @@ class SessionSettings(BaseModel):
         reconnect_floor_s: Shortest wait before the same client id is used again at a broker
             that had accepted it. NATS drops quicker returns as flapping.
         tls: For ``mqtts`` and ``wss`` URLs.
+        unverified_is_final: Whether a broker whose certificate does not verify ends the session;
+            otherwise it is tried again, for it may get a better one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -144,6 +146,7 @@ class SessionSettings(BaseModel):
     backoff_cap_s: Annotated[float, Field(gt=0)] = 30.0
     reconnect_floor_s: Annotated[float, Field(ge=0)] = 1.0
     tls: TlsSettings = TlsSettings()
+    unverified_is_final: bool = False
 
     @field_validator("urls")
     @classmethod

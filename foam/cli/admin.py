@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -21,6 +21,8 @@ admin = typer.Typer(
     epilog=CODES_EPILOG,
 )
 app.add_typer(admin, name="admin")
+
+_UNIT: Final = 1024
 
 NodeArgument = Annotated[str, typer.Argument(help="The node.")]
 TargetOption = Annotated[
@@ -120,6 +122,19 @@ def encoder(
     show(settings, "encoder", _draw, target=target, **args)
 
 
+def _limit(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if not name.startswith("bytes"):
+        return f"{value:g}"
+    size, unit = value, "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < _UNIT:
+            break
+        size, unit = size / _UNIT, larger
+    return f"{size:.4g} {unit}"
+
+
 def _draw_quotas(answer: dict[str, Any]) -> None:
     if answer["problem"]:
         sys.stderr.write(f"not in force: {answer['problem']}\n")
@@ -127,7 +142,7 @@ def _draw_quotas(answer: dict[str, Any]) -> None:
 
     def add(who: str, limits: dict[str, Any], *, role: str = "", use: tuple[str, ...]) -> None:
         names = ("tasks_per_s", "burst", "concurrent", "bytes_per_s")
-        shown = ["" if limits[name] is None else f"{limits[name]:g}" for name in names]
+        shown = [_limit(name, limits[name]) for name in names]
         shown[2] = use[0] + shown[2]
         table.add_row(who, role, *shown, *use[1:])
 

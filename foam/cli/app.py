@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import typer
 
-from capability_schemas.errors import ConfigurationError, FoamError
+from capability_schemas.errors import ConfigurationError, FoamError, Overloaded
 from foam.cli.codes import CODES_EPILOG, EXIT_CANCELLED, exit_code
 
 __all__ = ["app", "complain", "drop_output", "main", "run_async"]
@@ -45,6 +45,8 @@ def run_async(main_coroutine: Coroutine[Any, Any, int | None]) -> None:
 def complain(error: FoamError) -> int:
     """Say in one line on stderr what was wrong; return the exit code for it."""
     line = " ".join(error.message.split())
+    if isinstance(error, Overloaded) and error.remote:
+        line += f"; try again in {max(0, error.retry_after_ms) / 1000:.3g} s"
     sys.stderr.write(f"foam: {line}\n")
     return exit_code(error)
 

@@ -1,5 +1,6 @@
 """``foam authority``: the certificate authority of the site, and its rotation."""
 
+import sys
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -60,9 +61,25 @@ def _names(names: list[str]) -> str:
 
 @authority.command(epilog=CODES_EPILOG)
 @connected()
-def show(settings: Settings, *, as_json: JsonOption = False) -> None:
+def show(
+    settings: Settings,
+    *,
+    pem: Annotated[
+        bool,
+        typer.Option(
+            "--pem",
+            help="Write the certificates that clients trust the broker by (--cafile), and no more.",
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Show the roots, and during a rotation who has not renewed yet."""
-    ask(settings, "authority", _draw, target=REGISTRY_ID, as_json=as_json)
+    draw = _write_pem if pem else _draw
+    ask(settings, "authority", draw, target=REGISTRY_ID, as_json=as_json)
+
+
+def _write_pem(answer: dict[str, Any]) -> None:
+    sys.stdout.write(answer["bundle"])
 
 
 @authority.command(epilog=CODES_EPILOG)

@@ -14,7 +14,7 @@ from foam.settings import Settings
 
 __all__ = ["doctor"]
 
-_SIGNS = {"ok": "ok     ", "note": "note   ", "missing": "MISSING"}
+_SIGNS = {"ok": "ok     ", "note": "note   ", "missing": "MISSING", "failed": "FAILED "}
 
 
 @app.command(epilog=CODES_EPILOG)
@@ -24,7 +24,7 @@ def doctor(
     *,
     as_json: JsonOption = False,
 ) -> None:
-    """Check this machine and the mesh; exits with 1 when something needed is missing."""
+    """Check this machine and the mesh; exits with 1 when something is missing or refuses us."""
     from foam.doctor import run_checks
 
     checks = run_checks(settings)
@@ -34,5 +34,5 @@ def doctor(
         for check in checks:
             remedy = f"\n        do: {check.remedy}" if check.remedy else ""
             sys.stdout.write(f"{_SIGNS[check.verdict]} {check.what}: {check.found}{remedy}\n")
-    if any(check.verdict == "missing" for check in checks):
+    if any(check.verdict in {"missing", "failed"} for check in checks):
         raise typer.Exit(1)

@@ -9,14 +9,14 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from capability_schemas.errors import ConfigurationError
+from capability_schemas.errors import AccessDenied, BrokerUnavailable, ConfigurationError
 from capability_schemas.ids import now_ms
 from foam.cli.admin import admin
 from foam.cli.app import app, run_async
 from foam.cli.codes import CODES_EPILOG
 from foam.cli.connection import DataOption, TenantOption, client_settings, connected
 from foam.cli.look import JsonOption, new_table, print_rich, show
-from foam.mesh import REGISTRY_ID, MeshFolder
+from foam.mesh import REGISTRY_ID, Identity, MeshFolder
 from foam.settings import Settings
 
 __all__ = ["audit", "enroll", "token"]
@@ -52,9 +52,9 @@ def create(
         ),
     ] = "node",
     ttl: Annotated[
-        str, typer.Option("--ttl", help="How long it may be used: 90s, 10m, 2h, 7d.")
+        str, typer.Option("--ttl", help="How long it may be used, up to 30 days: 90s, 10m, 2h, 7d.")
     ] = "10m",
-    uses: Annotated[int, typer.Option("--uses", help="How many newcomers.", min=1)] = 1,
+    uses: Annotated[int, typer.Option("--uses", help="How many newcomers.", min=1, max=10_000)] = 1,
     name: Annotated[
         list[str] | None,
         typer.Option("--name", help="Identity it is good for; may be repeated. Default: any."),
@@ -67,7 +67,10 @@ def create(
     ] = None,
     data_class: Annotated[
         list[str] | None,
-        typer.Option("--data-class", help="Class of data a node may see; may be repeated."),
+        typer.Option(
+            "--data-class",
+            help="Class of data a node may see: public, internal, private; all when not given.",
+        ),
     ] = None,
     tenant: TenantOption = None,
     approve: Annotated[
@@ -101,10 +104,19 @@ def create(
         target=REGISTRY_ID,
         as_json=as_json,
         role=role,
-        ttl_ms=_milliseconds(ttl, "--ttl"),
+        ttl_ms=_token_life(ttl),
         uses=uses,
         **args,
     )
+
+
+def _token_life(text: str) -> int:
+    from registry.enrollment.desk import MAX_TOKEN_MS
+
+    ttl_ms = _milliseconds(text, "--ttl")
+    if not 1 <= ttl_ms <= MAX_TOKEN_MS:
+        raise ConfigurationError(f"--ttl {text!r}: a token lasts up to 30 days, such as 10m or 7d")
+    return ttl_ms
 
 
 def _milliseconds(text: str, option: str) -> int:
@@ -160,15 +172,15 @@ def enroll(
     broker: Annotated[
         str, typer.Option("--broker", help="Broker, mqtts://host:port (or wss://host:port/mqtt).")
     ],
+    identity: Annotated[str, typer.Option("--id", help="Identity wanted.")],
     token_file: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--token",
             help="The join token, the file it stands in, or - for standard input (which keeps it "
-            "out of the process list).",
+            "out of the process list). Not needed where the machine has joined.",
         ),
-    ],
-    identity: Annotated[str, typer.Option("--id", help="Identity wanted.")],
+    ] = None,
     role: Annotated[str, typer.Option("--role", help="Role wanted.")] = "node",
     site: Annotated[str, typer.Option("--site", help="Site to join.")] = "local",
     password: Annotated[
@@ -183,7 +195,8 @@ def enroll(
     """Join a mesh: make keys here, ask for papers, keep them.
 
     Prints the path of the identity file; `foam node FILE --identity PATH` runs a node with it.
-    A machine that has joined already is left as it is.
+    A machine that has joined already is left as it is, as long as the broker takes its papers;
+    otherwise it joins anew with the token.
     """
     from broker.access.policy import Role
     from capability_schemas.enrollment import JoinToken
@@ -193,10 +206,17 @@ def enroll(
     settings = client_settings(data=data)
     folder = MeshFolder(settings.data).prepare()
     path = folder.identity_path(identity)
-    if path.exists():
-        sys.stderr.write(f"{identity} has joined already; remove {path} to join anew\n")
+    has_papers = path.exists()
+    if has_papers and asyncio.run(_papers_count(folder, identity, url=broker, site=site)):
         sys.stdout.write(f"{path}\n")
         return
+    if token_file is None:
+        if has_papers:
+            raise AccessDenied(
+                f"the broker refuses the papers of {identity} in {path}: it was thrown out, or its "
+                "papers have run out; give a new join token (--token) to join anew"
+            )
+        raise ConfigurationError(f"{identity} has not joined yet: give a join token (--token)")
     try:
         wanted = Role(role)
     except ValueError as exc:
@@ -214,11 +234,31 @@ def enroll(
             certificate=not password and bool(join_token.authority),
             waiting=_say_waiting,
         )
+        folder.forget(identity)  # only now: a refused token leaves everything as it was
         stored = await asyncio.to_thread(store_papers, papers, path.parent)
         sys.stderr.write(f"{identity} has joined site {site} as {role}\n")
         sys.stdout.write(f"{stored}\n")
 
     run_async(main())
+
+
+async def _papers_count(folder: MeshFolder, identity: str, *, url: str, site: str) -> bool:
+    """Tell whether the papers of this machine still serve, and say so."""
+    from foam.enrolling import is_still_member
+
+    path = folder.identity_path(identity)
+    try:
+        counts = await is_still_member(Identity.read(path), path.parent, url=url, site=site)
+    except (BrokerUnavailable, TimeoutError) as error:
+        sys.stderr.write(
+            f"{identity} has joined already; its papers could not be tried: "
+            f"{str(error) or 'the broker does not answer'}\n"
+        )
+        return True
+    sys.stderr.write(
+        f"{identity} has joined already\n" if counts else f"the papers of {identity} are refused\n"
+    )
+    return counts
 
 
 def _token_text(given: str) -> str:
@@ -280,7 +320,18 @@ def deny(
 
 @admin.command(epilog=CODES_EPILOG)
 @connected()
-def revoke(settings: Settings, identity: IdentityArgument) -> None:
+def revoke(
+    settings: Settings,
+    identity: IdentityArgument,
+    *,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Also yourself, the last administrator, or what this mesh itself runs with.",
+        ),
+    ] = False,
+) -> None:
     """Throw a member out: its connections are cut, its password and papers are void."""
     show(
         settings,
@@ -288,6 +339,7 @@ def revoke(settings: Settings, identity: IdentityArgument) -> None:
         _say_revoked,
         target=REGISTRY_ID,
         id=identity,
+        **({"force": True} if force else {}),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from capability_schemas.errors import NotFound
+from capability_schemas.topics import TopicKind
 from foam.cli.app import app, run_async
 from foam.cli.codes import CODES_EPILOG
 from foam.cli.connection import connected
@@ -58,7 +59,9 @@ async def ask_admin(
     from foam.sdk.address import find_mesh
     from foam.sdk.client import MeshClient
 
-    async with MeshClient.at(find_mesh(settings, admin=True)) as mesh:
+    address = find_mesh(settings, admin=True)
+    address.require(TopicKind.ADMIN)
+    async with MeshClient.at(address) as mesh:
         try:
             return await mesh.admin_pages(verb, target=target, timeout_s=timeout_s, **args)
         except NotFound as error:
@@ -123,7 +126,9 @@ def _draw_nodes(answer: dict[str, Any]) -> None:
     for row in answer.get("nodes", ()):
         load = row.get("load") or {}
         state = "cordoned" if row.get("cordoned") else str(row.get("state", ""))
-        if not row.get("live") and state == "birth":
+        if row.get("revoked"):
+            state = "revoked"
+        elif not row.get("live") and state == "birth":
             state = "silent"
         seen = row.get("seen_ms_ago")
         degraded = row.get("degraded", ())

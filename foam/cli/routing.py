@@ -32,7 +32,7 @@ PreferOption = Annotated[
     str | None, typer.Option("--prefer", help="balanced, best, cheapest or fastest.")
 ]
 ClientOption = Annotated[
-    str | None, typer.Option("--client", help="In whose name; rules may ask for it.")
+    str | None, typer.Option("--client", help="In whose name: its rules and its tenant count.")
 ]
 
 
@@ -136,6 +136,8 @@ def _outcome(told: Mapping[str, Any], shown: int) -> Iterator[str]:
     hidden = (told.get("looked_at") or 0) - shown
     if hidden > 0:
         yield f"and {hidden} more"
+    if told.get("apart"):
+        yield f"left out: {told['apart']} offers of tenants; --client NAME asks as one of theirs"
     if told.get("more"):
         yield "not all were looked at: enough of them pass"
     if told.get("explored"):

@@ -4,15 +4,17 @@ import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from pydantic import SecretStr
 
+from broker.access.policy import Action, Role, grants
 from broker.session.settings import BrokerUrl
 from broker.tls import TlsSettings
-from capability_schemas.errors import ConfigurationError, NotFound
+from capability_schemas.errors import AccessDenied, ConfigurationError, NotFound
 from capability_schemas.ids import is_identifier, now_ms
 from capability_schemas.provenance import Signer
-from capability_schemas.topics import DEFAULT_SITE
+from capability_schemas.topics import DEFAULT_SITE, TopicKind
 from foam.mesh import (
     ADMIN_ID,
     DEVICE_ID,
@@ -43,6 +45,7 @@ class MeshAddress:
         tls: How to check a broker with TLS.
         signer: Signs what it asks of routers and registries; None: it goes unsigned.
         registries: Public keys of the site's registries by id, for checking results.
+        role: What the identity is in the mesh; None where only the broker knows.
     """
 
     url: str
@@ -54,11 +57,44 @@ class MeshAddress:
     tls: TlsSettings = field(default_factory=TlsSettings)
     signer: Signer | None = None
     registries: Mapping[str, str] = field(default_factory=dict)
+    role: Role | None = None
 
     @property
     def urls(self) -> tuple[str, ...]:
         """The broker, or the brokers of the cluster, one by one."""
         return tuple(str(url) for url in BrokerUrl.parse_all(self.url))
+
+    def require(self, kind: TopicKind) -> None:
+        """Refuse what the broker would not let this identity publish.
+
+        Brokers drop such a message without a word, and the asker would wait for nothing.
+
+        Args:
+            kind: ``TASK`` for whoever asks the mesh, ``ADMIN`` for whoever administrates it.
+
+        Raises:
+            AccessDenied: Its role may not.
+        """
+        if self.role is None or any(
+            grant.action is Action.PUBLISH and grant.kind is kind for grant in grants(self.role)
+        ):
+            return
+        does = _DOES.get(self.role, "it may not do this")
+        raise AccessDenied(
+            f"{self.client} is of the role {self.role.value}: {does}; "
+            + ("this needs an administrator or operator" if kind is TopicKind.ADMIN else "")
+            + ("asking needs a device: foam device add NAME" if kind is TopicKind.TASK else "")
+            + " (--identity FILE)",
+            identity=self.client,
+            role=self.role.value,
+        )
+
+
+_DOES: Final = {
+    Role.DEVICE: "it asks for tasks and administrates nothing",
+    Role.NODE: "it does tasks and administrates nothing",
+    Role.OBSERVER: "it reads topics and orders nothing",
+}
 
 
 def external_person(url: BrokerUrl) -> Person | None:
@@ -112,7 +148,7 @@ def find_mesh(settings: Settings, *, admin: bool = False) -> MeshAddress:
             id=settings.username, username=settings.username, password=settings.password
         )
     site = settings.site or (own.site if own is not None else DEFAULT_SITE)
-    identity = None
+    identity, person_id = None, person.id if person is not None else None
     if own is not None and person is not None:
         names = [person.id]
         if person in {own.admin, own.device}:  # at a broker that is not ours it has another name
@@ -131,6 +167,8 @@ def find_mesh(settings: Settings, *, admin: bool = False) -> MeshAddress:
         ),
         signer=_signer(identity, folder),
         registries=identity.registries if identity is not None else {},
+        # At a broker of others the folder knows who signs, and not what its name there may do.
+        role=identity.role if identity is not None and identity.id == person_id else None,
     )
 
 
@@ -176,4 +214,5 @@ def _as_identity(settings: Settings, path: Path) -> MeshAddress:
         tls=tls if settings.ca is None else tls.model_copy(update={"ca_file": settings.ca}),
         signer=load_signer(identity, where),
         registries=identity.registries,
+        role=identity.role,
     )

@@ -246,8 +246,10 @@ class MeshClient:
 
         Raises:
             BrokerUnavailable: The broker does not answer in time.
-            AccessDenied: It refuses the name or the password.
+            AccessDenied: It refuses the name or the password, or the identity is one that may not
+                ask at all.
         """
+        self.address.require(TopicKind.TASK)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._session)
             try:
@@ -417,9 +419,11 @@ class MeshClient:
             Its answer, any JSON: an object from a router, a list of ``claims`` from a registry.
 
         Raises:
+            AccessDenied: This client is known to be no administrator or operator.
             DeadlineExceeded: No answer: it is not running, or this client may not ask it.
             FoamError: What it answered.
         """
+        self.address.require(TopicKind.ADMIN)
         ask = partial(
             call_admin,
             self._inbox,

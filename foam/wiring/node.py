@@ -167,7 +167,7 @@ def _attester(
         epoch=agent.epoch,
         key=load_key(member.identity, member.folder),
         offer=agent.offer,
-        sources=evidence_sources(tpm_key=settings.tpm_key),
+        sources=evidence_sources(tpm_key=settings.tpm_key, tpm_registers=settings.tpm_registers),
         registries=member.identity.registries,
     )
 

@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
 from broker.access.policy import Role
+from capability_schemas.errors import ConfigurationError
 from capability_schemas.ids import now_ms
 from capability_schemas.signing import SigningKey
 from capability_schemas.topics import Topics
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from registry.admission import Identity
     from registry.enrollment import EnrollmentDesk
     from registry.store.audit import AuditLog
+
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 async def run_registry(
@@ -92,7 +97,12 @@ async def run_registry(
                 for name, at in desk.revoked.items():
                     member.book.revoke(name, before=at)
 
-        watch = MemberWatch(board=board, members=books.members, registry_id=own)
+        watch = MemberWatch(
+            board=board,
+            members=books.members,
+            registry_id=own,
+            stirred=lambda: enrollment.follow_members(),  # noqa: PLW0108 - it is made below
+        )
 
         def books_changed() -> None:
             forget_voided()
@@ -107,6 +117,7 @@ async def run_registry(
             key=key,
             identities=books.enrolled,
             nodes=books.nodes,
+            books=books.members,
             board=board,
             emit=events.emit,
             changed=lambda node: registry.readmit(node),  # noqa: PLW0108 - it is made below
@@ -119,6 +130,8 @@ async def run_registry(
             emit=events.emit,
             registry_id=own,
             changed=books_changed,
+            runs_here=books.folder.runs,
+            forget=books.folder.forget,
         )
         registry = RegistryService(
             session=session,
@@ -154,6 +167,7 @@ class _Books:
         self._member = member
         self._key = key
         self._credentials = folder.credentials()
+        self._problem = ""
 
     def desk(self) -> "EnrollmentDesk":
         """Open the enrollment desk; blocks."""
@@ -175,8 +189,18 @@ class _Books:
         )
 
     def members(self) -> "Mapping[str, Credential]":
-        """Return all credentials by name, as they are now."""
-        self._credentials.refresh()
+        """Return all credentials by name, as they are now.
+
+        While the file is damaged (somebody edits it), as they were before.
+        """
+        try:
+            self._credentials.refresh()
+        except ConfigurationError as error:
+            if error.message != self._problem:
+                _log.error("members.unread", error=error.message)
+            self._problem = error.message
+        else:
+            self._problem = ""
         return self._credentials.identities()
 
     def nodes(self) -> list[str]:

@@ -162,6 +162,8 @@ def _platform_problem(
         quote = check_quote(said[0].data, key=key, challenge=evidence.challenge)
     except FoamError as error:
         return f"its TPM: {error.message}"
+    if quote.registers != rule.registers:
+        return f"its TPM quotes the registers {quote.registers}, {rule.registers} are asked for"
     if quote.digest not in rule.pcrs:
-        return f"its TPM quotes the registers {quote.digest}, which no rule accepts"
+        return f"its TPM's registers come to {quote.digest}, which no rule accepts"
     return None

@@ -14,6 +14,7 @@
     references = ["plant"]                  # one of them has to fit
     gates = { data = ["private"], grants = ["actuate"] }
     pcrs = ["5f…"]                          # asks for a quote of a TPM too
+    registers = "sha256:0,1,2,3,4,7"        # of these and no others
 
     [tpm2]
     press-7 = "-----BEGIN PUBLIC KEY-----…"
@@ -28,6 +29,7 @@ from typing import Annotated, Any, Final, Literal
 
 import structlog
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -43,6 +45,7 @@ from capability_schemas.ids import Identifier
 from capability_schemas.task import DataClass
 from capability_schemas.trust import Sha256
 from capability_schemas.wire import first_problem
+from registry.attestation.tpm import DEFAULT_REGISTERS, registers_text
 
 ANY: Final = "any"
 _MOST_BYTES: Final = 4 * 1024 * 1024
@@ -127,6 +130,8 @@ class Rule(_Table):
         gates: Rights that need it.
         pcrs: Digests of the platform's registers that a TPM has to quote, one of them,
             hexadecimal; none: no TPM is asked for.
+        registers: Of which registers they are, ``BANK:NUMBER,…``. A quote of others is none: the
+            node may write what it likes into those that are free for programs, such as 16.
     """
 
     nodes: tuple[Pattern, ...] = ()
@@ -134,11 +139,14 @@ class Rule(_Table):
     references: tuple[str, ...] = ()
     gates: Gates
     pcrs: tuple[Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")], ...] = ()
+    registers: Annotated[str, AfterValidator(registers_text)] = DEFAULT_REGISTERS
 
     @model_validator(mode="after")
     def _gates_something(self) -> "Rule":
         if not self.gates:
             raise ValueError("gates: name at least one zone, grant or class of data")
+        if "registers" in self.model_fields_set and not self.pcrs:
+            raise ValueError("registers: name in pcrs too what these registers have to come to")
         return self
 
     def concerns(self, node: str, attested: CapabilityPolicy) -> bool:
@@ -208,6 +216,10 @@ def parse_policy(text: str, name: str) -> AttestationPolicy:
     except ValidationError as exc:
         problem = ": ".join(filter(None, first_problem(exc)))
         raise ConfigurationError(f"{name}: {problem}") from exc
+    except ValueError as exc:  # such as a number of thousands of digits
+        raise ConfigurationError(f"{name}: {exc}") from exc
+    except RecursionError as exc:
+        raise ConfigurationError(f"{name}: tables or lists are nested too deeply") from exc
 
 
 def reference_toml(name: str, measurements: Mapping[str, str]) -> str:

@@ -5,15 +5,19 @@ Structures after "Trusted Platform Module Library, Part 2: Structures", sections
 """
 
 import base64
-import binascii
 import hmac
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from capability_schemas.errors import BadSignature, MalformedPayload
 from capability_schemas.signing import verify_foreign
+
+DEFAULT_REGISTERS: Final = "sha256:0,1,2,3,4,7"
+"""What nodes quote: firmware, its settings, the boot loader, and whether Secure Boot is on (TCG PC
+Client Platform Firmware Profile, section 3.3.4)."""
 
 _GENERATED: Final = 0xFF544347
 _ATTEST_QUOTE: Final = 0x8018
@@ -21,6 +25,9 @@ _RSASSA: Final = 0x0014
 _ECDSA: Final = 0x0018
 _SHA256: Final = 0x000B
 _CLOCK_AND_FIRMWARE_BYTES: Final = 17 + 8
+_BANKS: Final = {0x0004: "sha1", _SHA256: "sha256", 0x000C: "sha384", 0x000D: "sha512"}
+_ASKED_BANKS: Final = ("sha256", "sha384", "sha512")
+_MOST_REGISTER: Final = 23
 _MOST_TEXT: Final = 16_384
 _MOST_BANKS: Final = 16
 
@@ -31,13 +38,45 @@ class Quote:
 
     Attributes:
         challenge: The data it was asked to sign along.
-        registers: Which registers it is of: ``(hash algorithm, bit mask)`` for each bank.
+        registers: Which registers it is of, as ``registers_text`` writes them; several banks are
+            joined by ``+``.
         digest: SHA-256 over their values, hexadecimal.
     """
 
     challenge: bytes
-    registers: tuple[tuple[int, bytes], ...]
+    registers: str
     digest: str
+
+
+def registers_text(text: str) -> str:
+    """Write a selection of registers in the one form that selections are compared in.
+
+    Args:
+        text: A bank and numbers of registers, such as ``sha256:7,0,1``.
+
+    Raises:
+        ValueError: It is none, or of a bank whose hash is broken.
+    """
+    bank, _, listed = text.partition(":")
+    numbers = [one.strip() for one in listed.split(",")]
+    sound = all(re.fullmatch(r"[0-9]{1,2}", one) for one in numbers)
+    if bank not in _ASKED_BANKS or not sound or max(map(int, numbers)) > _MOST_REGISTER:
+        raise ValueError(
+            f"{text!r}: write one of the banks {', '.join(_ASKED_BANKS)} and its registers, from 0 "
+            f'to {_MOST_REGISTER}, such as "{DEFAULT_REGISTERS}"'
+        )
+    return _selected(bank, {int(one) for one in numbers})
+
+
+def _selected(bank: str, numbers: Iterable[int]) -> str:
+    return f"{bank}:{','.join(map(str, sorted(numbers)))}"
+
+
+def _masked(algorithm: int, mask: bytes) -> str:
+    """Write a TPMS_PCR_SELECTION: bit ``n % 8`` of byte ``n / 8`` stands for register ``n``."""
+    bits = int.from_bytes(mask, "little")
+    numbers = (number for number in range(bits.bit_length()) if bits >> number & 1)
+    return _selected(_BANKS.get(algorithm, f"{algorithm:#06x}"), numbers)
 
 
 class _Reader:
@@ -79,10 +118,10 @@ def read_quote(data: bytes) -> Quote:
     banks = reader.number("I")
     if banks > _MOST_BANKS:
         raise MalformedPayload(f"the quote of the TPM names {banks} banks of registers")
-    registers = tuple((reader.number("H"), reader.take(reader.number("B"))) for _ in range(banks))
+    registers = [_masked(reader.number("H"), reader.take(reader.number("B"))) for _ in range(banks)]
     digest = reader.sized()
     reader.end()
-    return Quote(challenge, registers, digest.hex())
+    return Quote(challenge, "+".join(registers), digest.hex())
 
 
 def check_quote(data: Mapping[str, Any], *, key: str, challenge: str) -> Quote:
@@ -120,5 +159,5 @@ def _bytes(data: Mapping[str, Any], name: str) -> bytes:
         raise MalformedPayload(f"statement of the TPM: {name} is missing or too long", field=name)
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error as exc:
+    except ValueError as exc:  # of characters beyond ASCII too
         raise MalformedPayload(f"statement of the TPM: {name} is no base64", field=name) from exc

@@ -1,7 +1,7 @@
 """What the registry remembers of enrollment: one private file, replaced atomically."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -69,6 +69,7 @@ class _File(BaseModel):
     waiting: dict[Identifier, Waiting] = {}
     revoked: dict[Identifier, int] = {}
     asked: dict[Identifier, int] = {}
+    members: tuple[Identifier, ...] = ()
 
 
 class EnrollmentBook:
@@ -105,6 +106,11 @@ class EnrollmentBook:
         """Members and when they asked for papers last, by their own clocks, UTC milliseconds."""
         return self._state.asked
 
+    @property
+    def members(self) -> frozenset[str]:
+        """Who was a member when that was looked at last."""
+        return frozenset(self._state.members)
+
     def write(
         self,
         *,
@@ -112,6 +118,7 @@ class EnrollmentBook:
         waiting: Mapping[str, Waiting] | None = None,
         revoked: Mapping[str, int] | None = None,
         asked: Mapping[str, int] | None = None,
+        members: Iterable[str] | None = None,
     ) -> None:
         """Replace what is given; the rest stays.
 
@@ -124,6 +131,7 @@ class EnrollmentBook:
             waiting=dict(state.waiting if waiting is None else waiting),
             revoked=dict(state.revoked if revoked is None else revoked),
             asked=dict(state.asked if asked is None else asked),
+            members=state.members if members is None else tuple(sorted(members)),
         )
         document = made.model_dump(mode="json", exclude_none=True)
         try:

@@ -8,7 +8,7 @@ answer, and an old one none.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -48,6 +48,10 @@ MAX_TOKEN_MS: Final = 30 * 86_400_000
 _REMEMBERED: Final = 4_096
 _TOKENS: Final = 10_000
 _WAITING: Final = 1_000
+
+
+def _anybody(_role: Role) -> None:
+    """Let everybody be decided over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,14 +207,21 @@ class EnrollmentDesk:
             if token.uses and now < token.expires_at
         }
 
-    def revoke_token(self, token: str) -> None:
-        """Make a token worthless; whoever waits on it waits no more.
+    def revoke_token(self, token: str, *, allow: Callable[[Role], None] = _anybody) -> None:
+        """Make a token worthless, an old one too; whoever waits on it waits no more.
+
+        Args:
+            token: Its name.
+            allow: Raises where somebody of this role may not be decided over.
 
         Raises:
             NotFound: It is not known.
+            AccessDenied: As ``allow`` says.
         """
-        if token not in self._book.tokens:
+        known = self._book.tokens.get(token)
+        if known is None:
             raise NotFound(f"token {token!r} is not known", token=token)
+        allow(known.role)
         self._drop_tokens({token})
 
     # ---- requests
@@ -298,16 +309,58 @@ class EnrollmentDesk:
         self._book.write(waiting=left)
         return self._finished(answer, bytes.fromhex(token.proof_key))
 
-    def revoke(self, identity: str) -> None:
+    def revoke(self, identity: str, *, allow: Callable[[Role], None] = _anybody) -> None:
         """Throw a member out: no password, no certificate, no passport of it counts any more.
+
+        Args:
+            identity: Who.
+            allow: Raises where somebody of this role may not be thrown out.
 
         Raises:
             NotFound: It is not known.
-            ConfigurationError: The files cannot be written.
+            AccessDenied: As ``allow`` says.
+            ConfigurationError: The files cannot be read or written; the same order, given again,
+                does what is left.
         """
+        self._credentials.refresh()  # commands on this machine make members too
+        role = self.role(identity)
+        if role is None or identity not in self._credentials.identities():
+            raise NotFound(f"identity {identity!r} is unknown", identity=identity)
+        allow(role)
+        # First what voids its papers: once the credential is gone, nobody can ask for that.
+        self._void({identity}, members=self._book.members - {identity})
         self._credentials.remove(identity)
-        asked = {name: at for name, at in self._book.asked.items() if name != identity}
-        self._book.write(revoked={**self._book.revoked, identity: self._clock()}, asked=asked)
+
+    def follow_members(self) -> Sequence[str]:
+        """Void the papers of those who have vanished from the credentials since the last look.
+
+        A command on this machine may remove a member without the registry. When nobody is left at
+        all the file is missing or a mishap, and changes nothing.
+
+        Returns:
+            Who has vanished.
+
+        Raises:
+            ConfigurationError: The files cannot be read or written.
+        """
+        self._credentials.refresh()
+        members = {
+            name
+            for name, known in self._credentials.identities().items()
+            if known.role is not Role.ENROLLEE
+        }
+        before = self._book.members
+        if not members or members == before:
+            return ()
+        self._void(before - members, members=members)
+        return sorted(before - members)
+
+    def _void(self, names: Collection[str], *, members: Collection[str]) -> None:
+        self._book.write(
+            revoked={**self._book.revoked, **dict.fromkeys(names, self._clock())},
+            asked={name: at for name, at in self._book.asked.items() if name not in names},
+            members=members,
+        )
 
     def role(self, identity: str) -> Role | None:
         """Return what a member is, or what a token is for; None where it is neither."""
@@ -316,6 +369,12 @@ class EnrollmentDesk:
             return token.role
         known = self._credentials.identities().get(identity)
         return known.role if known is not None else None
+
+    def administrators(self) -> list[str]:
+        """Return who administrates now."""
+        now = self._clock()
+        known = self._credentials.identities().items()
+        return [name for name, one in known if one.role is Role.ADMIN and one.counts(now)]
 
     @property
     def revoked(self) -> Mapping[str, int]:

@@ -29,6 +29,7 @@ class MemberWatch(Service):
         board: Says it.
         members: Reads the credentials anew and returns them; blocks for a moment.
         registry_id: Identity of the registry.
+        stirred: Told when the credentials have changed.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class MemberWatch(Service):
         board: TrustBoard,
         members: Callable[[], Mapping[str, Credential]],
         registry_id: str,
+        stirred: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(service_id=registry_id)
         self._board = board
         self._members = members
+        self._stirred = stirred
         self._seen: Mapping[str, Credential] | None = None
         self._told: dict[str, Description] = {}
 
@@ -72,6 +75,7 @@ class MemberWatch(Service):
         if members is self._seen:
             return
         self._seen = members
+        self._stirred()
         wanted = {
             name: Description(
                 role=known.role.value,

@@ -41,6 +41,8 @@ class Rotation:
     def facts(self) -> dict[str, Any]:
         """Return roots, members that have not renewed, and tokens that go with the old root.
 
+        ``bundle`` is the certificates to trust, PEM.
+
         Raises:
             NotFound: The site has no authority.
         """
@@ -58,6 +60,7 @@ class Rotation:
                 }
                 for root in authority.roots()
             ],
+            "bundle": authority.bundle,
             "rotating": authority.rotating,
             "not_renewed": waiting,
             "old_tokens": sorted(

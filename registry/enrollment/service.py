@@ -5,8 +5,10 @@ holds a token can have it work only so often.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -20,14 +22,17 @@ from broker.session.base import Message, Session
 from capability_schemas.enrollment import EnrollRequest
 from capability_schemas.errors import (
     BrokerUnavailable,
+    ConfigurationError,
     FoamError,
     InvalidTask,
     InvalidTopic,
     Overloaded,
+    Unavailable,
 )
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode, encode
 from registry.admin import Verb
+from registry.enrollment.departure import check_departure
 from registry.enrollment.desk import Answer, EnrollmentDesk
 from registry.enrollment.tenancy import ATTESTED, check_attested
 from registry.store.audit import AuditLog
@@ -37,6 +42,7 @@ _PER_SECOND: Final = 5.0
 _BURST: Final = 20.0
 _LEVELS: Final = 4_096
 _PAGE: Final = 500
+_AGAIN_S: Final = 5.0
 _T = TypeVar("_T")
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _STRINGS: Final = TypeAdapter(tuple[str, ...])
@@ -53,6 +59,8 @@ class EnrollmentService(Service):
         emit: Publishes an event: kind and JSON fields.
         registry_id: Identity of the registry.
         changed: Told when members or their papers have changed.
+        runs_here: Tells whether a registry, router or node is of the registry's own data folder.
+        forget: Deletes what that folder holds of a member that was thrown out; blocks.
     """
 
     def __init__(
@@ -65,6 +73,8 @@ class EnrollmentService(Service):
         emit: Callable[[str, dict[str, Any]], None],
         registry_id: str,
         changed: Callable[[], None] = lambda: None,
+        runs_here: Callable[[str], bool] = lambda _: False,
+        forget: Callable[[str], object] = lambda _: None,
     ) -> None:
         super().__init__(service_id=registry_id)
         self._session = session
@@ -74,8 +84,11 @@ class EnrollmentService(Service):
         self._emit = emit
         self._id = registry_id
         self._changed = changed
+        self._runs_here = runs_here
+        self._forget = forget
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="foam-enrollment")
         self._budget: Budget | None = None
+        self._stirred = asyncio.Event()
         self.dropped = 0
 
     @property
@@ -108,6 +121,29 @@ class EnrollmentService(Service):
             queue_limit=_QUEUE,
             on_overflow=self._overflowed,
         )
+        self._stirred.set()  # who was removed while the registry was away
+        self.spawn(self._follow_members(), name="follow")
+
+    def follow_members(self) -> None:
+        """Look who has vanished from the credentials; told when they have changed."""
+        self._stirred.set()
+
+    async def _follow_members(self) -> None:
+        gone: deque[str] = deque()  # and not written down yet
+        while True:
+            await self._stirred.wait()
+            self._stirred.clear()
+            try:
+                gone.extend(await self._run(self._desk.follow_members))
+                if gone:
+                    self._changed()
+                while gone:
+                    await self._note("removed", actor=self._id, subject=gone[0])
+                    gone.popleft()
+            except (ConfigurationError, Unavailable) as error:
+                _log.error("enrollment.unfollowed", error=error.message)
+                await asyncio.sleep(_AGAIN_S)
+                self._stirred.set()
 
     async def _on_stopped(self) -> None:
         # What the desk has begun it ends: a grant is written, or it is not.
@@ -203,10 +239,8 @@ class EnrollmentService(Service):
     async def _token_revoke(self, args: dict[str, Any], asker: Requester) -> Any:
         _only(args, {"token"})
         token = _text(args, "token")
-        known = self._desk.tokens().get(token)
-        if known is not None:
-            asker.check_member(known.role, "revoke a token for")
-        await self._run(lambda: self._desk.revoke_token(token))
+        allow = partial(asker.check_member, what="revoke a token for")
+        await self._run(lambda: self._desk.revoke_token(token, allow=allow))
         await self._note("token_revoked", actor=asker.name, subject=token)
         return {"id": token}
 
@@ -251,12 +285,23 @@ class EnrollmentService(Service):
         return {"id": identity, "status": answer.happened, "reason": answer.reason}
 
     async def _revoke(self, args: dict[str, Any], asker: Requester) -> Any:
-        _only(args, {"id"})
-        identity = _text(args, "id")
-        role = self._desk.role(identity)
-        if role is not None:
+        _only(args, {"id", "force"})
+        identity, force = _text(args, "id"), _flag(args, "force")
+
+        def allow(role: Role) -> None:
             asker.check_member(role, "throw out members of")
-        await self._run(lambda: self._desk.revoke(identity))
+            check_departure(
+                identity,
+                role,
+                asker=asker,
+                registry_id=self._id,
+                administrators=self._desk.administrators(),
+                runs_here=self._runs_here,
+                force=force,
+            )
+
+        await self._run(lambda: self._desk.revoke(identity, allow=allow))
+        await self._run(lambda: self._forget(identity))
         self._changed()
         await self._note("revoked", actor=asker.name, subject=identity)
         return {"id": identity, "revoked_at": self._desk.revoked[identity]}

@@ -173,6 +173,9 @@ class AuditLog:
     def write_all(self, notes: Sequence[AuditNote]) -> list[AuditEntry]:
         """Add entries, all of them or none: one turn of the disk for many.
 
+        A note that has no canonical JSON (half a surrogate pair, a number beyond all bounds) would
+        stop every one behind it: it is written without its detail.
+
         Args:
             notes: What happened, in order.
 
@@ -186,7 +189,7 @@ class AuditLog:
                 with connection:
                     connection.execute("BEGIN IMMEDIATE")
                     number, before = _head(connection)
-                    for note in notes:
+                    for note in map(_writable, notes):
                         number += 1
                         made = _entry(
                             number,
@@ -319,6 +322,27 @@ def _open(path: Path) -> sqlite3.Connection:
             f"audit trail {path} has layout {layout}, known is {_LAYOUT}: update this program"
         )
     return connection
+
+
+def _writable(note: AuditNote) -> AuditNote:
+    """Return a note as the chain can hold it."""
+    try:
+        canonical_bytes(
+            {
+                "actor": note.actor,
+                "action": note.action,
+                "subject": note.subject,
+                "detail": note.detail,
+            }
+        )
+        json.dumps(note.detail)
+    except (ValueError, TypeError, ArithmeticError, RecursionError):
+        action, actor, subject = (
+            text.encode("utf-8", "replace").decode()
+            for text in (note.action, note.actor, note.subject)
+        )
+        return AuditNote(action, actor, subject, {"unwritable": "its detail has no canonical JSON"})
+    return note
 
 
 def _insert(connection: sqlite3.Connection, entry: AuditEntry) -> None:

@@ -279,6 +279,7 @@ class SqliteStore(Service):
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._path.touch(mode=0o600)
+            self._path.chmod(0o600)
             connection = sqlite3.connect(
                 self._path, timeout=self._busy_timeout_s, isolation_level=None
             )

@@ -7,8 +7,8 @@
 
 Verbs: ``round_trip``, ``first_token``, ``throughput``, ``footprint``, ``fifty``; ``streams``,
 ``cold_start``, ``runtimes``, ``prediction``, ``failover``, ``routing_scale``, ``rules``,
-``signed_messages``, ``signed_tasks``, ``brokers`` and ``routing``, which need no mesh of theirs;
-``all``. Tables go to stdout, the same numbers to ``--json``.
+``signed_messages``, ``signed_catalogue``, ``signed_tasks``, ``brokers`` and ``routing``, which
+need no mesh of theirs; ``all``. Tables go to stdout, the same numbers to ``--json``.
 """
 
 import argparse
@@ -66,6 +66,7 @@ WITHOUT_MESH: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "joining": identities.measure_joining,
     "quotas": quotas.measure,
     "signed_messages": signatures.measure_messages,
+    "signed_catalogue": signatures.measure_catalogue,
     "signed_tasks": signatures.measure_tasks,
 }
 ONCE = ("footprint", "fifty")

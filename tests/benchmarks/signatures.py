@@ -23,14 +23,14 @@ from capability_schemas.ids import now_ms
 from capability_schemas.invocation import Invocation
 from capability_schemas.provenance import ORDER_ROLES, Provenance
 from capability_schemas.reply import Result, decode_reply
-from capability_schemas.signing import canonical_bytes, verify
+from capability_schemas.signing import canonical_bytes, sign, verify
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode, encode
 from node_agent.agent import NodeAgent
 from node_agent.settings import NodeSettings
 from router import RouterSettings
 from support.capabilities import make_record
-from support.members import make_book, make_signer
+from support.members import REGISTRY_KEY, make_book, make_signer
 from support.scripted_mesh import Mesh
 
 ECHO = "def echo(text: str) -> str:\n    return text\n"
@@ -158,11 +158,63 @@ async def running(folder: Path, *, signed: bool) -> AsyncIterator[Asked]:
                 **trust,
             )
         )
-        record = make_record(mesh.words, "edge-1")
+        record = sign(make_record(mesh.words, "edge-1"), REGISTRY_KEY)
         topic = topics.build(TopicKind.CATALOG, node="edge-1", function="echo")
         mesh.client.post(topic, encode(record), retain=True)
         await mesh.broker.settle()
         yield asked
+
+
+def measure_catalogue(*, records: int = 10_000) -> list[dict[str, Any]]:
+    """Return how long a starting router takes for its catalogue, checked and unchecked.
+
+    Args:
+        records: How many there are, of one function each.
+    """
+    return [asyncio.run(_read_catalogue(records, checked=checked)) for checked in (False, True)]
+
+
+async def _read_catalogue(records: int, *, checked: bool) -> dict[str, Any]:
+    topics = Topics()
+    with tempfile.TemporaryDirectory(prefix="foam-bench-") as made:
+        async with contextlib.AsyncExitStack() as stack:
+            mesh = Mesh(stack, Path(made), topics)
+            await mesh.start_client()
+            model = make_record(mesh.words, "edge-1")
+            for number in range(records):
+                record = model.model_copy(update={"function": f"function-{number}"})
+                topic = topics.build(TopicKind.CATALOG, node="edge-1", function=record.function)
+                mesh.client.post(topic, encode(sign(record, REGISTRY_KEY)), retain=True)
+                if number % 100 == 0:
+                    await mesh.broker.settle()
+            await mesh.broker.settle()
+            trust: dict[str, Any] = {"book": make_book(now_ms)} if checked else {}
+            longest = asyncio.create_task(_longest_turn_ms())
+            started = time.perf_counter()
+            router = await mesh.start_router(RouterSettings(queue_limit=2 * records), **trust)
+            taken = time.perf_counter() - started
+            if len(router.fleet.records) != records:
+                raise RuntimeError(f"{len(router.fleet.records)} of {records} records are known")
+            longest.cancel()
+            await mesh.stop_router()
+            return {
+                "records": records,
+                "checked": checked,
+                "all known after, s": round(taken, 2),
+                "longest turn of the loop, ms": round(await longest, 1),
+            }
+
+
+async def _longest_turn_ms() -> float:
+    """Return how long others had to wait for the loop at most, until cancelled."""
+    longest = 0.0
+    try:
+        while True:
+            started = time.perf_counter()
+            await asyncio.sleep(0)
+            longest = max(longest, (time.perf_counter() - started) * 1e3)
+    except asyncio.CancelledError:
+        return longest
 
 
 def measure_tasks(*, rounds: int = 300) -> list[dict[str, Any]]:

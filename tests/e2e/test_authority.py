@@ -103,6 +103,7 @@ def test_a_rotation_without_a_gap(site, tmp_path):
         node.wait_line("FOAM NODE READY")
         before = paper.with_suffix(".tls.pem").read_text()
         foam(site, "authority", "rotate")
+        assert foam(site, "authority", "show", "--pem").count("BEGIN CERTIFICATE") == 2
         assert "under way" in foam(site, "authority", "rotate", code=10)
         assert ask(site) == {"litres": 40.0}
         # The node hears that there is a new root, and renews over the session it has.

@@ -3,10 +3,13 @@
 import asyncio
 import json
 import os
+import socket
+import ssl
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -73,6 +76,7 @@ def test_a_node_joins_serves_and_is_thrown_out(site, tmp_path):
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in paper.parent.iterdir())
     again = enroll(site, tmp_path / "new", "not even looked at", "--id", "press-7")
     assert again.returncode == 0
+    assert b"has joined already" in again.stderr
     assert Path(again.stdout.decode().strip()) == paper
     node = FoamProcess(
         *("node", str(tmp_path / "plant.py"), "--identity", str(paper)),
@@ -91,7 +95,8 @@ def test_a_node_joins_serves_and_is_thrown_out(site, tmp_path):
         assert json.loads(asked) == {"litres": 40.0}
         foam(site, "admin", "revoke", "press-7")
         assert node.process.wait(20) != 0
-        node.wait_line("refuses the connection of press-7", where="err")
+        said = node.wait_line("foam node: ", where="err")  # by the registry's word or the broker's
+        assert "press-7 was revoked" in said or "refuses the connection of press-7" in said
     finally:
         node.end()
     shown = json.loads(foam(site, "audit", "show", "--json"))["entries"]
@@ -147,6 +152,46 @@ async def _ask_all(site, tasks):
                     routers.add(event.router)
             results.append((await handle.result()).output)
     return routers, results
+
+
+def test_plain_clients_are_told_whom_to_trust(site):
+    trusted = Path(site.facts["ca"]).read_text()
+    assert foam(site, "authority", "show", "--pem") == trusted
+    context = ssl.create_default_context(cadata=trusted)
+    address = urlsplit(site.facts["public"][0])
+    with (
+        socket.create_connection(("127.0.0.1", address.port), timeout=60) as plain,
+        context.wrap_socket(plain, server_hostname=address.hostname) as secure,
+    ):
+        assert secure.version()
+
+
+def test_papers_that_count_no_more_are_replaced_with_a_token(site, tmp_path):
+    where = ("--broker", site.facts["public"][0], "--data", str(tmp_path / "new"))
+    here = ("enroll", *where, "--id", "press-6")
+    first = enroll(site, tmp_path / "new", make_token(site), "--id", "press-6")
+    assert first.returncode == 0, first.stderr
+    paper = Path(first.stdout.decode().strip())
+    before = paper.read_text()
+    assert run_foam(*here).stdout == first.stdout
+    foam(site, "admin", "revoke", "press-6")
+    refused = run_foam(*here)
+    assert (refused.returncode, b"refuses the papers of press-6" in refused.stderr) == (13, True)
+    assert paper.read_text() == before
+    anew = enroll(site, tmp_path / "new", make_token(site), "--id", "press-6")
+    assert anew.returncode == 0, anew.stderr
+    assert paper.read_text() != before
+    assert b"has joined already" in run_foam(*here).stderr
+
+
+def test_what_runs_here_goes_by_force_and_comes_back(site):
+    refused = run_foam("admin", "revoke", "router-1", "--data", str(site.data))
+    assert (refused.returncode, b"--force" in refused.stderr) == (10, True)
+    foam(site, "device", "add", "press-4", "--role", "node")
+    foam(site, "admin", "revoke", "press-4", "--force")
+    files = site.data / "identities"
+    assert not list(files.glob("press-4*"))
+    assert json.loads(foam(site, "device", "add", "press-4", "--role", "node"))["id"] == "press-4"
 
 
 def test_a_node_joins_and_serves_over_websocket(site, tmp_path):
@@ -251,7 +296,9 @@ def test_on_mosquitto_a_member_comes_with_a_certificate(access, tmp_path):
             node.wait_line("FOAM NODE READY")
             foam(site, "admin", "revoke", "press-7")
             if access == "dynamic":  # else it stays, deaf and dumb, until it connects again
-                node.wait_line("our certificate was revoked", where="err")
+                # by its trust state or by the broker's word, whichever comes first
+                node.wait_line("was revoked", where="err")
+                assert node.process.wait(60) == 13
         finally:
             node.end()
         again = FoamProcess(

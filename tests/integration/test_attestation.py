@@ -12,14 +12,23 @@ import pytest
 
 from broker.access.orders import Requester
 from broker.access.policy import Role
+from broker.audit import Budget
+from broker.session.base import Message
 from broker.session.memory import MemoryBroker, MemorySession
 from capability_schemas.capability import CapabilityPolicy, CatalogRecord
-from capability_schemas.errors import ConfigurationError, InvalidTask, NotFound
+from capability_schemas.errors import ConfigurationError, InvalidTask, NotFound, TooLarge
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.ids import now_ms
 from capability_schemas.signing import SigningKey, sign, verify
 from capability_schemas.topics import TopicKind, Topics
-from capability_schemas.trust import MAX_MEASUREMENTS, Evidence, Standing, TrustState, read_trust
+from capability_schemas.trust import (
+    EVIDENCE_LIMIT_BYTES,
+    MAX_MEASUREMENTS,
+    Evidence,
+    Standing,
+    TrustState,
+    read_trust,
+)
 from capability_schemas.wire import decode, encode
 from node_agent.attestation import Attester, Findings, Offer, TpmSource, evidence_sources
 from node_agent.attestation.catalogue import _plugins
@@ -27,6 +36,8 @@ from node_agent.attestation.service import folded
 from node_agent.attestation.software import SoftwareSource, tree_digest
 from registry.admission import Identity
 from registry.attestation import AttestationFile, AttestationService
+from registry.attestation.judgement import read_evidence
+from registry.attestation.tpm import DEFAULT_REGISTERS
 from registry.encoders import EncoderThread
 from registry.service import RegistryService
 from registry.settings import RegistrySettings
@@ -35,6 +46,8 @@ from registry.trust import VOID_KEPT_MS, Description, TrustBoard
 from support.capabilities import make_claim, signed
 from support.encoders import WordEncoder
 from support.tpm import SoftTpm
+
+pytestmark = pytest.mark.timeout(120)
 
 TOPICS = Topics(site="hall-3")
 NODE_KEY = SigningKey.generate()
@@ -326,6 +339,133 @@ async def test_bad_evidence_earns_nothing(world, eventually, kind):
         assert world.policy() == BARE
 
 
+async def test_another_key_inherits_nothing_of_what_was_shown_before(world, eventually):
+    world.ask()
+    async with world.registry():
+        async with world.node():
+            await eventually(lambda: world.policy() == ATTESTED, timeout_s=30.0)
+            good = world.evidence()
+        other = SigningKey.generate()
+        world.known["edge-1"] = Identity(other.public, ATTESTED)
+        assert world.attestation.narrowed("edge-1").attested == BARE  # at once
+        await eventually(lambda: world.policy() == BARE, timeout_s=30.0)
+        assert world.says("shown no evidence")
+        assert "evidence" not in await world.row()
+        async with MemorySession(broker=world.broker, client_id="edge-1") as session:
+            # Its clock may be behind that of the machine before: nothing of that one counts.
+            shown = good.model_copy(update={"at": good.at - 5})
+            topic = TOPICS.build(TopicKind.EVIDENCE, node="edge-1")
+            session.post(topic, encode(sign(shown, other)), retain=True)
+            await eventually(lambda: world.policy() == ATTESTED, timeout_s=30.0)
+
+
+async def test_other_rights_on_record_are_judged_anew_and_written(world, eventually):
+    world.file.path.write_text('[[rules]]\nzones = ["hall-3"]\ngates = { grants = ["actuate"] }\n')
+    elsewhere = CapabilityPolicy(zones=("hall-4",), grants=("actuate",))
+    world.known["edge-1"] = Identity(NODE_KEY.public, elsewhere)
+    async with world.registry(), world.node(registries={}):  # it answers no challenge
+        await eventually(lambda: world.policy() == elsewhere.model_copy(update={"zones": ()}))
+        await eventually(lambda: "edge-1" in world.attestation._judged, timeout_s=30.0)
+        assert world.trust() is None
+        world.known["edge-1"] = Identity(NODE_KEY.public, ATTESTED)
+        assert world.attestation.narrowed("edge-1").attested.grants == ()  # at once
+        await eventually(
+            lambda: world.policy() == CapabilityPolicy(zones=("hall-3",)), timeout_s=30.0
+        )
+        await eventually(lambda: world.trust() is not None and world.trust().state == "lapsed")
+        # Rights that no rule is about are written too.
+        for rights in (CapabilityPolicy(data=("public",)), CapabilityPolicy(data=("internal",))):
+            world.known["edge-1"] = Identity(NODE_KEY.public, rights)
+            await eventually(lambda now=rights: world.policy() == now, timeout_s=30.0)
+            assert world.trust() is None
+
+
+async def test_what_a_node_claimed_goes_with_it(world, eventually):
+    async with world.registry(), world.node():
+        await eventually(lambda: world.policy() == ATTESTED and world.evidence() is not None)
+        await eventually(lambda: "edge-1" in world.attestation._judged, timeout_s=30.0)
+        del world.known["edge-1"]
+        await eventually(lambda: world.policy() is None, timeout_s=30.0)
+        assert world.attestation._shown == {}
+
+
+class TestFloods:
+    def message(self, node="edge-1", key=NODE_KEY, **changes):
+        given: dict[str, Any] = {"node": node, "epoch": 1, "at": now_ms()}
+        payload = encode(sign(Evidence(**given | changes), key))
+        return Message(TOPICS.build(TopicKind.EVIDENCE, node=node), payload)
+
+    async def test_of_each_node_the_newest_piece_waits(self, world, eventually):
+        async with world.registry():
+            service, now = world.attestation, now_ms()
+            for number in range(200):
+                await service._on_evidence(self.message(at=now + number))
+            await eventually(lambda: service._shown)
+            assert service._shown["edge-1"].evidence.at == now + 199
+            assert service.counts == {"superseded": 199, "taken": 1}
+
+    async def test_who_floods_delays_only_itself(self, world, eventually):
+        calm = SigningKey.generate()
+        world.known["edge-2"] = Identity(calm.public, ATTESTED)
+        async with world.registry():
+            service, now = world.attestation, now_ms()
+            time = [0.0]
+            service._pace = Budget(lambda: time[0], burst=2, per_second=1, remembered=10)
+            for number in range(4):
+                await service._on_evidence(self.message(at=now + number))
+                await eventually(lambda: number > 1 or not service._waiting)  # noqa: B023
+            await service._on_evidence(self.message("edge-2", calm))
+            await eventually(lambda: "edge-2" in service._shown)
+            assert service._shown["edge-1"].evidence.at == now + 1
+            assert set(service._waiting) == {"edge-1"}
+            time[0] = 1.0
+            await eventually(lambda: service._shown["edge-1"].evidence.at == now + 3)
+
+    async def test_what_is_too_long_does_not_even_wait(self, world, eventually):
+        async with world.registry():
+            service = world.attestation
+            topic = TOPICS.build(TopicKind.EVIDENCE, node="edge-1")
+            await service._on_evidence(Message(topic, b" " * (EVIDENCE_LIMIT_BYTES + 1)))
+            assert isinstance(service._waiting["edge-1"], TooLarge)
+            await eventually(lambda: service.counts["refused"] == 1)
+            assert str(EVIDENCE_LIMIT_BYTES + 1) in service._shown["edge-1"].problem
+
+    async def test_strangers_do_not_wait(self, world):
+        async with world.registry():
+            service = world.attestation
+            for number in range(50):
+                await service._on_evidence(self.message(f"edge-{number + 10}"))
+            assert service._waiting == {}
+            assert service.counts == {"refused": 50}
+
+    async def test_what_was_dropped_is_asked_for_again(self, world, eventually):
+        async with world.registry(), world.node():
+            service = world.attestation
+            await eventually(lambda: service._shown)
+            service._shown.clear()
+            service._overflowed(self.message())
+            await eventually(lambda: service._shown, timeout_s=30.0)
+            assert service._shown["edge-1"].evidence == world.evidence()
+            assert not service._missed
+
+    async def test_one_odd_node_does_not_end_the_registry(self, world, eventually, monkeypatch):
+        real = read_evidence
+
+        def odd(payload, *, node, **more):
+            if node == "edge-2":
+                raise RuntimeError("nobody thought of this")
+            return real(payload, node=node, **more)
+
+        monkeypatch.setattr("registry.attestation.service.read_evidence", odd)
+        world.known["edge-2"] = world.known["edge-1"]
+        async with world.registry():
+            service = world.attestation
+            await service._on_evidence(self.message("edge-2"))
+            await service._on_evidence(self.message())
+            await eventually(lambda: "edge-1" in service._shown)
+            assert service.counts["failed"] == 1
+
+
 async def test_a_hostile_challenge_is_not_answered(world, eventually):
     async with world.node() as (_, attester):
         await eventually(lambda: attester.made == 1)
@@ -396,6 +536,15 @@ def test_sources_of_other_distributions_are_taken_unless_they_cannot_be_made():
         "code",
         "tpm2",
     ]
+
+
+def test_the_registers_that_the_tpm_quotes_may_be_others():
+    def registers(**given):
+        (source,) = [one for one in evidence_sources(tpm_key="x", **given) if one.name == "tpm2"]
+        return source._registers
+
+    assert registers() == DEFAULT_REGISTERS
+    assert registers(tpm_registers="sha384:0,7") == "sha384:0,7"
 
 
 SCRIPT = """#!{python}

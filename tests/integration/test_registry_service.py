@@ -294,6 +294,79 @@ class TestEnd:
             assert world.record("kept") is not None
 
 
+class TestMembers:
+    def throw_out(self, world: World) -> None:
+        """Take a node off the record; its revocation is said, as by the board of the registry."""
+        del world.known["edge-1"]
+        topic = world.topics.build(TopicKind.TRUST, member="edge-1")
+        world.node.post(topic, b"{}", retain=True)
+
+    async def test_a_revocation_withdraws_what_the_node_claimed_at_once(
+        self, world: World, eventually: Eventually
+    ) -> None:
+        async with world.registry():
+            world.claim("one")
+            world.claim("two")
+            await eventually(lambda: world.record("one") and world.record("two"))
+            self.throw_out(world)
+            await eventually(lambda: world.record("one") is None and world.record("two") is None)
+        said = {event["data"]["reason"] for event in world.events("capability_withdrawn")}
+        assert said == {"its node is no member any more"}
+
+    async def test_a_revocation_is_not_overtaken_by_a_claim_that_is_being_embedded(
+        self, world: World, eventually: Eventually
+    ) -> None:
+        gate, reached = threading.Event(), threading.Event()
+
+        class Gated(WordEncoder):
+            def encode(self, texts: Sequence[str]) -> Vectors:
+                reached.set()
+                if not gate.wait(30):
+                    raise TimeoutError("nobody opened the gate")
+                return super().encode(texts)
+
+        world.encoder = Gated()
+        other = SigningKey.generate()
+        world.known["edge-2"] = Identity(other.public)
+        try:
+            async with world.registry() as registry:
+                world.claim()
+                await eventually(reached.is_set)
+                self.throw_out(world)
+                await eventually(lambda: ("edge-1", "echo") not in registry._pending)
+                gate.set()
+                claim = signed(make_claim(node="edge-2"), other)
+                world.send(claim, node="edge-2")
+                await eventually(lambda: world.record(node="edge-2"))  # it is after the other
+                assert world.record() is None
+                assert world.events("capability_admitted")[0]["data"]["node"] == "edge-2"
+        finally:
+            gate.set()
+
+    async def test_a_registry_that_starts_withdraws_what_is_of_no_member(
+        self, world: World, eventually: Eventually
+    ) -> None:
+        async with world.registry():
+            world.claim()
+            await eventually(world.record)
+        del world.known["edge-1"]
+        async with world.registry():
+            await eventually(lambda: world.record() is None)
+
+    async def test_who_is_let_in_again_claims_again(
+        self, world: World, eventually: Eventually
+    ) -> None:
+        async with world.registry():
+            claim = world.claim()
+            await eventually(world.record)
+            identity = world.known["edge-1"]
+            self.throw_out(world)
+            await eventually(lambda: world.record() is None)
+            world.known["edge-1"] = identity
+            world.send(claim)
+            await eventually(world.record)
+
+
 class TestRestart:
     async def test_the_catalogue_comes_back_without_embedding(
         self, world: World, eventually: Eventually

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.passport import PassportBook
 from capability_schemas.signing import SigningKey, sign
 from capability_schemas.topics import TopicKind, Topics
@@ -16,7 +17,8 @@ from capability_schemas.trust import TrustState
 from capability_schemas.wire import encode
 from router.entry import Entry
 from router.quota import QuotaFile
-from support.scripted_mesh import QUICK, Mesh, admit
+from support.capabilities import make_record
+from support.scripted_mesh import QUICK, Mesh, admit, answer
 
 REGISTRY = SigningKey.generate()
 
@@ -33,6 +35,7 @@ class People:
         file = QuotaFile(self.quotas)
         file.load()
         book = PassportBook(site="local", registries={"registry-1": REGISTRY.public})
+        self.mesh.registry_key = REGISTRY
         await self.mesh.start_router(QUICK, quotas=file, book=book)
 
     def say(self, member: str, **fields: Any) -> None:
@@ -279,3 +282,66 @@ async def test_hundreds_of_refusals_are_one_entry(people: People, eventually: An
     entries = [one for one in people.told("task_refused") if one["subject"] == "overloaded"]
     assert sum(one["detail"]["count"] for one in entries) == 499
     assert len(entries) <= 3
+
+
+# ---- nodes that were thrown out
+
+
+async def test_the_tasks_of_a_revoked_node_go_to_another_at_once(
+    people: People, eventually: Any
+) -> None:
+    mesh = people.mesh
+    await people.start()
+    nodes = [await mesh.node(name, admit) for name in ("edge-1", "edge-2")]
+    mesh.submit(id="held", function="echo")
+    await eventually(lambda: any(node.invocations for node in nodes))
+    gone, other = sorted(nodes, key=lambda node: -len(node.invocations))
+    other.behaviour = answer
+    people.say(gone.node, state="revoked", at=2_000, void_before=2_000, reason="stolen")
+    await eventually(lambda: mesh.final("held"))
+    assert mesh.kinds("held")[-1] == "result"
+    for number in range(4):
+        mesh.submit(id=f"t-{number}", function="echo")
+    await eventually(lambda: all(mesh.final(f"t-{number}") for number in range(4)))
+    assert (len(gone.invocations), len(other.invocations)) == (1, 5)
+    rows = (await mesh.admin(eventually, "nodes"))["output"]["nodes"]
+    assert {row["node"]: (row["live"], row["revoked"]) for row in rows} == {
+        gone.node: (False, True),
+        other.node: (True, False),
+    }
+    told = (await mesh.admin(eventually, "explain", task={"function": "echo"}))["output"]
+    gates = {one["node"]: one["gates"] for one in told["candidates"]}
+    assert gates[gone.node]["liveness"] == "revoked"
+
+
+async def test_a_new_enrollment_lets_a_node_in_again(people: People, eventually: Any) -> None:
+    mesh = people.mesh
+    people.say("edge-1", state="revoked", at=2_000, void_before=2_000)
+    await people.start()
+    node = await mesh.node("edge-1")
+    mesh.submit(id="early", function="echo", timeout_ms=60_000)
+    await eventually(lambda: mesh.final("early"))
+    assert mesh.kinds("early")[-1] == "error"
+    assert node.invocations == []
+    people.say("edge-1", role="node", at=3_000, void_before=2_000)
+    await mesh.broker.settle()
+    mesh.submit(id="late", function="echo")
+    await eventually(lambda: mesh.final("late"))
+    assert mesh.kinds("late")[-1] == "result"
+
+
+async def test_explain_asks_in_the_name_of_a_client_with_its_tenant(
+    people: People, eventually: Any
+) -> None:
+    mesh = people.mesh
+    people.say("valve-1", role="device", tenant="acme")
+    await people.start()
+    record = make_record(mesh.words, "edge-1", policy=CapabilityPolicy(tenant="acme"))
+    await mesh.node("edge-1", admit, record)
+    asked: dict[str, Any] = {"task": {"function": record.function}}
+    theirs = (await mesh.admin(eventually, "explain", client="valve-1", **asked))["output"]
+    assert theirs["chosen"] == ["edge-1", record.function]
+    assert "apart" not in theirs
+    nobodys = (await mesh.admin(eventually, "explain", **asked))["output"]
+    assert nobodys["chosen"] is None
+    assert nobodys["apart"] == 1

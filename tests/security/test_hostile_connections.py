@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,12 @@ from typing import Any, Self
 import pytest
 from pydantic import SecretStr
 
-from broker.access import CredentialStore, Role
+from broker.access import AccessPolicy, CredentialStore, Role
+from broker.audit import Tally
 from broker.embedded import EmbeddedBroker
+from broker.embedded.gate import Admission, Gate
+from broker.embedded.hardened import HardenedBroker
+from broker.embedded.refusals import Refusals
 from broker.engine import EngineSettings, WebSocketListener
 from broker.session.base import Message
 from broker.session.mqtt import MqttSession
@@ -268,6 +273,43 @@ async def test_somebody_who_guesses_passwords_is_alone_with_it(target, eventuall
                 await newcomer.wait_connected(CUT_S)
         await traffic.flows(eventually)
     assert target.events("password.guessing")
+
+
+async def test_wrong_passwords_do_not_fill_the_broker(tmp_path, monkeypatch, eventually):
+    """Whose password was not found right yet makes room, like somebody who is silent."""
+    store = CredentialStore(tmp_path / "credentials.json")
+    password = store.add("pump-1", Role.DEVICE)
+    gate = Gate(credentials=store, policy=AccessPolicy(TOPICS))
+    assert await gate.admit("pump-1", password, "pump-1") is Admission.ACCEPTED
+    checked = threading.Event()
+    monkeypatch.setattr(store, "verify", lambda *_: checked.wait(CUT_S) and None)
+    broker = HardenedBroker(
+        settings=EngineSettings(data_dir=tmp_path, host="127.0.0.1", port=0, address_limit=10),
+        gate=gate,
+        refusals=Refusals(tally=Tally(lambda: 0), topics=TOPICS),
+    )
+    await broker.start()
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            for number in range(10):
+                raw = await stack.enter_async_context(connect(broker.port))
+                raw.send(connect_packet("g", username=f"guess-{number}", password="wrong"))
+            await eventually(lambda: len(gate._line) == 8, timeout_s=CUT_S)  # two have their turn
+            good = await stack.enter_async_context(connect(broker.port))
+            good.send(connect_packet("pump-1", username="pump-1", password=password))
+            async with asyncio.timeout(CUT_S):
+                assert await good.reader.readexactly(4) == b"\x20\x02\x00\x00"
+    finally:
+        checked.set()
+        await broker.shutdown()
+        gate.close()
+
+
+async def test_a_path_that_is_no_path_is_answered(tmp_path):
+    async with _target(tmp_path, "ws") as target, target.open(upgraded=False) as raw:
+        raw.send(UPGRADE.replace(b"/mqtt", b"//[x"))
+        assert (await raw.ended(CUT_S)).startswith(b"HTTP/1.1 404 ")
+        assert not target.events("client.failed")
 
 
 async def test_pings_that_nobody_reads_are_not_hoarded(tmp_path, eventually):

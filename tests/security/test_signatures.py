@@ -24,7 +24,7 @@ from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode, encode
 from node_agent.agent import NodeAgent
 from node_agent.settings import NodeSettings
-from support.members import make_book, make_signer
+from support.members import REGISTRY_KEY, make_book, make_signer
 from support.scripted_mesh import Mesh
 
 NODE = "edge-1"
@@ -184,7 +184,14 @@ async def test_a_repeated_order_does_not_run_when_its_outcome_is_forgotten(attac
 async def test_orders_to_drain_are_checked_too(attack, eventually):
     plain = Control(verb="drain", reason="hostile")
     honest = attack.router.sign(
-        Control(verb="drain", sender="router-1", node=NODE, sent_at=now_ms(), nonce="n1")
+        Control(
+            verb="drain",
+            sender="router-1",
+            node=NODE,
+            epoch=attack.agent.epoch,
+            sent_at=now_ms(),
+            nonce="n1",
+        )
     )
     for order in (plain, honest.model_copy(update={"nonce": "n2"})):
         attack.control(order)
@@ -236,6 +243,7 @@ async def test_no_flipped_cut_or_spliced_order_runs(attack, data):
 async def mesh(tmp_path, topics):
     async with AsyncExitStack() as stack:
         made = Mesh(stack, tmp_path, topics)
+        made.registry_key = REGISTRY_KEY
         await made.start_client("admin-1")
         yield made
         await made.stop_router()

@@ -11,6 +11,7 @@ from broker.session.memory import MemoryBroker, MemorySession
 from capability_schemas.capability import CatalogRecord
 from capability_schemas.invocation import Invocation, Report
 from capability_schemas.node import NodeLoad, NodeState
+from capability_schemas.signing import SigningKey, sign
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode
 from registry.encoders import EncoderThread
@@ -123,6 +124,7 @@ class Mesh:
         self.topics = topics
         self.broker = MemoryBroker()
         self.words = WordEncoder()
+        self.registry_key: SigningKey | None = None
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.client: MemorySession
         self.router: RouterService
@@ -199,6 +201,8 @@ class Mesh:
         registry = self.client
         for record in records or (make_record(self.words, name),):
             topic = self.topics.build(TopicKind.CATALOG, node=name, function=record.function)
+            if self.registry_key is not None:
+                record = sign(record, self.registry_key)  # noqa: PLW2901 - as a registry would
             registry.post(topic, encode(record), retain=True)
         await self.broker.settle()
         return node

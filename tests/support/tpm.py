@@ -20,15 +20,20 @@ class SoftTpm:
         kind: ``rsa`` or ``ec``.
         private: PEM of its key; made when empty.
         registers: What the registers come to, hexadecimal.
+        selection: Which they are: the list of a TPML_PCR_SELECTION, 0-4 and 7 of SHA-256 when
+            empty.
     """
 
-    def __init__(self, kind: str, private: str = "", registers: str = "") -> None:
+    def __init__(
+        self, kind: str, private: str = "", registers: str = "", selection: bytes = b""
+    ) -> None:
         if private:
             self._key = serialization.load_pem_private_key(private.encode(), password=None)
         elif kind == "rsa":
             self._key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         else:
             self._key = ec.generate_private_key(ec.SECP256R1())
+        self.selection = selection or struct.pack(">IHB", 1, 0x000B, 3) + b"\x9f\x00\x00"
         self.registers = registers or hashlib.sha256(b"what the firmware measured").hexdigest()
 
     @property
@@ -60,7 +65,7 @@ class SoftTpm:
                 _sized(bytes.fromhex(challenge)),
                 struct.pack(">QIIB", 1234, 5, 6, 1),
                 struct.pack(">Q", 0x2019),
-                struct.pack(">I", 1) + struct.pack(">HB", 0x000B, 3) + b"\x9f\x00\x00",
+                self.selection,
                 _sized(bytes.fromhex(self.registers)),
             )
         )

@@ -1,24 +1,29 @@
 """TLS contexts and their failures, in handshakes that happen in memory."""
 
+import contextlib
 import gc
 import socket
 import ssl
 import struct
+import threading
 
 import pytest
 
 from broker.access.authority import Authority, make_key_and_request, read_request
 from broker.access.policy import Role
+from broker.session.mqtt import MqttSession
+from broker.session.settings import SessionSettings
 from broker.tls import (
     PeerCertificate,
     TlsListener,
     TlsSettings,
     client_context,
     explain,
+    never_connected,
     peer_certificate,
     server_context,
 )
-from capability_schemas.errors import ConfigurationError
+from capability_schemas.errors import AccessDenied, BrokerUnavailable, ConfigurationError
 from capability_schemas.ids import now_ms
 from support.tls import handshake
 
@@ -191,3 +196,90 @@ def test_a_forgotten_socket_closes_itself(site):
         with pytest.raises(OSError, match="reset"):
             context.wrap_socket(here, server_hostname="broker.test")
     gc.collect()  # a warning about a socket left open fails the test
+
+
+# ---- what the broker says after the handshake, and what nobody said
+
+
+class RevokingBroker:
+    """Takes connections by TLS, and asks a revocation list about certificates."""
+
+    def __init__(self, site, revoked, *, newest=ssl.TLSVersion.TLSv1_3):
+        context = server_context(site.listener(hosts=("127.0.0.1",)))
+        context.maximum_version = newest
+        (site.folder / "revoked.pem").write_text(site.authority.revocation_list(revoked))
+        context.load_verify_locations(site.folder / "revoked.pem")
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+        self._context = context
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"mqtts://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self):
+        while True:
+            try:
+                raw, _ = self._socket.accept()
+            except OSError:
+                return
+            with contextlib.suppress(OSError), raw:
+                raw.settimeout(20)
+                self._context.wrap_socket(raw, server_side=True).recv(1)
+
+    def close(self):
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._thread.join(30)
+
+
+def session_to(url, tls):
+    return MqttSession(settings=SessionSettings(urls=(url,), client_id="pump-7", tls=tls))
+
+
+async def test_a_revoked_certificate_is_final_when_the_broker_itself_says_so(site):
+    serial, tls = site.member()
+    broker = RevokingBroker(site, [serial])
+    try:
+        with pytest.raises(AccessDenied, match="our certificate was revoked"):
+            async with session_to(broker.url, tls) as session:
+                await session.wait_connected(30)
+    finally:
+        broker.close()
+
+
+async def test_what_anybody_on_the_way_may_have_written_is_not_final(site):
+    serial, tls = site.member()
+    broker = RevokingBroker(site, [serial], newest=ssl.TLSVersion.TLSv1_2)
+    try:
+        async with session_to(broker.url, tls) as session:
+            with pytest.raises(BrokerUnavailable, match="our certificate was revoked"):
+                await session.wait_connected(2)
+    finally:
+        broker.close()
+
+
+async def test_a_broker_that_is_not_there_says_nothing_of_certificates(site):
+    _, tls = site.member()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    async with session_to(f"mqtts://127.0.0.1:{port}", tls) as session:
+        with pytest.raises(BrokerUnavailable, match="refused") as caught:
+            await session.wait_connected(2)
+    assert "certificate" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("error", "never"),
+    [
+        (ConnectionRefusedError(111, "refused"), True),
+        (socket.gaierror(-2, "unknown"), True),
+        (ConnectionResetError(104, "reset"), False),
+        (BrokenPipeError(32, "pipe"), False),
+        (ssl.SSLError(1, "alert"), False),
+        (ValueError("x"), False),
+    ],
+)
+def test_what_never_reached_a_broker_is_told_from_what_was_cut(error, never):
+    wrapped = RuntimeError("wrapped")
+    wrapped.__cause__ = error
+    assert never_connected(wrapped) is never

@@ -247,6 +247,35 @@ def test_a_full_window_refuses_what_it_can_no_longer_know(clock):
     assert window.take("late", NOW + 2)
 
 
+def test_what_was_forgotten_for_its_age_is_not_new_when_the_clock_is_set_back(clock):
+    window = ReplayWindow(clock=clock)
+    assert window.take("a", NOW)
+    clock.now += 2 * CLOCK_SKEW_MS
+    assert window.take("b", clock.now)
+    clock.now = NOW
+    with pytest.raises(AccessDenied, match="longer than its receiver can remember"):
+        window.take("a", NOW)
+    assert window.take("c", NOW + 1)
+
+
+def test_a_sender_that_was_forgotten_cannot_repeat_when_the_clock_is_set_back(
+    book, clock, monkeypatch
+):
+    monkeypatch.setattr("capability_schemas.provenance._SENDER_LIMIT", 1)
+    provenance = Provenance(own="edge-1", book=book, clock=clock)
+    other = make_signer("router-2", "router", now=NOW)
+    book.admit(other.passport)
+    recorded = encode(ROUTER.sign(invocation()))
+    assert check(provenance, recorded)
+    clock.now += CLOCK_SKEW_MS + 1
+    assert check(provenance, encode(other.sign(invocation(router="router-2", sent_at=clock.now))))
+    clock.now += CLOCK_SKEW_MS + 1
+    provenance._forget_idle()
+    clock.now = NOW
+    with pytest.raises(AccessDenied, match="before its receiver started"):
+        check(provenance, recorded)
+
+
 def test_nothing_counts_from_before_the_start(clock):
     window = ReplayWindow(clock=clock, since=NOW)
     with pytest.raises(AccessDenied, match="before its receiver started"):

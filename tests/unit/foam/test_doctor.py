@@ -4,8 +4,12 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
+from capability_schemas.errors import AccessDenied
 from foam.doctor import run_checks
+from foam.mesh import MeshFolder, MeshRecord, Person
+from foam.sdk.client import MeshClient
 from foam.settings import Settings
 from node_agent.isolation import system
 from node_agent.isolation.cgroup import CgroupTree
@@ -44,6 +48,25 @@ def test_a_runtime_that_cannot_run_says_why_and_what_to_do(tmp_path, without):
 def test_runtimes_of_other_distributions_are_listed(tmp_path):
     with installed_plugin(tmp_path):
         assert checks(tmp_path)["runtime echo"].found == "foam-echo 1.0.0"
+
+
+def test_a_mesh_that_refuses_us_is_a_failure_with_the_right_advice(tmp_path, monkeypatch):
+    def refuse(_self):
+        raise AccessDenied("the broker refuses the connection of admin-1")
+
+    monkeypatch.setattr(MeshClient, "__aenter__", refuse)
+
+    def mesh(**given):
+        found = run_checks(Settings(data=tmp_path, **given))
+        return next(check for check in found if check.what == "mesh")
+
+    url = {"url": "mqtt://127.0.0.1:1", "site": "local"}
+    assert (mesh().verdict, mesh(**url).verdict) == ("note", "failed")
+    assert "password" in mesh(**url).remedy
+    person = Person(id="admin-1", username="admin-1", password=SecretStr("old"))
+    record = MeshRecord(broker=url["url"], site="local", device=person, admin=person)
+    MeshFolder(tmp_path).prepare().write_record(record)
+    assert (mesh().verdict, "foam up" in mesh().remedy) == ("failed", True)
 
 
 def test_a_broken_one_is_named(tmp_path):

@@ -72,6 +72,44 @@ def test_removed_members_are_gone(folder: MeshFolder) -> None:
         folder.remove("edge-1")
 
 
+def test_a_key_that_was_left_behind_blocks_nothing(folder: MeshFolder) -> None:
+    first = folder.ensure("edge-1", Role.NODE)
+    was = folder.signing_key(first).public
+    folder.credentials().remove("edge-1")  # as a revocation by a registry on another machine does
+    again = folder.ensure("edge-1", Role.NODE)
+    assert folder.signing_key(again).public != was
+    known = folder.credentials().identities()["edge-1"]
+    assert known.public_key == folder.signing_key(again).public
+    folder.credentials().remove("edge-1")
+    assert folder.create("edge-1", Role.NODE).signing_key == "edge-1.key"
+
+
+def test_files_of_a_member_go_though_it_is_known_no_more(folder: MeshFolder) -> None:
+    made = folder.ensure("edge-1", Role.NODE)
+    files = folder.identity_path("edge-1").parent
+    for name in ("edge-1.tls.pem", "edge-1.tls.ca"):
+        (files / name).write_text("of an enrollment")
+    assert folder.runs(made.id)
+    folder.credentials().remove("edge-1")
+    folder.remove("edge-1")
+    assert list(files.iterdir()) == []
+    assert not folder.runs("edge-1")
+    with pytest.raises(NotFound):
+        folder.remove("edge-1")
+    folder.ensure("pump-7", Role.DEVICE)
+    assert not folder.runs("pump-7")
+
+
+def test_what_is_given_as_an_identity_file_is_not_said_to_be_deleted(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"gone\.json: there is no such file"):
+        Identity.read(tmp_path / "gone.json")
+    for content in ("my notes", '{"colour": "red"}', "[]"):
+        (tmp_path / "notes").write_text(content)
+        with pytest.raises(ConfigurationError, match="notes is no identity file") as refused:
+            Identity.read(tmp_path / "notes")
+        assert "delete" not in refused.value.message
+
+
 def test_record_round_trip_and_its_absence(folder: MeshFolder) -> None:
     with pytest.raises(NotFound, match="foam up"):
         folder.record()

@@ -91,8 +91,8 @@ class Site:
     def control(self, signer=None, **fields):
         made = Control.model_validate(
             {
-                "verb": "drain", "sender": "router-1", "node": "edge-1", "sent_at": self.now,
-                "nonce": "n1", **fields,
+                "verb": "drain", "sender": "router-1", "node": "edge-1", "epoch": EPOCH,
+                "sent_at": self.now, "nonce": "n1", **fields,
             }
         )  # fmt: skip
         return (signer or self.router).sign(made)
@@ -173,6 +173,7 @@ async def test_orders_of_unknown_routers_wait_in_bounded_number(site, monkeypatc
         ({"node": None}, "nobody in particular", True),
         ({"sent_at": NOW - CLOCK_SKEW_MS - 1}, "behind ours", True),
         ({"epoch": EPOCH - 1}, "earlier start of edge-1", True),
+        ({"epoch": None}, "names no start of edge-1", True),
     ],
 )
 async def test_a_signed_order_that_is_not_for_now_and_here(site, change, words, answered):
@@ -183,6 +184,18 @@ async def test_a_signed_order_that_is_not_for_now_and_here(site, change, words, 
     assert not site.obeyed
     assert words in site.told()[0]["detail"]["reason"]
     assert bool(site.refused) is answered
+
+
+async def test_of_orders_for_any_start_only_those_to_cancel_are_obeyed(site):
+    """Recorded before a node restarts, they come again to one that cannot know them."""
+    site.show()
+    await site.broker.settle()
+    for verb in ("drain", "undrain", "cancel"):
+        site.give(site.control(verb=verb, epoch=None, nonce=verb, sent_at=EPOCH - 1_000))
+    assert [order.verb for order, _ in site.obeyed] == ["cancel"]
+    assert site.alarm.refused == {"control": 2}
+    site.give(site.control(sent_at=EPOCH - 1_000))  # of a router whose clock is behind
+    assert [order.verb for order, _ in site.obeyed] == ["cancel", "drain"]
 
 
 async def test_forged_and_altered_orders(site):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 from typing import Any
 
 import pytest
@@ -48,6 +49,7 @@ nodes = ["press-*"]
 references = ["plant"]
 gates = {{ data = ["private"], grants = ["actuate"] }}
 """
+PCRS = f'[[rules]]\ngates={{zones=["a"]}}\npcrs=["{"0" * 64}"]\n'
 GOOD = {"code/foam": A, "code/broker": B, "function/convert": A, "model/tiny.gguf": B}
 
 
@@ -223,6 +225,45 @@ class TestTpm:
         ).problems
         assert "no key of its TPM is on record" in problem
 
+    @pytest.mark.parametrize(
+        ("banks", "words"),
+        [
+            (
+                ((0x000B, b"\x00\x00\x01"),),
+                "registers sha256:16, sha256:0,1,2,3,4,7 are",
+            ),
+            (((0x000B, b"\x8f\x00\x00"),), "sha256:0,1,2,3,7,"),
+            (((0x000B, b"\x9f\x01\x00"),), "sha256:0,1,2,3,4,7,8,"),
+            (((0x0004, b"\x9f\x00\x00"),), "sha1:0,1,2,3,4,7,"),
+            (((0x0012, b"\x9f\x00\x00"),), "0x0012:0,1,2,3,4,7,"),
+            (((0x000B, b"\x9f\x00\x00"), (0x0004, b"\x01\x00\x00")), r"4,7\+sha1:0,"),
+            ((), "registers , sha256"),
+        ],
+        ids=["resettable", "fewer", "more", "old hash", "unknown hash", "two banks", "none"],
+    )
+    def test_right_digest_of_other_registers_does_not_count(self, banks, words):
+        selection = struct.pack(">I", len(banks))
+        for algorithm, mask in banks:
+            selection += struct.pack(">HB", algorithm, len(mask)) + mask
+        tpm = SoftTpm("ec", selection=selection)
+        (problem,) = judge(self.policy(tpm, tpm.registers), self.said(tpm)).problems
+        assert re.search(words, problem), problem
+
+    def test_a_rule_may_ask_for_other_registers_and_a_mask_may_be_longer(self):
+        tpm = SoftTpm("ec", selection=struct.pack(">IHB", 1, 0x000C, 4) + b"\x81\x00\x00\x00")
+        text = f'pcrs = ["{tpm.registers}"]\nregisters = "sha384:7,0"\n[tpm2]\n'
+        text += f'press-7 = """{tpm.public}"""'
+        policy = parse_policy(f'[[rules]]\ngates = {{data = ["private"]}}\n{text}', "t")
+        assert policy.rules[0].registers == "sha384:0,7"
+        assert judge(policy, self.said(tpm)).problems == ()
+        (problem,) = judge(policy, self.said(SoftTpm("ec", private=tpm.private))).problems
+        assert "sha384:0,7 are asked for" in problem
+
+    def test_a_statement_that_is_no_text_of_ours_is_refused_by_words(self):
+        tpm = SoftTpm("ec")
+        (problem,) = judge(self.policy(tpm, tpm.registers), self.said(tpm, quoted="é")).problems
+        assert "no base64" in problem
+
 
 class TestFile:
     @pytest.mark.parametrize(
@@ -236,6 +277,12 @@ class TestFile:
             ('[references.x]\n"code/*" = ["md5:0"]', "references.x"),
             ("nonsense = 1", "nonsense: unknown field"),
             ("[[", "t: "),
+            ("x = " + "[" * 9_000, "nested too deeply"),
+            ("x = " + "9" * 9_000, "t: .*digits"),
+            (f'{PCRS}registers = "sha1:0"', "one of the banks"),
+            (f'{PCRS}registers = "sha256:24"', "from 0 to 23"),
+            (f'{PCRS}registers = "sha256"', "such as"),
+            ('[[rules]]\ngates={zones=["a"]}\nregisters="sha256:0"', "name in pcrs too"),
         ],
     )
     def test_mistakes_are_said(self, text, words):

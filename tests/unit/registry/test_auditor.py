@@ -168,6 +168,10 @@ async def test_a_component_that_tells_too_much_is_cut_short_and_that_is_written(
     )
 
 
+def _event(data):
+    return f'{{"id": "1", "source": "s", "type": "t", "time": "x", "data": {data}}}'.encode()
+
+
 @pytest.mark.parametrize(
     "payload",
     [
@@ -186,6 +190,11 @@ async def test_a_component_that_tells_too_much_is_cut_short_and_that_is_written(
                 "data": {"action": "order", "detail": {"x": "y" * 20_000}},
             }
         ).encode(),
+        _event('{"action": "order", "detail": {"x": NaN}}'),
+        _event('{"action": "order", "detail": {"x": [1e999]}}'),
+        _event('{"action": "order", "detail": {"x": "\\ud800"}}'),
+        _event('{"action": "order", "detail": {"\\udfff": 1}}'),
+        _event('{"action": "order", "subject": "\\ud800"}'),
     ],
 )
 async def test_what_is_no_entry_is_counted_not_chained(world, eventually, payload):
@@ -218,6 +227,18 @@ async def test_a_full_disk_loses_nothing_that_finds_room_later(world, eventually
     assert len(tries) >= 3
 
 
+async def test_an_order_that_cannot_be_chained_stops_nothing(world, eventually):
+    anna = Requester("anna", Role.ADMIN)
+    poison = AdminRequest(id="1", verb="forget", args={"node": "x"})
+    world.auditor.note_order(anna, poison.model_copy(update={"args": {"node": float("nan")}}))
+    world.auditor.note_order(anna, AdminRequest(id="2", verb="forget", args={"node": "edge-9"}))
+    await eventually(lambda: len(world.entries("order")) == 2)
+    first, second = world.entries("order")
+    assert (first.actor, set(first.detail)) == ("anna", {"unwritable"})
+    assert second.detail["args"] == {"node": "edge-9"}
+    assert verify_trail(world.path, KEY.public).problem == ""
+
+
 async def test_orders_at_the_registry_are_written_with_role_and_arguments(world, eventually):
     olga = Requester("olga", Role.OPERATOR)
     note = world.auditor.note_order
@@ -238,7 +259,7 @@ async def test_orders_at_the_registry_are_written_with_role_and_arguments(world,
     assert world.entries("order_refused")[0].detail["count"] == 2
 
 
-def passport(identity, role):
+def passport(identity, role, registry="registry-1"):
     return Passport(
         identity=identity,
         role=role,
@@ -246,7 +267,7 @@ def passport(identity, role):
         public_key=KEY.public,
         issued_at=1,
         expires_at=2,
-        registry="registry-1",
+        registry=registry,
     )
 
 
@@ -260,5 +281,7 @@ async def test_the_credentials_say_who_asks(world):
     assert role("stranger", None) is Role.OPERATOR
     assert role("stranger", passport("anna", "admin")) is Role.ADMIN
     assert role("olga", passport("olga", "admin")) is Role.OPERATOR  # it was made one since
-    assert role("abroad", passport("abroad", "admin")) is Role.ADMIN
+    assert role("abroad", passport("abroad", "admin", registry="registry-2")) is Role.ADMIN
+    with pytest.raises(AccessDenied, match="boss is no member any more"):
+        role("boss", passport("boss", "admin"))  # it was one when this passport was made
     assert world.auditor.requester("alias", passport("anna", "admin")).name == "anna"

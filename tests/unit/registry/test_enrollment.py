@@ -341,6 +341,67 @@ def test_a_revoked_member_is_out_and_stays_out(site):
         site.desk.revoke("edge-1")
 
 
+def test_a_revocation_that_half_failed_is_completed_by_the_next(site, monkeypatch):
+    Newcomer(site).join(site.token())
+
+    def full(**_):
+        raise ConfigurationError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site.desk._book, "write", full)
+        with pytest.raises(ConfigurationError):
+            site.desk.revoke("edge-1")
+    assert "edge-1" in site.members()  # who is not void yet can still be thrown out
+    with monkeypatch.context() as patch:
+        patch.setattr(site.credentials, "remove", lambda _: full())
+        with pytest.raises(ConfigurationError):
+            site.desk.revoke("edge-1")
+    assert site.open().revoked == {"edge-1": NOW}
+    site.desk.revoke("edge-1")
+    assert "edge-1" not in site.members()
+
+
+def test_who_vanishes_from_the_credentials_is_void(site):
+    other = CredentialStore(site.credentials.path)  # of a command on this machine
+    for name in ("edge-1", "edge-2", "edge-3"):
+        other.add(name, Role.NODE)
+    assert not site.desk.follow_members()
+    other.remove("edge-1")
+    site.now += 1
+    assert site.desk.follow_members() == ["edge-1"]
+    other.remove("edge-2")
+    site.now += 1
+    desk = site.open()  # it was removed while the registry was away
+    assert desk.follow_members() == ["edge-2"]
+    assert not desk.follow_members()
+    assert site.open().revoked == {"edge-1": NOW + 1, "edge-2": NOW + 2}
+
+
+def test_one_that_is_made_anew_is_not_void(site):
+    other = CredentialStore(site.credentials.path)
+    other.add("edge-1", Role.NODE)
+    other.add("edge-2", Role.NODE)
+    site.desk.follow_members()
+    other.remove("edge-1")
+    other.add("edge-1", Role.NODE)
+    token = site.token(ttl_ms=1_000)
+    site.desk.follow_members()
+    site.desk.revoke_token(token.id)
+    assert not site.desk.follow_members()
+    assert not site.desk.revoked
+
+
+def test_a_file_that_is_away_voids_nobody(site):
+    site.credentials.add("edge-1", Role.NODE)
+    site.desk.follow_members()
+    text = site.credentials.path.read_text()
+    site.credentials.path.unlink()
+    assert not site.desk.follow_members()
+    site.credentials.path.write_text(text)
+    assert not site.desk.follow_members()
+    assert not site.desk.revoked
+
+
 def test_what_was_thrown_out_stays_void_after_a_new_enrollment(site):
     edge = Newcomer(site)
     stolen = edge.join(site.token()).reply.passport

@@ -72,6 +72,22 @@ def test_what_changes_is_told_again(store, board, watch):
     assert board.said == {}
 
 
+def test_whoever_follows_the_credentials_hears_of_every_change_once(store, board):
+    stirred = []
+    watch = MemberWatch(
+        board=board,
+        members=lambda: (store.refresh() and None) or store.identities(),
+        registry_id="registry-1",
+        stirred=lambda: stirred.append(set(store.identities())),
+    )
+    store.add("pump-7", Role.DEVICE)
+    watch.refresh()
+    watch.refresh()
+    store.remove("pump-7")
+    watch.refresh()
+    assert stirred == [{"pump-7"}, set()]
+
+
 def test_a_damaged_file_changes_nothing(store, board, watch):
     store.add("olga", Role.OPERATOR)
     watch.refresh()

@@ -147,3 +147,26 @@ def test_what_is_withdrawn_is_in_no_index(fleet: Fleet) -> None:
     assert "echo" in fleet.names
     fleet.withdraw(("n2", "echo"))
     assert (list(fleet.keys), dict(fleet.named("echo")), len(fleet.names)) == ([], {}, 0)
+
+
+# ---- members that were thrown out
+
+
+def test_a_revoked_node_is_gone_whatever_it_says(fleet: Fleet) -> None:
+    fleet.hear_load(load(), 1)
+    assert fleet.revoke("n1") == "the node was revoked"
+    assert not fleet.node("n1").live
+    assert fleet.revoke("n1") is None  # its tasks were lost once
+    fleet.hear_load(load(), 2)
+    assert fleet.hear_state(state(epoch=11), 3) is not None
+    assert not fleet.node("n1").live
+    assert fleet.silenced(10**9) == []
+    assert fleet.revoke("n1", revoked=False) is None
+    assert fleet.node("n1").live
+
+
+def test_a_member_that_is_heard_of_after_its_revocation_is_not_live(fleet: Fleet) -> None:
+    assert fleet.revoke("n2") is None
+    assert "n2" not in fleet.nodes  # it may be no node at all
+    fleet.hear_state(state(node="n2"), 0)
+    assert not fleet.node("n2").live

@@ -51,6 +51,16 @@ async def test_a_task_is_journaled_once_and_its_outcome_kept(tmp_path: Path) -> 
         assert await ledger.find("c", "unknown") is None
 
 
+async def test_only_the_owner_reads_what_people_asked(tmp_path: Path) -> None:
+    (tmp_path / "old.sqlite").touch(mode=0o644)
+    (tmp_path / "old.sqlite").chmod(0o644)
+    for name in ("new.sqlite", "old.sqlite"):
+        async with Ledger(path=tmp_path / name) as ledger:
+            await ledger.journal(entry())
+            modes = {path.stat().st_mode & 0o777 for path in tmp_path.glob(f"{name}*")}
+            assert modes == {0o600}
+
+
 async def test_the_first_outcome_stands(tmp_path: Path) -> None:
     async with Ledger(path=tmp_path / "l.sqlite") as ledger:
         await ledger.journal(entry())

@@ -13,6 +13,7 @@ from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.trust import TrustState
 from capability_schemas.wire import encode
 from router.people import People
+from support.members import passport_of
 
 KEY = SigningKey.generate()
 T = Topics()
@@ -90,6 +91,21 @@ async def test_who_was_thrown_out_orders_nothing(people, book):
     with pytest.raises(AccessDenied, match="olga was revoked: left us"):
         await people.requester("olga")
     assert people.role("olga") is None
+
+
+async def test_a_revocation_counts_though_the_registrys_clock_was_set_back(people, book):
+    anna = SigningKey.generate()
+    book.admit(passport_of("anna", "admin", anna, now=1_500, registry_key=KEY))
+    await people.hear(said("anna", role="admin", at=6_000))
+    gone = said("anna", role="admin", state="revoked", at=1_600, void_before=1_600)
+    await people.hear(gone)
+    assert people.role("anna") is None
+    with pytest.raises(AccessDenied, match="revoked"):
+        book.key("anna", "admin")
+    await people.hear(said("anna", role="operator", at=1_700, void_before=1_600))
+    await people.hear(gone)  # again, after she has been let in anew
+    await people.hear(said("anna", role="admin", at=6_000))
+    assert people.role("anna") is Role.OPERATOR
 
 
 async def test_the_word_is_waited_for_where_it_decides(people):

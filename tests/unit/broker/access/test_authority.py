@@ -82,6 +82,13 @@ def test_a_certificate_of_another_site_opens_nothing(tmp_path, current):
         shake_hands(server, stranger)
 
 
+def test_the_file_with_the_key_says_so(tmp_path):
+    Authority.create(tmp_path / "authority", site="hall-3")
+    text = (tmp_path / "authority" / "root-1.pem").read_text()
+    assert text.startswith("# PRIVATE KEY of the authority")
+    assert "PRIVATE KEY" not in Authority(tmp_path / "authority", site="hall-3").bundle
+
+
 def test_a_member_cannot_pass_for_a_broker(tmp_path, current):
     own, asked = make_key_and_request("pump-7")
     signed = current.issue_client(read_request(asked, "pump-7"), identity="pump-7", role=Role.NODE)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import stat
+import threading
 
 import pytest
 
@@ -82,6 +83,35 @@ def test_two_stores_do_not_undo_each_other(store):
     other.add("b", Role.DEVICE)
     store.add("c", Role.DEVICE)
     assert set(CredentialStore(store.path).identities()) == {"a", "b", "c"}
+
+
+def test_a_change_is_made_to_what_the_file_says_not_to_what_is_held(store, monkeypatch):
+    other = CredentialStore(store.path)
+    store.add("a", Role.DEVICE)
+    monkeypatch.setattr(other, "refresh", lambda: False)  # another thread has put the old back
+    other.add("b", Role.DEVICE)
+    assert set(CredentialStore(store.path).identities()) == {"a", "b"}
+
+
+def test_a_slow_thread_does_not_put_the_old_back(store, monkeypatch):
+    reader, held = CredentialStore(store.path), []
+    store.add("a", Role.DEVICE)
+    quick = threading.Thread(target=reader.refresh)
+    read = reader._read
+
+    def read_slowly():
+        found = read()
+        if not held:
+            held.append(found)
+            store.add("b", Role.DEVICE)
+            quick.start()
+            quick.join(1)  # it waits for this very read, unless nothing holds it back
+        return found
+
+    monkeypatch.setattr(reader, "_read", read_slowly)
+    reader.refresh()
+    quick.join(60)
+    assert set(reader.identities()) == {"a", "b"}
 
 
 def _add_some(path, prefix):

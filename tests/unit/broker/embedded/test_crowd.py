@@ -20,12 +20,12 @@ class Door:
         self.crowd.leave(guest)
 
 
-def test_the_oldest_silent_one_makes_room() -> None:
+def test_the_oldest_stranger_makes_room() -> None:
     door = Door(limit=3)
     first, _ = door.enter("first")
     for name in ("second", "third"):
         door.enter(name)
-    door.crowd.spoke(first)
+    door.crowd.admitted(first)
     assert door.enter("fourth")[1]
     assert door.cut == ["second"]
     assert len(door.crowd) == 3
@@ -39,15 +39,32 @@ def test_a_full_address_makes_room_for_itself_alone() -> None:
     assert door.cut == ["one"]
 
 
-def test_who_speaks_is_never_cut_and_the_newcomer_is_turned_away() -> None:
+def test_who_is_admitted_is_never_cut_and_the_newcomer_is_turned_away() -> None:
     door = Door(limit=2)
     guests = [door.enter(name)[0] for name in ("one", "two")]
     for guest in guests:
-        door.crowd.spoke(guest)
+        door.crowd.admitted(guest)
     assert not door.enter("three")[1]
     assert door.cut == []
     door.crowd.leave(guests[0])
     assert door.enter("four")[1]
+
+
+def test_a_full_crowd_makes_room_where_most_strangers_are() -> None:
+    door = Door(limit=5)
+    door.enter("good", address="b")
+    for number in range(30):
+        door.enter(str(number), address="a" if number % 2 else "c")
+    assert "good" not in door.cut
+    assert len(door.crowd) == 5
+
+
+def test_a_network_of_ipv6_is_one_address() -> None:
+    door = Door(address_limit=2)
+    door.enter("other", address="2001:db8:0:1::1")
+    for number in range(4):
+        door.enter(str(number), address=f"2001:db8:0:2::{number}")
+    assert door.cut == ["0", "1"]
 
 
 def test_it_says_so_once_in_a_while(caplog) -> None:
@@ -68,4 +85,4 @@ def test_nothing_is_kept_of_who_left() -> None:
         door.crowd.leave(guest)
     assert len(door.crowd) == 0
     assert not door.crowd._of_address
-    assert not door.crowd._silent
+    assert not door.crowd._strangers

@@ -1,6 +1,8 @@
 """Admission and rights in the embedded broker."""
 
+import asyncio
 import functools
+import threading
 
 import pytest
 
@@ -15,6 +17,7 @@ from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.topics import Topics
 
+DEADLINE_S = 60.0
 TASK = "foam/v1/local/task/pump-7"
 
 
@@ -204,6 +207,52 @@ async def test_guessing_costs_the_guesser_alone(store, monkeypatch):
         assert len(hashed) == before  # and the next pause is longer
     finally:
         gate.close()
+
+
+async def test_guessers_of_one_network_count_as_one(store, make_gate, monkeypatch):
+    store.add("pump-7", Role.DEVICE)
+    hashed = []
+    monkeypatch.setattr(store, "verify", lambda identity, _: hashed.append(identity))
+    gate = make_gate()
+    for number in range(50):
+        await gate.admit("pump-7", "wrong", "x", address=f"2001:db8::{number}")
+    assert len(hashed) < 10
+
+
+async def test_a_flood_of_wrong_passwords_delays_the_flooder_alone(store, make_gate, monkeypatch):
+    """What waits is bounded, known passwords do not wait, and other addresses have their turn."""
+    known, late = store.add("pump-7", Role.DEVICE), store.add("pump-8", Role.DEVICE)
+    gate, flooded, hashed = make_gate(), threading.Semaphore(0), []
+    assert await gate.admit("pump-7", known, "a", address="10.0.0.8") is Admission.ACCEPTED
+    verify = store.verify
+
+    def slow(identity, given):
+        assert flooded.acquire(timeout=DEADLINE_S)
+        hashed.append(identity)
+        return verify(identity, given) if identity == "pump-8" else None
+
+    monkeypatch.setattr(store, "verify", slow)
+    flood = [
+        asyncio.create_task(gate.admit(f"guess-{number}", "wrong", "x", address="10.0.0.9"))
+        for number in range(600)
+    ]
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            refused, _ = await asyncio.wait(flood, return_when=asyncio.FIRST_COMPLETED)
+            assert {one.result() for one in refused} == {Admission.UNAVAILABLE}
+            for address in ("10.0.0.8", "10.0.0.9"):
+                answer = await gate.admit("pump-7", known, "a", address=address)
+                assert answer is Admission.ACCEPTED
+            newcomer = asyncio.create_task(gate.admit("pump-8", late, "b", address="10.0.0.7"))
+            flooded.release(20)
+            assert await newcomer is Admission.ACCEPTED
+            assert hashed.index("pump-8") < 10
+            flooded.release(600)
+            answers = [await one for one in flood]
+            assert answers.count(Admission.UNAVAILABLE) > 50
+            assert set(answers) == {Admission.UNAVAILABLE, Admission.NOT_AUTHORIZED}
+    finally:
+        flooded.release(1000)
 
 
 async def test_an_expired_login_is_refused(tmp_path):

@@ -113,3 +113,12 @@ def test_weights_are_shown_with_their_range(capsys: pytest.CaptureFixture[str]) 
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["cost", "0.2", "0.03", "0", "to", "1", "changed"] in lines
     assert ["window", "calibrated", "calibrated", "0", "to", "0.2"] in lines
+
+
+def test_offers_of_tenants_that_were_left_out_are_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    routing.draw_explanation(_told(apart=3))
+    assert "left out: 3 offers of tenants; --client NAME" in capsys.readouterr().out
+    routing.draw_explanation(_told())
+    assert "left out" not in capsys.readouterr().out

@@ -4,9 +4,12 @@ import pytest
 from pydantic import SecretStr
 
 from broker.access.policy import Role
-from capability_schemas.errors import ConfigurationError, NotFound
+from capability_schemas.errors import AccessDenied, ConfigurationError, NotFound
+from capability_schemas.topics import TopicKind
+from foam.cli.look import ask_admin
 from foam.mesh import MeshFolder, MeshRecord, Person
 from foam.sdk.address import find_mesh
+from foam.sdk.client import MeshClient
 from foam.settings import Settings, load_settings
 
 
@@ -116,7 +119,7 @@ def test_an_identity_file_brings_everything(data: Path, tmp_path: Path) -> None:
     )
     assert found.signer is not None
     assert found.signer.passport is not None
-    with pytest.raises(ConfigurationError, match="does not exist"):
+    with pytest.raises(ConfigurationError, match="there is no such file"):
         find_mesh(_settings(data, identity_file=tmp_path / "none.json"))
     made = folder.identity("admin-9").model_copy(update={"broker": None})
     path.write_text(made.model_dump_json())
@@ -135,3 +138,55 @@ def test_brokers_of_a_cluster_are_the_mesh_whichever_of_them_are_named(data: Pat
         assert (found.url, found.username) == (named, own.username)
     elsewhere = find_mesh(Settings(data=data, url=f"{one},mqtt://203.0.113.5:1883"))
     assert elsewhere.username is None
+
+
+# ---- what an identity may do is known before anybody is asked
+
+
+async def test_a_device_is_told_at_once_that_it_administrates_nothing(
+    data: Path, tmp_path: Path
+) -> None:
+    folder = _with_members(data)
+    folder.create("valve-3", Role.DEVICE)
+    paper = folder.identity_path("valve-3")
+    address = find_mesh(_settings(tmp_path / "x", identity_file=paper), admin=True)
+    with pytest.raises(AccessDenied, match=r"valve-3 is of the role device: .* administrates"):
+        await MeshClient.at(address).admin("nodes")
+    address.require(TopicKind.TASK)
+    with pytest.raises(AccessDenied, match="needs an administrator or operator"):
+        await ask_admin(_settings(tmp_path / "x", identity_file=paper), "nodes")
+
+
+async def test_an_observer_is_told_at_once_that_it_orders_nothing(
+    data: Path, tmp_path: Path
+) -> None:
+    folder = _with_members(data)
+    folder.create("otto", Role.OBSERVER)
+    paper = folder.identity_path("otto")
+    address = find_mesh(_settings(tmp_path / "x", identity_file=paper))
+    with pytest.raises(AccessDenied, match="it reads topics and orders nothing"):
+        async with MeshClient.at(address):
+            pass
+    with pytest.raises(AccessDenied, match="it reads topics and orders nothing"):
+        address.require(TopicKind.ADMIN)
+
+
+def test_who_may_is_not_refused_here(data: Path) -> None:
+    folder = _with_members(data)
+    for name, role in (("olga", Role.OPERATOR), ("anna", Role.ADMIN)):
+        folder.create(name, role)
+        address = find_mesh(_settings(data, identity_file=folder.identity_path(name)))
+        address.require(TopicKind.ADMIN)
+        address.require(TopicKind.TASK)
+    find_mesh(_settings(data), admin=True).require(TopicKind.ADMIN)
+    elsewhere = find_mesh(_settings(data, url="mqtt://203.0.113.1", username="bob"))
+    elsewhere.require(TopicKind.ADMIN)  # only that broker knows
+
+
+def test_at_a_broker_of_others_the_role_of_its_person_is_not_ours_to_know(data: Path) -> None:
+    folder = _with_members(data)
+    guest = Person(id="guest", username="guest", password=SecretStr("g"))
+    folder.write_record(
+        folder.record().model_copy(update={"admin": guest, "device": guest, "own_broker": False})
+    )
+    assert find_mesh(_settings(data)).role is None
