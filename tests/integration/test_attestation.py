@@ -541,6 +541,7 @@ def test_sources_of_other_distributions_are_taken_unless_they_cannot_be_made():
 def test_the_registers_that_the_tpm_quotes_may_be_others():
     def registers(**given):
         (source,) = [one for one in evidence_sources(tpm_key="x", **given) if one.name == "tpm2"]
+        assert isinstance(source, TpmSource)
         return source._registers
 
     assert registers() == DEFAULT_REGISTERS

@@ -74,9 +74,14 @@ def test_what_changes_is_told_again(store, board, watch):
 
 def test_whoever_follows_the_credentials_hears_of_every_change_once(store, board):
     stirred = []
+
+    def members():
+        store.refresh()
+        return store.identities()
+
     watch = MemberWatch(
         board=board,
-        members=lambda: (store.refresh() and None) or store.identities(),
+        members=members,
         registry_id="registry-1",
         stirred=lambda: stirred.append(set(store.identities())),
     )

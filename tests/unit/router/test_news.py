@@ -1,6 +1,7 @@
 """What a router believes of the catalogue: what a registry signed, and nothing else."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -47,17 +48,18 @@ class Router:
         self.broker = broker
         self.stats = RouterStats()
         self.fleet = Fleet()
-        self.upkeep = Upkeep()
+        upkeep: Any = Upkeep()
+        self.upkeep = upkeep
         events = EventSource(
             session=session, topics=T, source="router-1", component="router", clock=lambda: NOW
         )
         self.alarm = SecurityAlarm(events=events, own="router-1", clock=lambda: NOW)
-        words = WordEncoder()
+        words: Any = WordEncoder()
         self.news = FleetNews(
             frames=Frames(T, self.stats),
             fleet=self.fleet,
             meaning=Meaning(search=CapabilitySearch(space=words.space), encoder=words),
-            upkeep=self.upkeep,
+            upkeep=upkeep,
             gone=lambda node, reason: None,
             people=People(topics=T, book=book),
             book=book,

@@ -94,7 +94,8 @@ def test_a_change_is_made_to_what_the_file_says_not_to_what_is_held(store, monke
 
 
 def test_a_slow_thread_does_not_put_the_old_back(store, monkeypatch):
-    reader, held = CredentialStore(store.path), []
+    reader = CredentialStore(store.path)
+    held: list[object] = []
     store.add("a", Role.DEVICE)
     quick = threading.Thread(target=reader.refresh)
     read = reader._read
