@@ -363,7 +363,8 @@ async def test_other_rights_on_record_are_judged_anew_and_written(world, eventua
     world.file.path.write_text('[[rules]]\nzones = ["hall-3"]\ngates = { grants = ["actuate"] }\n')
     elsewhere = CapabilityPolicy(zones=("hall-4",), grants=("actuate",))
     world.known["edge-1"] = Identity(NODE_KEY.public, elsewhere)
-    async with world.registry(), world.node(registries={}):  # it answers no challenge
+    strangers = {"registry-9": SigningKey.generate().public}
+    async with world.registry(), world.node(registries=strangers):  # it answers no challenge
         await eventually(lambda: world.policy() == elsewhere.model_copy(update={"zones": ()}))
         await eventually(lambda: "edge-1" in world.attestation._judged, timeout_s=30.0)
         assert world.trust() is None
