@@ -412,6 +412,7 @@ async def test_a_members_task_stays_with_its_tenant(mesh: Mesh, eventually: Any)
     )
     topic = mesh.topics.build(TopicKind.TRUST, member="pump-7")
     mesh.client.post(topic, encode(sign(state, REGISTRY_KEY)), retain=True)
+    mesh.registry_key = REGISTRY_KEY
     first = await mesh.node("edge-1", say_nothing, offer("edge-1", "acme"))
     await start_both(mesh, eventually, PATIENT, lambda _: {"book": make_book(now_ms)})
     (task,) = owned_by("router-1")
