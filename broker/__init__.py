@@ -9,6 +9,10 @@ Purpose: one seam between the mesh and whatever broker carries it.
 - ``broker.engine`` runs a broker as a child process: ``broker.embedded`` (amqtt, hardened),
   ``broker.mosquitto`` and ``broker.nats`` implement one Protocol and pass one conformance suite.
 - ``broker.events`` publishes what components tell about themselves, as CloudEvents.
+- ``broker.followed`` keeps what a file of the operator says, and takes up its edits: rules, quotas,
+  what attestation asks for.
+- ``broker.tenure`` keeps two processes from being one node.
+- ``broker.presence`` tells members which routers live.
 - ``broker.lifecycle`` holds ``Service``, from which everything with background work descends.
 
 An engine in use::

@@ -6,6 +6,7 @@ credentials, and ends it; no process is left behind even when this one is killed
 
 import asyncio
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -29,12 +30,11 @@ from capability_schemas.topics import Topics
 
 _log = structlog.get_logger(__name__)
 
-_READY_TIMEOUT_S: Final = 20.0
 _STOP_TIMEOUT_S: Final = 8.0
 _PORT_TRIES: Final = 3
-# MQTT 3.1.1 section 3.1: CONNECT, clean session, keepalive 5 s, client id "foam-probe".
-_PROBE_CONNECT: Final = b"\x10\x16\x00\x04MQTT\x04\x02\x00\x05\x00\x0afoam-probe"
+_PROBE_TIMEOUT_S: Final = 2.0
 _CONNACK: Final = 0x20
+_ACCEPTED: Final = b"\x20\x02\x00\x00"  # MQTT 3.1.1 section 3.2
 
 
 class WebSocketListener(BaseModel):
@@ -75,6 +75,8 @@ class EngineSettings(BaseModel):
             embedded broker only, as the next one.
         address_limit: Most of them from one address. When either is reached, whoever has connected
             without a CONNECT so far makes room, the oldest first.
+        return_s: How long clients of a broker that died have to come back before their last wills
+            are published, seconds; embedded broker only.
         tls: A second listener, with TLS; the first one is for this machine alone then.
         websocket: A further listener, for MQTT over WebSocket.
         access: How Mosquitto learns of rights: ``dynamic`` by the commands of its dynamic security
@@ -94,6 +96,7 @@ class EngineSettings(BaseModel):
     connect_timeout_s: float = Field(default=5.0, gt=0)
     connection_limit: int = Field(default=4096, ge=1)
     address_limit: int = Field(default=2048, ge=1)
+    return_s: float = Field(default=20.0, ge=0)
     tls: TlsListener | None = None
     websocket: WebSocketListener | None = None
     access: Literal["static", "dynamic"] | None = None
@@ -115,7 +118,8 @@ class BrokerTraits:
         merges_overlap: One copy for overlapping filters of one client, not one per filter.
         redelivers_on_connect: Unacknowledged QoS 1 messages come again with the next connection,
             not after a fixed time.
-        survives_restart: Sessions and retained messages outlive the process.
+        survives_restart: Sessions outlive the process.
+        keeps_retained: Retained messages do.
         refuses_forbidden_filter: SUBACK says 0x80 for a filter outside the access table.
         binds_client_id: Nodes, routers and registries that come with a password cannot connect
             under another client id.
@@ -134,6 +138,7 @@ class BrokerTraits:
     merges_overlap: bool
     redelivers_on_connect: bool
     survives_restart: bool
+    keeps_retained: bool
     refuses_forbidden_filter: bool
     binds_client_id: bool
     guards_sessions: bool
@@ -230,7 +235,14 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-async def speaks_mqtt(host: str, port: int, *, tls: bool = False) -> bool:
+async def speaks_mqtt(
+    host: str,
+    port: int,
+    *,
+    tls: bool = False,
+    login: tuple[str, str] | None = None,
+    timeout_s: float = _PROBE_TIMEOUT_S,
+) -> bool:
     """Tell whether something on a port answers an MQTT CONNECT, be it with a refusal.
 
     Cancellation is safe.
@@ -239,6 +251,8 @@ async def speaks_mqtt(host: str, port: int, *, tls: bool = False) -> bool:
         host: Its address.
         port: The port.
         tls: Whether to ask with TLS, whoever answers: nothing is said but a name of ours.
+        login: User and password to ask with; then only being let in counts.
+        timeout_s: How long to wait for the answer, seconds.
     """
     context = None
     if tls:
@@ -246,16 +260,25 @@ async def speaks_mqtt(host: str, port: int, *, tls: bool = False) -> bool:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     try:
-        async with asyncio.timeout(2.0):
+        async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(host, port, ssl=context)
             try:
-                writer.write(_PROBE_CONNECT)
-                answer = await reader.readexactly(1)
+                writer.write(_probe_connect(login))
+                answer = await reader.readexactly(1 if login is None else len(_ACCEPTED))
             finally:
                 writer.close()
     except (OSError, TimeoutError, asyncio.IncompleteReadError):
         return False
-    return answer[0] == _CONNACK
+    return answer[0] == _CONNACK if login is None else answer == _ACCEPTED
+
+
+def _probe_connect(login: tuple[str, str] | None) -> bytes:
+    """Make a CONNECT (MQTT 3.1.1 section 3.1): clean session, keepalive 5 s, an id of its own."""
+    fields = [f"foam-probe-{secrets.token_hex(4)}", *(login or ())]
+    flags = 0x02 if login is None else 0xC2
+    body = b"\x00\x04MQTT\x04" + bytes((flags, 0, 5))
+    body += b"".join(len(one).to_bytes(2, "big") + one.encode() for one in fields)
+    return bytes((0x10, len(body))) + body
 
 
 def guarded(program: Path, *arguments: str) -> list[str]:
@@ -372,6 +395,8 @@ class ChildEngine:
     traits: BrokerTraits
     certificates_apart = False
     """Whether it takes certificates on a port of their own."""
+    ready_timeout_s = 20.0
+    """How long it may take to answer after its start, seconds."""
 
     def __init__(
         self, *, settings: EngineSettings, credentials: CredentialStore, topics: Topics
@@ -450,7 +475,7 @@ class ChildEngine:
         Raises:
             ConfigurationError: The port is taken, the program is missing, or the broker refuses
                 its configuration.
-            BrokerUnavailable: It does not answer within 20 seconds.
+            BrokerUnavailable: It does not answer within ``ready_timeout_s``.
             RuntimeError: Entered twice.
         """
         if self._port or self._child.is_running:
@@ -461,12 +486,12 @@ class ChildEngine:
                 check_port(host, port)
         self.credentials.refresh()
         try:
-            async with asyncio.timeout(_READY_TIMEOUT_S):
+            async with asyncio.timeout(self.ready_timeout_s):
                 self._port = await self._launch()
         except TimeoutError as exc:
             await self._child.stop()
             raise BrokerUnavailable(
-                f"the {self.name} broker does not answer after {_READY_TIMEOUT_S:.0f} s; "
+                f"the {self.name} broker does not answer after {self.ready_timeout_s:.0f} s; "
                 f"its log is {self._child.log_path}: {self._child.last_words()}"
             ) from exc
         except BaseException:

@@ -81,6 +81,7 @@ class MosquittoBroker(ForeignEngine):
         merges_overlap=True,
         redelivers_on_connect=True,
         survives_restart=True,
+        keeps_retained=True,
         refuses_forbidden_filter=False,
         binds_client_id=False,
         guards_sessions=False,

@@ -7,9 +7,18 @@ the plain passwords of the identities that may connect are handed in and stand i
 It has one MQTT listener. With TLS that one is the TLS listener, and the members of this machine use
 it too (``url`` is ``mqtts://`` then). Identities are passwords: it could map certificates to users,
 but then every client needs one.
+
+With a seat in a cluster (``broker.nats_cluster``) it is one server of several that hold the same
+sessions, messages and retained messages. It is ready when it has let somebody in: that takes a
+leader, and a session written down by two of three servers. Before, it has 15 s to catch up with
+what the others hold. Wills of the clients of a server that was killed are not published, by none of
+the others either (2.9): heartbeats have to do.
 """
 
+import asyncio
 import json
+import secrets
+import time
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -25,6 +34,7 @@ from broker.engine import (
     guarded,
     speaks_mqtt,
 )
+from broker.nats_cluster import ClusterSeat, SeatedServer
 from broker.tls import TlsListener
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.topics import Topics
@@ -32,6 +42,13 @@ from capability_schemas.topics import Topics
 # The default of 100 halves the throughput.
 _MAX_ACK_PENDING: Final = 1000
 _ACK_WAIT_S: Final = 30
+# A first start of a cluster elects four leaders, one after the other.
+_CLUSTER_READY_S: Final = 60.0
+_LOGIN_S: Final = 15.0
+# Some of what it holds (2.9: consumers that nothing was sent to) may never count as up to date.
+_CATCH_UP_S: Final = 15.0
+_HEALTH_PAUSE_S: Final = 0.25
+_PROBE: Final = "foam-probe"
 
 
 class NatsBroker(ForeignEngine):
@@ -43,6 +60,7 @@ class NatsBroker(ForeignEngine):
         credentials: Who may connect.
         topics: The grammar that access rules are made for.
         passwords: Plain passwords by identity; identities without one cannot connect.
+        seat: Its place in a cluster; None: it stands alone.
     """
 
     name = "nats"
@@ -52,6 +70,7 @@ class NatsBroker(ForeignEngine):
         merges_overlap=False,
         redelivers_on_connect=False,
         survives_restart=True,
+        keeps_retained=True,
         refuses_forbidden_filter=True,
         binds_client_id=False,
         guards_sessions=False,
@@ -70,9 +89,15 @@ class NatsBroker(ForeignEngine):
         credentials: CredentialStore,
         topics: Topics,
         passwords: Mapping[str, str],
+        seat: ClusterSeat | None = None,
     ) -> None:
         super().__init__(settings=settings, credentials=credentials, topics=topics)
         self._passwords = passwords
+        self._seat = None if seat is None else SeatedServer(seat)
+        self._patient_until = 0.0
+        self._probe_password = secrets.token_urlsafe(24)
+        if seat is not None:
+            self.ready_timeout_s = _CLUSTER_READY_S
 
     @staticmethod
     def available() -> bool:
@@ -100,17 +125,33 @@ class NatsBroker(ForeignEngine):
 
     async def _answers(self, port: int) -> bool:
         tls = self.settings.tls
-        if tls is None:
-            return await super()._answers(port)
-        return await speaks_mqtt(_own_address(tls.host), self._tls_port, tls=True)
+        host = self.settings.host if tls is None else _own_address(tls.host)
+        where = (host, port if tls is None else self._tls_port)
+        if self._seat is None:
+            return await speaks_mqtt(*where, tls=tls is not None)
+        if time.monotonic() < self._patient_until and not await self._seat.is_healthy():
+            await asyncio.sleep(_HEALTH_PAUSE_S)  # it writes a line of its log for each time
+            return False  # it has no leader yet, or what it holds is behind the others
+        login = (_PROBE, self._probe_password)
+        return await speaks_mqtt(*where, tls=tls is not None, login=login, timeout_s=_LOGIN_S)
 
     def _write_access(self) -> None:
         users = nats_users(
             self.credentials.identities(), AccessPolicy(self.topics), self._passwords
         )
+        if self._seat is not None:
+            nothing = {"deny": [">"]}
+            probe = {
+                "user": _PROBE,
+                "password": self._probe_password,
+                "allowed_connection_types": ["MQTT"],
+                "permissions": {"publish": nothing, "subscribe": nothing},
+            }
+            users = json.dumps([*json.loads(users), probe], indent=1)
         write_private(self.settings.data_dir / "nats-users.conf", f"users: {users}\n")
 
     def _command(self, port: int) -> list[str]:
+        self._patient_until = time.monotonic() + _CATCH_UP_S
         binary = find_binary("nats-server")
         if binary is None:
             raise ConfigurationError(
@@ -122,14 +163,14 @@ class NatsBroker(ForeignEngine):
         return guarded(binary, "-c", str(path))
 
     def _configuration(self, port: int) -> str:
-        settings, tls = self.settings, self.settings.tls
+        settings, tls, seat = self.settings, self.settings.tls, self._seat
 
         def quoted(host: str, number: int) -> str:
             return json.dumps(f"{host}:{number}")
 
         return "\n".join(
             (
-                f"server_name: foam-{port}",
+                f"server_name: {f'foam-{port}' if seat is None else seat.name}",
                 f"listen: {quoted(settings.host, free_port(settings.host))}",
                 f"jetstream {{ store_dir: {json.dumps(str(settings.data_dir / 'jetstream'))} }}",
                 "mqtt {",
@@ -138,8 +179,10 @@ class NatsBroker(ForeignEngine):
                 else f"  listen: {quoted(tls.host, self._tls_port)}",
                 f"  max_ack_pending: {_MAX_ACK_PENDING}",
                 f'  ack_wait: "{_ACK_WAIT_S}s"',
+                *([] if seat is None else seat.mqtt_lines()),
                 *_papers(tls),
                 "}",
+                *([] if seat is None else seat.lines()),
                 *self._websocket_lines(),
                 "authorization { include ./nats-users.conf }",
                 "",

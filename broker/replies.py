@@ -1,4 +1,4 @@
-"""The reader's side of PROTOCOL section 3: the events of one task, in order."""
+"""The reader's side of PROTOCOL section 3: the events of one task in order, and their text."""
 
 from capability_schemas.reply import (
     Accepted,
@@ -90,3 +90,40 @@ class ReplyOrder:
                 self.ended = True
                 self._held.clear()
         return ready
+
+
+class AnswerText:
+    """Says which text an event adds to what was said before. Pure.
+
+    A router that has missed chunks itself (a broker that was killed forgets what it had for it)
+    stands in for them by empty ones, and nodes send no empty text. Behind such a hole nothing more
+    is said before the result, which holds the whole text.
+    """
+
+    def __init__(self) -> None:
+        self._said: list[str] = []
+        self._hole = False
+
+    def add(self, event: Chunk | Result) -> str:
+        """Return what the next event adds; often all of it, of a result often nothing."""
+        text = self._rest(event.output) if isinstance(event, Result) else self._piece(event.data)
+        if text:
+            self._said.append(text)
+        return text
+
+    @property
+    def begun(self) -> bool:
+        """Whether there was any text."""
+        return bool(self._said) or self._hole
+
+    def _piece(self, data: object) -> str:
+        if not isinstance(data, str):
+            return ""
+        self._hole = self._hole or not data
+        return "" if self._hole else data
+
+    def _rest(self, output: object) -> str:
+        if not isinstance(output, str):
+            return ""
+        said = "".join(self._said)
+        return output.removeprefix(said) if output.startswith(said) else ""

@@ -46,6 +46,7 @@ GAP_PATIENCE_S: Final = 0.5
 SILENCE_PATIENCE_S: Final = 15.0
 _PATIENCE_CAP_S: Final = 5.0
 _BUFFER_LIMIT: Final = 10_000
+_BUFFER_BYTES: Final = 8 * 1024 * 1024
 _INBOX_LIMIT: Final = 10_000
 _REPLY_LIMIT_BYTES: Final = 16 * 1024 * 1024
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -57,8 +58,9 @@ Clock = Callable[[], int]
 class TaskStream:
     """The reply events of one task: an async iterator that ends after the terminal event.
 
-    Bounded: past ``limit`` unread events further ones are dropped and asked for again when the
-    reader has caught up. One reader at a time. Leaving its context closes it.
+    Bounded: past ``limit`` unread events, or ``limit_bytes`` that arrived since nothing was unread,
+    further ones are dropped and asked for again when the reader has caught up. One reader at a
+    time. Leaving its context closes it.
 
     Args:
         task: The task.
@@ -68,7 +70,9 @@ class TaskStream:
         resume: Asks for the repetition of everything from a number on.
         closed: Called once when the stream is closed.
         clock: UTC milliseconds.
+        source: Who alone may speak in it; anybody who may publish there when None.
         limit: Most unread events.
+        limit_bytes: Most bytes of them.
     """
 
     def __init__(
@@ -80,7 +84,9 @@ class TaskStream:
         resume: Callable[[int], None],
         closed: Callable[[], None],
         clock: Clock,
+        source: str | None = None,
         limit: int = _BUFFER_LIMIT,
+        limit_bytes: int = _BUFFER_BYTES,
     ) -> None:
         self.task = task
         self._deadline = deadline
@@ -88,12 +94,16 @@ class TaskStream:
         self._resume = resume
         self._on_closed = closed
         self._clock = clock
+        self._source = source
         self._limit = limit
+        self._limit_bytes = limit_bytes
+        self._bytes = 0
         self._order = ReplyOrder()
         self._unread: deque[ReplyEvent] = deque()
         self._arrived = asyncio.Event()
         self._lossy = False
         self._patience_s = GAP_PATIENCE_S
+        self._quiet_since: float | None = None
         self._failure: FoamError | None = None
         self._closed = False
         self._finished = False
@@ -110,15 +120,31 @@ class TaskStream:
             self._on_closed()
             self._arrived.set()
 
-    def offer(self, event: ReplyEvent, source: str) -> None:
-        """Take an event from the inbox."""
-        if len(self._unread) + self._order.held >= self._limit:
+    def offer(self, event: ReplyEvent, source: str, size_bytes: int = 0) -> None:
+        """Take an event from the inbox; one for which there is no room is asked for again later.
+
+        Args:
+            event: The event.
+            source: Who sent it, by its topic.
+            size_bytes: Of its payload.
+        """
+        if self._source not in {None, source}:
+            return
+        waiting = len(self._unread) + self._order.held
+        if waiting == 0:
+            self._bytes = 0
+        # What the reader waits for is never too much: all that is held waits for it as well.
+        elif (waiting >= self._limit or self._bytes + size_bytes > self._limit_bytes) and (
+            self._unread or getattr(event, "seq", None) != self._order.next_seq
+        ):
             self._lossy = True
             return
+        self._bytes += size_bytes
         before = self._order.next_seq
         self._unread.extend(self._order.push(event, source))
         if self._order.next_seq != before:
             self._patience_s = GAP_PATIENCE_S
+        self._quiet_since = None
         self._arrived.set()
 
     def fail(self, error: FoamError) -> None:
@@ -173,7 +199,11 @@ class TaskStream:
         self.close()
 
     async def _wait(self) -> None:
-        """Wait for an arrival; when it takes long, ask for a repetition."""
+        """Wait for an arrival; when it takes long, ask for a repetition.
+
+        How long it takes counts across calls, for a reader may come and go.
+        """
+        loop = asyncio.get_running_loop()
         left_s = (self._deadline + self._grace_ms - self._clock()) / 1000
         if left_s <= 0:
             raise DeadlineExceeded(
@@ -184,13 +214,17 @@ class TaskStream:
             )
         if self._lossy:
             self.ask_again()
+        if self._quiet_since is None:
+            self._quiet_since = loop.time()
         patience_s = self._patience_s if self._order.held else SILENCE_PATIENCE_S
+        patience_s = max(0.0, self._quiet_since + patience_s - loop.time())
         self._arrived.clear()
         try:
             async with asyncio.timeout(min(left_s, patience_s)):
                 await self._arrived.wait()
         except TimeoutError:
             if left_s > patience_s:
+                self._quiet_since = None
                 self._patience_s = min(self._patience_s * 2, _PATIENCE_CAP_S)
                 self.ask_again()
 
@@ -227,6 +261,7 @@ class ReplyInbox(Service):
         deadline: int,
         grace_ms: int = DEFAULT_GRACE_MS,
         resumable: bool = True,
+        node: str | None = None,
     ) -> TaskStream:
         """Start listening for the events of a task; do so before publishing it.
 
@@ -235,19 +270,25 @@ class ReplyInbox(Service):
             deadline: When to stop waiting, UTC milliseconds.
             grace_ms: Added to it, milliseconds.
             resumable: Whether a router keeps the events and can be asked to repeat them.
+            node: The node that is asked for it directly, and keeps the events instead: nobody else
+                is listened to.
 
         Raises:
             Conflict: A stream for this task is open.
         """
         if task in self._streams:
             raise Conflict(f"the events of task {task} are being read already", task=task)
+        topic = self._resume_topic
+        if node is not None:
+            topic = self.topics.build(TopicKind.DIRECT_RESUME, node=node, client=self.client)
         stream = TaskStream(
             task=task,
             deadline=deadline,
             grace_ms=grace_ms,
-            resume=lambda seq: self._ask(task, seq) if resumable else None,
+            resume=lambda seq: self._ask(topic, task, seq) if resumable else None,
             closed=lambda: self._drop(task),
             clock=self.clock,
+            source=node,
         )
         self._streams[task] = stream
         return stream
@@ -290,7 +331,7 @@ class ReplyInbox(Service):
         if stream is None:
             self.stray += 1
             return
-        stream.offer(event, source)
+        stream.offer(event, source, len(message.payload))
 
     def _on_overflow(self, message: Message) -> None:
         try:
@@ -306,9 +347,9 @@ class ReplyInbox(Service):
             for stream in tuple(self._streams.values()):
                 stream.ask_again()
 
-    def _ask(self, task: str, seq: int) -> None:
+    def _ask(self, topic: str, task: str, seq: int) -> None:
         try:
-            self.session.post(self._resume_topic, encode(ResumeRequest(task=task, from_seq=seq)))
+            self.session.post(topic, encode(ResumeRequest(task=task, from_seq=seq)))
         except (Overloaded, BrokerUnavailable) as error:  # the next round asks again
             _log.info("inbox.resume_postponed", task=task, reason=error.message)
 

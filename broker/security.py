@@ -7,12 +7,15 @@ from typing import Final
 import structlog
 
 from broker.events import EventSource
-from capability_schemas.errors import FoamError
+from capability_schemas.errors import FoamError, MalformedPayload
+from capability_schemas.node import RegistryState
 from capability_schemas.passport import PassportBook
 from capability_schemas.trust import read_trust
+from capability_schemas.wire import decode
 
 _TOLD_LIMIT: Final = 10
 _PERIOD_MS: Final = 60_000
+_STATE_LIMIT_BYTES: Final = 64 * 1024
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -74,6 +77,34 @@ class SecurityAlarm:
             },
             subject=self._own,
         )
+
+
+def hear_registry(payload: bytes, *, registry: str, book: PassportBook) -> RegistryState | None:
+    """Take what a registry says of itself: its passport, where our papers do not name it.
+
+    Args:
+        payload: A message on ``registry/{registry}/state``.
+        registry: The level of the topic.
+        book: Where passports are known.
+
+    Returns:
+        The state; None where it is none, or its passport counts for nothing (logged).
+    """
+    if not payload:
+        return None
+    try:
+        state: RegistryState = decode(RegistryState, payload, limit_bytes=_STATE_LIMIT_BYTES)
+        if state.registry != registry:
+            raise MalformedPayload(
+                f"registry: the state is of {state.registry}, its topic of {registry}",
+                field="registry",
+            )
+        if state.passport is not None:
+            book.admit(state.passport)
+    except FoamError as exc:
+        _log.warning("registry.ignored", registry=registry, error=exc.message)
+        return None
+    return state
 
 
 def hear_trust(payload: bytes, *, member: str, book: PassportBook) -> None:

@@ -5,6 +5,7 @@ none. Each module is one subject:
 
 ==============  ==============================================================================
 ``ids``         identifiers, UUID version 7, the wire clock
+``clock``       the wall clock without its steps
 ``errors``      the error tree, grouped by remedy, with the codes of the wire
 ``topics``      the topic grammar: build, parse, filter
 ``wire``        base of all messages, ``encode`` and ``decode`` with size limits

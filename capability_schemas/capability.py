@@ -203,6 +203,8 @@ class CatalogRecord(_Capability):
 
     Attributes:
         registry: Who admitted it.
+        term: In which term that registry led then; of two records of one claim, or of a claim and
+            an earlier one, readers pass over the one of the lower term.
         admitted_at: When, UTC milliseconds.
         claim_digest: ``sha256:`` and the hex digest of the claim's canonical bytes.
         embedding: Unit vector of description and examples, base64 of little-endian float32.
@@ -215,5 +217,6 @@ class CatalogRecord(_Capability):
 
     parts: str | None = None
     registry: Identifier
+    term: Count | None = None
     admitted_at: int
     claim_digest: str

@@ -19,7 +19,7 @@ from capability_schemas.enrollment import EnrollReply, EnrollRequest
 from capability_schemas.errors import ConfigurationError, ErrorCode
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.invocation import Control, Invocation, Report
-from capability_schemas.node import NodeLoad, NodeState, RouterState
+from capability_schemas.node import NodeLoad, NodeState, RegistryState, RouterState
 from capability_schemas.reply import ReplyEvent
 from capability_schemas.task import CancelRequest, ResumeRequest, Task
 from capability_schemas.topics import DEFAULT_PREFIX, DEFAULT_SITE, TOPICS, TopicSpec
@@ -39,6 +39,7 @@ MESSAGES: Final[Mapping[str, type[BaseModel] | TypeAdapter[Any]]] = {
     "NodeState": NodeState,
     "NodeLoad": NodeLoad,
     "RouterState": RouterState,
+    "RegistryState": RegistryState,
     "Invocation": Invocation,
     "Control": Control,
     "Report": Report,

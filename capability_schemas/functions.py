@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Final, NamedTuple
 
-from pydantic import ConfigDict, Field, StringConstraints, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, field_validator
 
 from capability_schemas.capability import (
     CapabilityPolicy,
@@ -23,6 +23,18 @@ from capability_schemas.wire import DEFAULT_LIMIT_BYTES, WirePart
 
 MAX_OUTPUT_BYTES: Final = DEFAULT_LIMIT_BYTES - 64 * 1024
 """Largest output a function may be allowed: with its event around it, it must pass as a message."""
+
+
+def _json_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    try:
+        check_schema(schema)
+    except ConfigurationError as exc:
+        raise ValueError(exc.message) from exc
+    return schema
+
+
+JsonSchema = Annotated[dict[str, Any], AfterValidator(_json_schema)]
+"""A JSON Schema, checked to be one."""
 
 
 class FunctionLimits(WirePart):
@@ -94,8 +106,8 @@ class FunctionSpec(WirePart):
     description: Utterance
     examples: Annotated[tuple[Utterance, ...], Field(max_length=256)] = ()
     skills: tuple[ShortText, ...] = ()
-    input_schema: dict[str, Any] | None = None
-    output_schema: dict[str, Any] | None = None
+    input_schema: JsonSchema | None = None
+    output_schema: JsonSchema | None = None
     runtime: ShortText = "python"
     entry: ShortText | None = None
     model: str | None = None
@@ -112,16 +124,6 @@ class FunctionSpec(WirePart):
     idempotent: bool = False
 
     _version = field_validator("version")(check_version)
-
-    @field_validator("input_schema", "output_schema")
-    @classmethod
-    def _is_json_schema(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
-        if schema is not None:
-            try:
-                check_schema(schema)
-            except ConfigurationError as exc:
-                raise ValueError(exc.message) from exc
-        return schema
 
 
 _TYPES: Final[Mapping[str, frozenset[type]]] = {

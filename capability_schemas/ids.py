@@ -12,6 +12,7 @@ from typing import Annotated, Final
 
 from pydantic import StringConstraints
 
+from capability_schemas.clock import SteadyClock
 from capability_schemas.errors import ProtocolError
 
 IDENTIFIER_PATTERN: Final = r"^[A-Za-z0-9_-]{1,64}$"
@@ -44,12 +45,21 @@ def check_identifier(value: str, what: str) -> str:
     return value
 
 
-def now_ms() -> int:
-    """Return the wall clock as UTC milliseconds since the Unix epoch.
-
-    The one default clock of the mesh. State machines take a clock as an argument instead.
-    """
+def wall_ms() -> int:
+    """Return the wall clock of this machine as UTC milliseconds since the Unix epoch."""
     return time.time_ns() // 1_000_000
+
+
+_CLOCK: Final = SteadyClock(wall=wall_ms)
+
+
+def now_ms() -> int:
+    """Return the time as UTC milliseconds since the Unix epoch.
+
+    The one default clock of the mesh: the wall clock without its steps
+    (`capability_schemas.clock`). State machines take a clock as an argument instead.
+    """
+    return _CLOCK()
 
 
 def new_uuid7(at_ms: int | None = None) -> str:

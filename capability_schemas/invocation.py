@@ -107,9 +107,13 @@ class Control(WireModel):
     """An order to a node.
 
     Attributes:
-        verb: ``cancel`` one task, ``drain`` (finish, take nothing new) or ``undrain`` the node.
-        task: The task to cancel.
-        attempt: Cancel this attempt and lower ones; every attempt when None.
+        verb: ``cancel`` one task, ``account`` for one attempt (say once more how it stands),
+            ``return`` one that has not begun (then the node says ``refused``, else ``admitted``
+            once more), ``drain`` (finish, take nothing new) or ``undrain`` the node.
+        task: The task to cancel, to account for or to return.
+        attempt: Cancel this attempt and lower ones, return this one, every attempt when None;
+            the one to account for, when None the latest of the task, and who has none does not
+            answer.
         reason: Why: ``client``, ``deadline``, ``superseded``, ``overtaken`` (only if the client
             has been shown nothing: then the node gives it back by a report ``failed``), or
             words.
@@ -122,7 +126,7 @@ class Control(WireModel):
         signature: Of the sender, Ed25519 over the canonical bytes.
     """
 
-    verb: Literal["cancel", "drain", "undrain"]
+    verb: Literal["cancel", "account", "return", "drain", "undrain"]
     task: Identifier | None = None
     client: Identifier | None = None
     attempt: Annotated[int, Field(ge=1)] | None = None
@@ -146,7 +150,9 @@ class Report(WireModel):
         status: ``admitted`` it will run; ``refused`` it will not, another node may; ``failed`` it
             began but another node may do better; ``unsure`` it has an answer, here in ``output``,
             that is less sure than the invocation demands; ``held`` likewise one that is to be held
-            back; ``finished`` a terminal event was sent.
+            back; ``finished`` a terminal event was sent. To ``account`` the last report is the
+            answer, the terminal event is sent again before it; or ``running``, or ``unknown``:
+            nothing is known here of that attempt.
         code: Error code of a refusal, failure or finish; None when it went well.
         reason: Why, in words.
         retry_after_ms: When the node may have room again.
@@ -163,7 +169,9 @@ class Report(WireModel):
     client: Identifier
     attempt: Annotated[int, Field(ge=1)]
     node: Identifier
-    status: Literal["admitted", "refused", "failed", "unsure", "held", "finished"]
+    status: Literal[
+        "admitted", "refused", "failed", "unsure", "held", "finished", "running", "unknown"
+    ]
     code: str | None = None
     reason: str = ""
     retry_after_ms: Annotated[int, Field(ge=0, le=_MAX_COUNT)] | None = None

@@ -1,12 +1,15 @@
 """State and load of nodes and routers."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
 from capability_schemas.ids import Identifier
 from capability_schemas.passport import Passport
 from capability_schemas.wire import MAX_COUNT, Count, WireModel, WirePart
+
+LOST: Final = "connection lost"
+"""Reason of a last will: nobody said goodbye."""
 
 Presence = Literal["birth", "draining", "sleeping", "offline"]
 
@@ -24,6 +27,9 @@ class NodeState(WireModel):
         epoch: Start of the process, UTC milliseconds.
         at: When this was said, UTC milliseconds; a last will carries the time of its connection.
         reason: Why, in words.
+        since: When this process made itself known first, UTC milliseconds; None in the last will
+            of one that had not yet when it connected: that counts only where its birth was heard.
+        place: Where the process runs, in words, for whoever has to find it.
         agent: Version of the node agent.
         load_interval_s: How often load is sent; three missed mean the node is gone.
         wake_at: When a sleeping node returns, UTC milliseconds.
@@ -36,6 +42,8 @@ class NodeState(WireModel):
     epoch: Count
     at: int
     reason: str = ""
+    since: int | None = None
+    place: Annotated[str, Field(max_length=200)] | None = None
     agent: str | None = None
     load_interval_s: Annotated[float, Field(gt=0)] | None = None
     wake_at: int | None = None
@@ -52,6 +60,8 @@ class RouterState(WireModel):
         at: As in ``NodeState``.
         reason: As in ``NodeState``.
         heartbeat_s: How often it repeats its state; other routers take over when it stops.
+        direct: Whether clients may ask nodes themselves once no router lives; not where rules or
+            quotas hold that routers alone see to.
         passport: How nodes learn whose key signs their invocations.
     """
 
@@ -61,6 +71,37 @@ class RouterState(WireModel):
     at: int
     reason: str = ""
     heartbeat_s: Annotated[float, Field(gt=0)] | None = None
+    direct: Annotated[bool, Field(strict=True)] = True
+    passport: Passport | None = None
+
+
+class RegistryState(WireModel):
+    """Whether a registry takes part, and whether it leads; retained, and repeated unretained.
+
+    Attributes:
+        registry: The registry.
+        state: As in ``NodeState``.
+        epoch: As in ``NodeState``.
+        at: As in ``NodeState``.
+        reason: As in ``NodeState``.
+        leads: Whether it leads, or claims to.
+        term: Of its leading; of a follower, the highest that it has heard of.
+        beat: Counts what it says, from 1; None in a last will, which says nothing of a lease.
+        lease_ms: How long it may go without being heard before another one leads.
+        enrolls: Whether it can let members in, when it leads.
+        passport: How others know its signatures, where their papers do not name it.
+    """
+
+    registry: Identifier
+    state: Presence
+    epoch: Count
+    at: int
+    reason: str = ""
+    leads: bool = False
+    term: Count = 0
+    beat: Count | None = None
+    lease_ms: Annotated[int, Field(gt=0, le=MAX_COUNT)] | None = None
+    enrolls: bool = True
     passport: Passport | None = None
 
 

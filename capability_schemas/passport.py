@@ -78,10 +78,13 @@ class PassportBook:
         self, *, site: str, registries: Mapping[str, str], clock: Callable[[], int] = now_ms
     ) -> None:
         self._site = site
-        self._registries = dict(registries)
+        self._roots = dict(registries)
         self._clock = clock
         self._known: OrderedDict[str, Passport] = OrderedDict()
         self._revoked: dict[str, int] = {}
+        self._voided_roots: set[str] = set()
+        self._vouched: dict[str, Passport] = {}
+        """Passports of registries; few, and kept whatever else is forgotten."""
 
     def admit(self, passport: Passport) -> None:
         """Take note of a passport.
@@ -106,6 +109,8 @@ class PassportBook:
                     identity=passport.identity,
                 )
             self._known[passport.identity] = passport
+            if passport.role == "registry":
+                self._vouched[passport.identity] = passport
         self._known.move_to_end(passport.identity)
         if len(self._known) > _KEPT:
             self._known.popitem(last=False)
@@ -120,8 +125,7 @@ class PassportBook:
         Raises:
             AccessDenied: No valid passport of such a member is known.
         """
-        registry = self._registries.get(identity)
-        if registry is not None and "registry" in roles:
+        if "registry" in roles and (registry := self.registries.get(identity)) is not None:
             return registry
         passport = self._known.get(identity)
         if passport is None:
@@ -141,16 +145,32 @@ class PassportBook:
 
     @property
     def registries(self) -> Mapping[str, str]:
-        """Public keys of the registries that are believed, by id."""
-        return self._registries
+        """Public keys of the registries that are believed, by id.
+
+        Those are the roots, which the member's own papers name, and registries whose passport is
+        signed by a root; none that was revoked.
+        """
+        now = self._clock()
+        vouched = {
+            name: passport.public_key
+            for name, passport in self._vouched.items()
+            if now <= passport.expires_at + CLOCK_SKEW_MS
+        }
+        return {**self._good_roots(), **vouched}
 
     def believe(self, registries: Mapping[str, str]) -> None:
         """Believe further registries, as the member's own new papers name them."""
-        self._registries.update(registries)
+        for name, key in registries.items():
+            if self._roots.get(name) != key:
+                self._roots[name] = key
+                self._voided_roots.discard(name)
+
+    def _good_roots(self) -> dict[str, str]:
+        return {name: key for name, key in self._roots.items() if name not in self._voided_roots}
 
     def knows(self, identity: str) -> bool:
         """Tell whether a member has shown a passport, valid or not, or is a registry."""
-        return identity in self._known or identity in self._registries
+        return identity in self._known or identity in self._roots
 
     def passport(self, identity: str) -> Passport | None:
         """Return what is known of a member, valid or not."""
@@ -167,6 +187,13 @@ class PassportBook:
         known = self._known.get(identity)
         if known is not None and known.issued_at < before:
             del self._known[identity]
+        vouched = self._vouched.get(identity)
+        if vouched is not None and vouched.issued_at < before:
+            del self._vouched[identity]
+        if identity in self._roots:
+            # Its key is told in papers, which say not when it was made: only new papers, or a
+            # later passport by another root, bring it back.
+            self._voided_roots.add(identity)
 
     def verify(self, message: bytes | WireModel, sender: str, *roles: str) -> None:
         """Check that a message is signed by a member in one of these roles.
@@ -192,7 +219,10 @@ class PassportBook:
         self._check_time(passport)
         if passport.issued_at < self._revoked.get(who, 0):
             raise AccessDenied(f"passport of {who} was revoked: enroll again", identity=who)
-        root = self._registries.get(passport.registry)
+        roots = self._good_roots()
+        root = roots.get(passport.registry)
+        if root is None and passport.role != "registry":
+            root = self.registries.get(passport.registry)
         if root is None:
             raise AccessDenied(
                 f"passport of {who} is signed by {passport.registry}, which is no registry here",

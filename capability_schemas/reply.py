@@ -152,10 +152,16 @@ class Step(_Event):
 
 
 class Working(_Event):
-    """Keep-alive while nothing else is sent for long."""
+    """Keep-alive while nothing else is sent for long.
+
+    Attributes:
+        attempt: Which attempt works; 1 from a router, where the task waits for a node with room.
+        reason: What is waited for, in words; None from a node that works.
+    """
 
     event: Literal["working"] = "working"
     attempt: int = 1
+    reason: str | None = None
 
 
 class Chunk(_Event):

@@ -75,13 +75,20 @@ def _canonical_json(value: Any) -> bytes:
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return text.encode()
     try:
-        return rfc8785.dumps(value)
-    except rfc8785.IntegerDomainError:
-        return rfc8785.dumps(_within_ieee754(value))
+        try:
+            return rfc8785.dumps(value)
+        except rfc8785.IntegerDomainError:
+            return rfc8785.dumps(_within_ieee754(value))
+    except rfc8785.CanonicalizationError as exc:  # NaN, and what else is no JSON
+        raise MalformedPayload(f"it has no canonical form: {exc}") from exc
 
 
 def canonical_bytes(message: BaseModel | dict[str, Any]) -> bytes:
-    """Return the bytes a signature covers: RFC 8785 JSON without ``signature``."""
+    """Return the bytes a signature covers: RFC 8785 JSON without ``signature``.
+
+    Raises:
+        MalformedPayload: It holds what JSON cannot say, such as ``NaN``.
+    """
     fields = (
         message.model_dump(mode="json", exclude_none=True)
         if isinstance(message, BaseModel)
@@ -91,7 +98,11 @@ def canonical_bytes(message: BaseModel | dict[str, Any]) -> bytes:
 
 
 def digest(value: Any) -> str:
-    """Return ``sha256:`` and the hex digest of the canonical JSON of ``value``."""
+    """Return ``sha256:`` and the hex digest of the canonical JSON of ``value``.
+
+    Raises:
+        MalformedPayload: It holds what JSON cannot say, such as ``NaN``.
+    """
     return "sha256:" + hashlib.sha256(_canonical_json(value)).hexdigest()
 
 

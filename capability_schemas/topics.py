@@ -24,7 +24,7 @@ MAX_LEVELS: Final = 8
 
 
 class TopicKind(StrEnum):
-    """What a topic is for; one member per row of PROTOCOL section 1, and of ADR 23."""
+    """What a topic is for; one member per row of PROTOCOL section 1, of ADR 23 and 37."""
 
     TASK = "task"
     CANCEL = "cancel"
@@ -38,6 +38,7 @@ class TopicKind(StrEnum):
     CONTROL = "control"
     REPORT = "report"
     ROUTER_STATE = "router_state"
+    REGISTRY_STATE = "registry_state"
     ADMIN = "admin"
     ENROLL = "enroll"
     ENROLL_REPLY = "enroll_reply"
@@ -46,6 +47,9 @@ class TopicKind(StrEnum):
     STAGE = "stage"
     TRUST = "trust"
     EVIDENCE = "evidence"
+    DIRECT = "direct"
+    DIRECT_CANCEL = "direct_cancel"
+    DIRECT_RESUME = "direct_resume"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,9 @@ TOPICS: Final[Mapping[TopicKind, TopicSpec]] = MappingProxyType(
         TopicKind.ROUTER_STATE: TopicSpec(
             "router/{router}/state", 1, True, "router", "RouterState"
         ),
+        TopicKind.REGISTRY_STATE: TopicSpec(
+            "registry/{registry}/state", 1, True, "registry", "RegistryState"
+        ),
         TopicKind.ADMIN: TopicSpec("admin/{target}/{client}", 1, False, "admin", "AdminRequest"),
         TopicKind.ENROLL: TopicSpec("enroll/{request}", 1, False, "enrollee", "EnrollRequest"),
         TopicKind.ENROLL_REPLY: TopicSpec(
@@ -110,6 +117,13 @@ TOPICS: Final[Mapping[TopicKind, TopicSpec]] = MappingProxyType(
         ),
         TopicKind.TRUST: TopicSpec("trust/{member}", 1, True, "registry", "TrustState"),
         TopicKind.EVIDENCE: TopicSpec("evidence/{node}", 1, True, "node", "Evidence"),
+        TopicKind.DIRECT: TopicSpec("direct/{node}/{client}", 1, False, "client", "Task"),
+        TopicKind.DIRECT_CANCEL: TopicSpec(
+            "direct/{node}/{client}/cancel", 1, False, "client", "CancelRequest"
+        ),
+        TopicKind.DIRECT_RESUME: TopicSpec(
+            "direct/{node}/{client}/resume", 1, False, "client", "ResumeRequest"
+        ),
     }
 )
 

@@ -53,6 +53,8 @@ class TrustState(WireModel):
         role: What it is in the mesh, where the registry tells.
         tenant: Whose it is, where it is anybody's.
         registry: Who says so.
+        term: In which term that registry leads; what was said in a later term counts, whatever
+            the clocks of the registries say.
         signature: Of the registry, Ed25519 over the canonical bytes.
     """
 
@@ -67,6 +69,7 @@ class TrustState(WireModel):
     role: Annotated[str, StringConstraints(pattern=r"^[a-z]{1,16}$")] | None = None
     tenant: Identifier | None = None
     registry: Identifier
+    term: Count | None = None
     signature: str | None = None
 
 

@@ -4,15 +4,20 @@ import asyncio
 import importlib.util
 import os
 import platform
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
-from capability_schemas.errors import AccessDenied, FoamError
+from capability_schemas.errors import AccessDenied, BrokerUnavailable, FoamError
 from foam.settings import Settings
+
+if TYPE_CHECKING:
+    from broker.session.settings import BrokerUrl
+    from foam.sdk.address import MeshAddress
 
 __all__ = ["Check", "run_checks"]
 
@@ -174,6 +179,47 @@ def _disk(settings: Settings) -> Iterable[Check]:
         yield Check("data folder", "ok", found)
 
 
+async def _reach(settings: Settings) -> list[Check]:
+    """Look at the mesh, and at each broker where it has several."""
+    from foam.sdk.address import find_mesh
+
+    try:
+        address = find_mesh(settings, admin=True)
+    except FoamError:
+        return [await _broker_reach(settings)]
+    brokers = [] if len(address.urls) == 1 else [_one_broker(address, url) for url in address.urls]
+    async with asyncio.TaskGroup() as group:
+        looks = [
+            group.create_task(look, name=f"foam.doctor.{number}")
+            for number, look in enumerate((*brokers, _broker_reach(settings)))
+        ]
+    return [look.result() for look in looks]
+
+
+async def _one_broker(address: "MeshAddress", url: "BrokerUrl") -> Check:
+    """Log on to one broker of several."""
+    from broker.session.mqtt import MqttSession
+    from broker.session.settings import SessionSettings
+
+    settings = SessionSettings(
+        urls=(url,),
+        client_id=f"{address.client}-doctor-{secrets.token_hex(4)}",
+        username=address.username,
+        password=address.password,
+        tls=address.tls,
+    )
+    what = f"broker {url}"
+    try:
+        async with MqttSession(settings=settings) as session:
+            await session.wait_connected(_CONNECT_S)
+    except BrokerUnavailable as error:
+        reason = str(error.detail.get("reason") or error.message)
+        return Check(what, "failed", reason, "start it again; the others serve meanwhile")
+    except FoamError as error:
+        return Check(what, "failed", error.message, "it does not know us: do its access rules lag?")
+    return Check(what, "ok", "lets us in")
+
+
 async def _broker_reach(settings: Settings) -> Check:
     from foam.sdk.address import find_mesh
     from foam.sdk.client import MeshClient
@@ -182,6 +228,7 @@ async def _broker_reach(settings: Settings) -> Check:
         address = find_mesh(settings, admin=True)
         async with MeshClient.at(address, connect_timeout_s=_CONNECT_S) as mesh:
             stats = await mesh.admin("stats", timeout_s=_CONNECT_S)
+            used = mesh.broker
     except AccessDenied as error:
         if settings.identity_file is not None:
             remedy = "its papers are not good (any more): enroll anew, or give another --identity"
@@ -203,7 +250,7 @@ async def _broker_reach(settings: Settings) -> Check:
     return Check(
         "mesh",
         "ok",
-        f"{address.url}: {stats.get('nodes')} nodes, {stats.get('functions')} functions",
+        f"{used}: {stats.get('nodes')} nodes, {stats.get('functions')} functions",
     )
 
 
@@ -225,5 +272,5 @@ def run_checks(settings: Settings) -> list[Check]:
         settings: Which folder, encoder, model and mesh.
     """
     checks = [check for look in _CHECKS for check in look(settings)]
-    checks.append(asyncio.run(_broker_reach(settings)))
+    checks.extend(asyncio.run(_reach(settings)))
     return checks

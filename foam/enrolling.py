@@ -46,6 +46,7 @@ from capability_schemas.signing import SigningKey, sign, verify
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode, encode
 from foam import standing
+from foam.listening import is_loopback
 from foam.mesh import Identity
 
 __all__ = [
@@ -77,8 +78,8 @@ class Papers:
         password: Its password, where it got one.
         signing_key: Its Ed25519 key, where its role signs.
         tls_key: Its TLS key, PEM, where it got a certificate.
-        broker: Where it connects to from now on: of the brokers in the grant, the one on the host
-            that was reached.
+        broker: Where it connects to from now on: the brokers in the grant, separated by commas,
+            those on the hosts that were named first.
     """
 
     reply: EnrollReply
@@ -108,7 +109,7 @@ async def enroll(
 
     Args:
         url: Broker, ``mqtts://host:port`` (``mqtt://`` on loopback only, unless the token says
-            that the site has no TLS).
+            that the site has no TLS); of a cluster several, separated by commas.
         token: Join token.
         identity: Name wanted.
         role: Role wanted.
@@ -126,10 +127,11 @@ async def enroll(
         ConfigurationError: The broker would see the join password in clear.
     """
     check_identifier(identity, "identity")
-    address = BrokerUrl.parse(url)
-    if token.authority and not address.tls:
+    addresses = BrokerUrl.parse_all(url)
+    if token.authority and (plain := [str(one) for one in addresses if not one.tls]):
         raise ConfigurationError(
-            f"this token is for a broker with TLS: use mqtts:// (or wss://) instead of {address}"
+            "this token is for a broker with TLS: use mqtts:// (or wss://) instead of "
+            + ", ".join(plain)
         )
     key = SigningKey.generate() if role in SIGNING_ROLES else None
     tls_key, csr = make_key_and_request(identity) if certificate else (None, None)
@@ -156,7 +158,7 @@ async def enroll(
             tls = TlsSettings(ca_file=folder / "authority.pem")
             (folder / "authority.pem").write_text(ssl.DER_cert_to_PEM_cert(token.authority))
         settings = SessionSettings(
-            urls=(str(address),),
+            urls=tuple(one.anonymous for one in addresses),
             client_id=f"{token.id}-{request.nonce}",
             username=token.id,
             password=token.password,
@@ -167,8 +169,9 @@ async def enroll(
             lambda: _ask(MqttSession(settings=settings), topics, token, request, timeout_s, waiting)
         )
         papers = _checked(reply, request, key, tls_key, sealing)
-        papers = replace(papers, broker=_near(reply.brokers, address.host))
-        await _try_out(papers, topics, folder, reached=address.host)
+        hosts = [one.host for one in addresses]
+        papers = replace(papers, broker=_nearest_first(reply.brokers, hosts))
+        await _try_out(papers, topics, folder, reached=hosts)
     return papers
 
 
@@ -187,7 +190,8 @@ async def is_still_member(identity: Identity, folder: Path, *, url: str, site: s
         ConfigurationError: A file beside the identity file cannot be read.
     """
     broker = identity.broker or url
-    if BrokerUrl.parse(broker).port == BrokerUrl.parse(url).port:
+    ports = {one.port for one in BrokerUrl.parse_all(url)}
+    if ports & {one.port for one in BrokerUrl.parse_all(broker)}:
         broker = url  # under the name that is known here; another port is for other papers
     shown = standing.Papers(identity, folder, broker, Topics(site=identity.site or site))
 
@@ -215,19 +219,25 @@ async def _patiently(attempt: Callable[[], Awaitable[_T]]) -> _T:
         await asyncio.sleep(_DOUBT_AGAIN_S)
 
 
-def _near(brokers: Sequence[str], host: str) -> str | None:
-    """Return the broker on a host; the first one where none is."""
-    found = (url for url in brokers if BrokerUrl.parse(url).host == host)
-    return next(found, brokers[0] if brokers else None)
+def _nearest_first(brokers: Sequence[str], hosts: Sequence[str]) -> str | None:
+    """Join the brokers of a grant to a list, those on the hosts that were reached first.
+
+    A broker's own machine knows it by its loopback address too; from elsewhere that is another one.
+    """
+    known = [url for text in brokers for url in BrokerUrl.parse_all(text)]
+    if not any(map(is_loopback, hosts)):
+        known = [url for url in known if not is_loopback(url.host)] or known
+    known.sort(key=lambda url: url.host not in hosts)
+    return ",".join(map(str, known)) or None
 
 
-async def _try_out(papers: Papers, topics: Topics, folder: Path, *, reached: str) -> None:
+async def _try_out(papers: Papers, topics: Topics, folder: Path, *, reached: Sequence[str]) -> None:
     """Wait, for some seconds at most, until the broker knows the new member.
 
     Whoever starts the member next shall not be refused. A broker that is still behind then, or that
     cannot be reached from here, is no reason to throw papers away that are good.
     """
-    if papers.broker is None or BrokerUrl.parse(papers.broker).host != reached:
+    if papers.broker is None or BrokerUrl.parse_all(papers.broker)[0].host not in reached:
         return
     identity = str(papers.reply.id)
     for name, text in _tls_texts(papers).items():
@@ -472,7 +482,7 @@ def store_papers(papers: Papers, folder: Path) -> Path:
                 "username": identity,
                 "password": papers.password,
                 "signing_key": f"{identity}.key" if papers.signing_key is not None else None,
-                "broker": papers.broker or (reply.brokers[0] if reply.brokers else None),
+                "broker": papers.broker or ",".join(reply.brokers) or None,
                 "site": reply.site,
                 "attested": reply.passport.attested if reply.passport is not None else None,
                 "tls": bool(papers.tls_key or reply.authority),

@@ -3,9 +3,11 @@
 Whatever is not loopback is TLS, unless somebody asks for plain text in so many words.
 """
 
+import contextlib
+import fcntl
 import ipaddress
 import socket
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -19,10 +21,10 @@ from capability_schemas.errors import ConfigurationError
 from capability_schemas.ids import now_ms
 from foam.mesh import MeshFolder
 
-__all__ = ["DEFAULT_TLS_PORT", "BrokerPapers", "Listeners", "is_loopback", "own_names"]
+__all__ = ["DEFAULT_TLS_PORT", "LOOPBACK", "BrokerPapers", "Listeners", "is_loopback", "own_names"]
 
 DEFAULT_TLS_PORT: Final = 8883
-_LOOPBACK: Final = "127.0.0.1"
+LOOPBACK: Final = "127.0.0.1"
 _RENEW_BELOW: Final = 1 / 3
 _PORTS: Final = 65_536
 _LIST_DAYS: Final = 7.0
@@ -91,7 +93,7 @@ class Listeners:
         if plain:
             return cls(host=host, port=port)
         return cls(
-            host=_LOOPBACK,
+            host=LOOPBACK,
             port=port,
             tls_host=host,
             tls_port=tls_port,
@@ -115,6 +117,19 @@ class Listeners:
             for one in urls:
                 ports[name] = BrokerUrl.parse(str(one)).port
         return replace(self, **ports)  # type: ignore[arg-type]  # ports are numbers
+
+    def shifted(self, by: int) -> "Listeners":
+        """Return the listeners of a further server on the same machine: its ports come later.
+
+        Args:
+            by: How much later; ports that are free ones stay so.
+        """
+        moved = {
+            name: port + by
+            for name in ("port", "tls_port", "members_port", "websocket_port")
+            if (port := getattr(self, name))
+        }
+        return replace(self, **moved)
 
     def websocket(self) -> WebSocketListener | None:
         """Return the listener for WebSocket, if there is to be one."""
@@ -171,7 +186,7 @@ def own_names(host: str) -> list[str]:
         everywhere = False
     if everywhere:
         name = socket.gethostname()
-        found = ["localhost", _LOOPBACK, name, *_addresses(name)]
+        found = ["localhost", LOOPBACK, name, *_addresses(name)]
     return list(dict.fromkeys(one for one in found if one))
 
 
@@ -217,6 +232,7 @@ class BrokerPapers:
         self._key = folder.broker_data / "server.key"
         self._ca = folder.broker_data / "authority.pem"
         self._crl = folder.broker_data / "revoked.pem"
+        self._lock = folder.broker_data / "papers.lock"
         self._roots: frozenset[str] = frozenset()
         self._listed: tuple[int, str, frozenset[str]] = (0, "", frozenset())
 
@@ -278,6 +294,10 @@ class BrokerPapers:
         Raises:
             ConfigurationError: They cannot be written, or the authority is damaged.
         """
+        with self._alone():
+            return self._refresh()
+
+    def _refresh(self) -> bool:
         authority = Authority.create(self._folder.authority, site=self._site, clock=self._clock)
         self._roots = frozenset(f"root-{root.number}.pem" for root in authority.roots())
         changed = False
@@ -295,6 +315,23 @@ class BrokerPapers:
                 f"{self._folder.broker_data} cannot be written: {error.strerror or error}"
             ) from error
         return changed
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep the servers of a cluster, which share these files, from making them all at once.
+
+        Raises:
+            ConfigurationError: The folder cannot be written.
+        """
+        try:
+            lock = self._lock.open("a")
+        except OSError as error:
+            raise ConfigurationError(
+                f"{self._lock} cannot be written: {error.strerror or error}"
+            ) from error
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _is_fresh(self) -> bool:
         found = read_certificate(_text(self._cert))

@@ -28,7 +28,8 @@ class Member:
     Attributes:
         identity: Who it is.
         folder: Folder of its identity file (its key stands beside it).
-        urls: The broker, or the brokers of a cluster, without credentials.
+        brokers: The broker, or the brokers of a cluster; with credentials where they have some of
+            their own.
         site: Site level of the topics.
         username: Name to log on with.
         password: Its password.
@@ -41,7 +42,7 @@ class Member:
 
     identity: Identity
     folder: Path
-    urls: tuple[str, ...]
+    brokers: tuple[BrokerUrl, ...]
     site: str
     username: str | None
     password: SecretStr | None
@@ -52,8 +53,13 @@ class Member:
     book: PassportBook | None = None
 
     @property
+    def urls(self) -> tuple[str, ...]:
+        """The brokers, without credentials."""
+        return tuple(map(str, self.brokers))
+
+    @property
     def url(self) -> str:
-        """The brokers as one text."""
+        """The brokers as one text, without credentials."""
         return ",".join(self.urls)
 
     @classmethod
@@ -109,22 +115,22 @@ class Member:
             raise ConfigurationError(
                 f"no broker is known in {settings.data}: give --url, or run `foam up` first"
             )
-        urls = BrokerUrl.parse_all(found)
-        url = urls[0]
+        brokers = BrokerUrl.parse_all(found)
         username, password = identity.username, identity.password
-        if url.username is not None:
-            username, password = url.username, url.password
+        if brokers[0].username is not None:
+            username, password = brokers[0].username, brokers[0].password
         if settings.username is not None:
             username, password = settings.username, settings.password
+            brokers = tuple(one.anonymous for one in brokers)
         tls = tls_files(where, identity)
         if settings.ca is not None:
             tls = tls.model_copy(update={"ca_file": settings.ca})
         elif tls.ca_file is None and record is not None and record.own_broker:
-            tls = tls.model_copy(update={"ca_file": folder.broker_authority(str(url))})
+            tls = tls.model_copy(update={"ca_file": folder.broker_authority(found)})
         return cls(
             identity=identity,
             folder=where,
-            urls=tuple(str(one) for one in urls),
+            brokers=brokers,
             site=site,
             username=username,
             password=password,

@@ -8,12 +8,13 @@
       identities/<id>.json   0600  one identity: role, username, password, broker, site
       identities/<id>.key    0600  its Ed25519 signing key (all that sign: not devices, observers)
       identities/<id>.tls.pem, .tls.ca  0600  its TLS key with certificate; whom it trusts
-      broker/                      the broker's own files
+      broker/                      the broker's own files; of a cluster each server's below it
       enrollment.json        0600  join tokens (not their secrets), who waits, who was revoked
       audit.sqlite           0600  the audit trail
       authority/             0700  keys of the site's certificate authority
       registry.sqlite  router.sqlite  router-index/
       router-2.sqlite  router-2-index/   further routers, by their ids
+      registry-2.sqlite  registry-2-audit.sqlite   further registries, likewise
       logs/<process>.log
       lock                         held by the ``foam up`` that runs on this folder
 
@@ -25,7 +26,6 @@ import contextlib
 import fcntl
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
 
@@ -168,7 +168,7 @@ class MeshRecord(_Stored):
 
     def is_at(self, urls: Iterable[BrokerUrl]) -> bool:
         """Tell whether the mesh is reached at all of these, with the passwords of its people."""
-        plain = {replace(url, username=None, password=None) for url in urls}
+        plain = {url.anonymous for url in urls}
         own = (self.broker, *self.public, *self.websocket)
         return plain <= {known for one in own for known in BrokerUrl.parse_all(one)}
 
@@ -184,6 +184,7 @@ class MeshFolder:
         self.path = path
         self.logs = path / "logs"
         self.broker_data = path / "broker"
+        self.cluster_plan = self.broker_data / "cluster.json"
         self.registry_database = path / "registry.sqlite"
         self.router_database = path / "router.sqlite"
         self.enrollment_file = path / "enrollment.json"
@@ -242,6 +243,25 @@ class MeshFolder:
             return self.router_database, self.router_index
         name = check_identifier(router, "router")
         return self.path / f"{name}.sqlite", self.path / f"{name}-index"
+
+    def registry_files(self, registry: str) -> tuple[Path, Path]:
+        """Return where a registry keeps its catalogue and its audit trail.
+
+        Args:
+            registry: Its id.
+        """
+        if registry == REGISTRY_ID:
+            return self.registry_database, self.audit_trail
+        name = check_identifier(registry, "registry")
+        return self.path / f"{name}.sqlite", self.path / f"{name}-audit.sqlite"
+
+    def registry_keys(self) -> dict[str, SigningKey]:
+        """Return the keys of the registries of this folder, by id in order."""
+        return {
+            name: SigningKey.load(path)
+            for name, known in sorted(self.credentials().identities().items())
+            if known.role is Role.REGISTRY and (path := self._identities / f"{name}.key").exists()
+        }
 
     def credentials(self) -> CredentialStore:
         """Return the store of who may log on."""
@@ -398,18 +418,18 @@ class MeshFolder:
         """
         enrolled = self.credentials().identities()
         credential = enrolled.get(identity.id)
-        registries = {
-            name: SigningKey.load(path)
-            for name, known in enrolled.items()
-            if known.role is Role.REGISTRY and (path := self._identities / f"{name}.key").exists()
-        }
+        registries = self.registry_keys()
         if credential is None or not registries:
             return identity
         update: dict[str, Any] = {}
         known_keys = {name: key.public for name, key in registries.items()}
         if not known_keys.items() <= identity.registries.items():
             update["registries"] = {**identity.registries, **known_keys}
-        if identity.role in _VOUCHED_ROLES:
+        first = min(registries)
+        if identity.role in _VOUCHED_ROLES or (
+            # Who was let in before this registry came does not know it yet.
+            identity.role is Role.REGISTRY and identity.id != first
+        ):
             public = credential.public_key
             if identity.signing_key is not None:
                 public = public or self.signing_key(identity).public
@@ -425,7 +445,7 @@ class MeshFolder:
                 attested=credential.attested,
                 issued_at=clock(),
                 expires_at=clock() + _PASSPORT_MS,
-                registry=min(registries),
+                registry=first,
             )
             if not _still_good(identity.passport, wanted, known_keys):
                 update["passport"] = issue(wanted, registries[wanted.registry])

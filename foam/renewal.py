@@ -13,6 +13,7 @@ import structlog
 from broker.session.base import Message, Session
 from capability_schemas.errors import AccessDenied, FoamError, ProtocolError, Unavailable
 from capability_schemas.ids import now_ms
+from capability_schemas.passport import PassportBook
 from capability_schemas.signing import SigningKey
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.trust import read_trust
@@ -45,6 +46,7 @@ class Renewal:
         session: Its session.
         topics: Topics of its site.
         home: The data folder, where that can vouch for the member itself.
+        book: Knows registries that the member's papers do not name.
         shown: Called with the identity that has the new papers, for who shows or uses them.
         chance: Spreads the requests of many; the system's when None.
         clock: UTC milliseconds.
@@ -59,6 +61,7 @@ class Renewal:
         session: Session,
         topics: Topics,
         home: MeshFolder | None = None,
+        book: PassportBook | None = None,
         shown: Callable[[Identity], None] = lambda _: None,
         chance: random.Random | None = None,
         clock: Callable[[], int] = now_ms,
@@ -69,6 +72,7 @@ class Renewal:
         self._session = session
         self._topics = topics
         self._home = home
+        self._book = book
         self._shown = shown
         self._clock = clock
         self._asked = asyncio.Event()
@@ -128,7 +132,8 @@ class Renewal:
         if not message.payload or message.topic != self._topics.build(TopicKind.TRUST, member=own):
             return
         try:
-            state = read_trust(message.payload, member=own, registries=self.identity.registries)
+            known = self._book.registries if self._book else self.identity.registries
+            state = read_trust(message.payload, member=own, registries=known)
         except FoamError as error:
             _log.warning("papers.wish_ignored", id=own, error=error.message)
             return

@@ -8,8 +8,8 @@ from typing import Final
 from broker.access.policy import AccessPolicy
 from broker.session.base import Message
 from broker.session.mqtt import MqttSession
-from broker.session.settings import SessionSettings
-from capability_schemas.errors import AccessDenied, ConfigurationError
+from broker.session.settings import BrokerUrl, SessionSettings
+from capability_schemas.errors import AccessDenied, BrokerUnavailable, ConfigurationError
 from capability_schemas.ids import new_uuid7
 from capability_schemas.topics import Topics
 from foam.mesh import Identity, tls_files
@@ -17,6 +17,7 @@ from foam.mesh import Identity, tls_files
 __all__ = ["Papers", "is_known", "log_on"]
 
 CONNECT_S: Final = 10.0
+_ONE_OF_MANY_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Papers:
     Attributes:
         identity: The member.
         folder: Where its TLS files are.
-        url: The broker.
+        url: The broker; of a cluster several, separated by commas.
         topics: Topics of its site.
     """
 
@@ -47,11 +48,24 @@ async def log_on(papers: Papers, *, client_id: str) -> None:
         AccessDenied: The broker does not know it, or gives it no rights.
         ConfigurationError: It knows it, and lets it use its own client id only.
         BrokerUnavailable: The broker cannot be reached.
-        TimeoutError: Nor within ten seconds.
+        TimeoutError: Nor within ten seconds (each).
     """
+    *others, last = BrokerUrl.parse_all(papers.url)
+    for url in others:
+        try:
+            await _log_on(papers, url, client_id, connect_s=_ONE_OF_MANY_S)
+        except (BrokerUnavailable, TimeoutError):
+            continue  # of a cluster one will do; what the first that answers says counts
+        return
+    await _log_on(papers, last, client_id)
+
+
+async def _log_on(
+    papers: Papers, url: BrokerUrl, client_id: str, *, connect_s: float = CONNECT_S
+) -> None:
     member = papers.identity
     settings = SessionSettings(
-        urls=(papers.url,),
+        urls=(url,),
         client_id=client_id,
         username=member.username,
         password=member.password,
@@ -62,7 +76,7 @@ async def log_on(papers: Papers, *, client_id: str) -> None:
         """What is said to the member is nothing to us."""
 
     async with asyncio.timeout(CONNECT_S), MqttSession(settings=settings) as session:
-        await session.wait_connected()
+        await session.wait_connected(connect_s)
         own = AccessPolicy(papers.topics).filters(member.role, member.id).subscribe
         await session.subscribe(own[0], heard)  # some brokers let in whom they give no rights
 

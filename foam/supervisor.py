@@ -33,7 +33,6 @@ __all__ = ["Child", "ChildSpec", "RestartPolicy", "Supervisor"]
 
 _LINE_LIMIT_BYTES: Final = 1024 * 1024
 _DRAIN_S: Final = 1.0
-_LOG_KEPT_BYTES: Final = 8 * 1024 * 1024
 _FATAL: Final[Mapping[str, type[FoamError]]] = {
     "ConfigurationError": ConfigurationError,
     "Conflict": ConfigurationError,
@@ -79,9 +78,12 @@ class ChildSpec:
         name: Name in messages and of its log file.
         command: Makes the command line from the facts the child was last ready with (None at
             first), so that a broker that found itself a port comes back on the same one.
-        log: File of its stderr.
+        log: File of its stderr, appended to; whoever owns the folder keeps it small
+            (`foam.log_files`).
         environment: Its environment.
         stop_s: Time it gets between SIGTERM and SIGKILL, seconds.
+        spare: Whether the others go on without it when, having worked before, it finds that it
+            cannot work any more.
     """
 
     name: str
@@ -89,6 +91,7 @@ class ChildSpec:
     log: Path
     environment: Mapping[str, str]
     stop_s: float = 10.0
+    spare: bool = False
 
 
 class Child:
@@ -179,6 +182,9 @@ class Supervisor(Service):
             if self._stop_asked.is_set():
                 return
             if child.failure is not None:
+                if child.spec.spare and child.facts is not None:
+                    self._notify(f"{child.failure.message}; it is not started again")
+                    return
                 raise child.failure
             lived = asyncio.get_running_loop().time() - started
             settled = child.ready.is_set() and lived >= self._policy.settled_s
@@ -203,7 +209,7 @@ class Supervisor(Service):
         child.failure = None
         command = spec.command(child.facts)
         reports = _Reports(lambda report: self._heard(child, report))
-        with _open_log(spec.log) as log, _Lifeline() as lifeline, OutputPipe(reports.take) as out:
+        with spec.log.open("ab") as log, _Lifeline() as lifeline, OutputPipe(reports.take) as out:
             process = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=lifeline.read_end,
@@ -288,11 +294,3 @@ class _Lifeline:
     def __exit__(self, *_: object) -> None:
         os.close(self.read_end)
         os.close(self._write_end)
-
-
-def _open_log(path: Path) -> Any:
-    """Open a child's log for appending; one that grew too large is set aside first."""
-    with contextlib.suppress(FileNotFoundError):
-        if path.stat().st_size > _LOG_KEPT_BYTES:
-            path.replace(path.with_suffix(".log.1"))
-    return path.open("ab")

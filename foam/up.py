@@ -7,6 +7,7 @@ round: nodes drain first, the broker goes last.
 """
 
 import asyncio
+import itertools
 import json
 import os
 import sys
@@ -23,7 +24,8 @@ from broker.session.settings import BrokerUrl
 from broker.tls import TlsSettings
 from capability_schemas.errors import ConfigurationError, FoamError
 from capability_schemas.provenance import Signer
-from foam.listening import Listeners
+from foam.listening import LOOPBACK, Listeners
+from foam.log_files import keep_small
 from foam.logging import configure_logging
 from foam.mesh import (
     ADMIN_ID,
@@ -60,6 +62,8 @@ class UpPlan:
         site: Site level of the topics.
         nodes: Declarations of the nodes to run.
         routers: How many routers share the tasks.
+        registries: How many registries there are, of which one leads.
+        brokers: How many servers the broker is; several are a cluster of ``nats``.
         access: How Mosquitto learns of rights, ``static`` or ``dynamic``; None: as it can.
         policy: When crashed children are restarted; the default when None.
         unsigned_admin: Whether requests of administrators have to be signed: ``allow``,
@@ -72,28 +76,38 @@ class UpPlan:
     site: str
     nodes: tuple[Path, ...]
     routers: int = 1
+    registries: int = 1
+    brokers: int = 1
     access: str | None = None
     policy: RestartPolicy | None = None
     unsigned_admin: str | None = None
     supervised: bool = False
 
 
-def choose_engine(wanted: str | None) -> tuple[str, str]:
+def choose_engine(wanted: str | None, *, servers: int = 1) -> tuple[str, str]:
     """Decide which broker engine runs.
 
     Args:
         wanted: What was asked for; None lets the machine decide.
+        servers: How many servers it shall be.
 
     Returns:
         Its name, and the reason in words.
 
     Raises:
-        ConfigurationError: There is no such engine, or its program is not on this machine.
+        ConfigurationError: There is no such engine, its program is not on this machine, or it is
+            no cluster.
     """
+    if servers > 1 and wanted not in {None, "nats"}:
+        raise ConfigurationError(
+            f"broker {wanted!r} runs as one server: --brokers {servers} needs --broker nats"
+        )
+    if servers > 1:
+        wanted = "nats"
     if wanted is None:
         if engine_available("mosquitto"):
             return "mosquitto", "its program is on this machine"
-        return "embedded", "no mosquitto on this machine; nothing is kept over a restart"
+        return "embedded", "no mosquitto on this machine"
     if wanted not in ENGINES:
         raise ConfigurationError(
             f"broker {wanted!r}: use {', '.join(sorted(ENGINES))} or a URL mqtt://host:port",
@@ -132,6 +146,7 @@ class _Up:
         self._folder = folder
         self._supervisor = supervisor
         self._say = say
+        self._turns = itertools.count()
 
     async def bring_up(self) -> None:
         """Start everything and return once the READY line is out."""
@@ -164,6 +179,10 @@ class _Up:
         environment = self._environment(url, person)
         children = [
             self._add("registry", ("registry",), environment),
+            *(
+                self._add(registry, ("registry", "--id", registry), environment, spare=True)
+                for registry in self._registries()[1:]
+            ),
             self._add("router", ("router",), environment),
             *(
                 self._add(router, ("router", "--id", router), environment)
@@ -171,7 +190,13 @@ class _Up:
             ),
         ]
         workers = [
-            self._add(f"node-{node}", ("node", str(path), "--id", node), environment, stop_s=25.0)
+            self._add(
+                f"node-{node}",
+                ("node", str(path), "--id", node),
+                environment,
+                stop_s=25.0,
+                spare=True,
+            )
             for node, path in nodes
         ]
         async with asyncio.TaskGroup() as group:
@@ -191,10 +216,17 @@ class _Up:
         """Return the ids of the routers, that of the mesh first."""
         return [ROUTER_ID, *(f"router-{number}" for number in range(2, self._plan.routers + 1))]
 
+    def _registries(self) -> list[str]:
+        """Return the ids of the registries, that of the mesh first."""
+        count = self._plan.registries
+        return [REGISTRY_ID, *(f"registry-{number}" for number in range(2, count + 1))]
+
     def _external(self) -> tuple[BrokerUrl, ...]:
         broker = self._plan.broker
         if broker is None or "://" not in broker:
             return ()
+        if self._plan.brokers > 1:
+            raise ConfigurationError("--brokers is for brokers of our own: name theirs in --broker")
         urls = BrokerUrl.parse_all(broker)
         names = ", ".join(map(str, urls))
         self._say(f"broker: {names}, not ours: its access rules are left as they are")
@@ -206,7 +238,7 @@ class _Up:
         made = [
             self._folder.ensure(identity, role, site=self._plan.site, external=external)
             for identity, role in (
-                (REGISTRY_ID, Role.REGISTRY),
+                *((registry, Role.REGISTRY) for registry in self._registries()),
                 *((router, Role.ROUTER) for router in self._routers()),
                 (DEVICE_ID, Role.DEVICE),
                 (ADMIN_ID, Role.ADMIN),
@@ -224,29 +256,59 @@ class _Up:
         return person(DEVICE_ID), person(ADMIN_ID)
 
     async def _start_broker(self) -> Facts:
-        engine, reason = choose_engine(self._plan.broker)
-        self._say(f"broker: {engine} ({reason})")
+        count = self._plan.brokers
+        engine, reason = choose_engine(self._plan.broker, servers=count)
+        self._say(f"broker: {engine} ({reason if count == 1 else f'{count} servers'})")
+        if count == 1:
+            children = [self._add_broker(engine)]
+        else:
+            await asyncio.to_thread(self._plan_cluster, count)
+            children = [self._add_broker(engine, seat) for seat in range(1, count + 1)]
+        facts = [await child.wait_ready() for child in children]
+        joined = {
+            "url": ",".join(str(one["url"]) for one in facts),
+            "certificates": all(one.get("certificates", False) for one in facts),
+            **{
+                name: [url for one in facts for url in one.get(name, ())]
+                for name in ("public", "members", "websocket")
+            },
+        }
+        self._say_listeners(joined)
+        return joined
 
+    def _plan_cluster(self, count: int) -> None:
+        """Write down where the servers find each other: anew at each start, while none runs."""
+        from broker.engine import free_port
+        from broker.nats_cluster import ClusterPlan, ClusterServer
+
+        ClusterPlan.of(
+            tuple(
+                ClusterServer(name=f"foam-{seat}", host=LOOPBACK, port=free_port(LOOPBACK))
+                for seat in range(1, count + 1)
+            )
+        ).write(self._folder.cluster_plan)
+
+    def _add_broker(self, engine: str, seat: int | None = None) -> Child:
         def command(facts: Facts | None) -> Sequence[str]:
-            listeners = self._plan.listeners
+            listeners = self._plan.listeners.shifted((seat or 1) - 1)
             if facts is not None:  # it was up before: whoever knows it finds it where it was
                 listeners = listeners.where_it_was(facts)
             arguments = ["--engine", engine, *listeners.arguments(), "--site", self._plan.site]
             if self._plan.access is not None:
                 arguments += ["--access", self._plan.access]
+            if seat is not None:
+                arguments += ["--seat", str(seat)]
             return self._command(("broker", *arguments))
 
-        child = self._supervisor.add(
+        name = "broker" if seat in {None, 1} else f"broker-{seat}"
+        return self._supervisor.add(
             ChildSpec(
-                name="broker",
+                name=name,
                 command=command,
-                log=self._folder.logs / "broker.log",
+                log=self._folder.logs / f"{name}.log",
                 environment=child_environment(),
             )
         )
-        facts = await child.wait_ready()
-        self._say_listeners(facts)
-        return facts
 
     def _say_listeners(self, facts: Facts) -> None:
         public = facts.get("public", ())
@@ -266,14 +328,16 @@ class _Up:
         environment: Mapping[str, str],
         *,
         stop_s: float = 10.0,
+        spare: bool = False,
     ) -> Child:
         return self._supervisor.add(
             ChildSpec(
                 name=name,
                 command=lambda _: self._command(arguments),
                 log=self._folder.logs / f"{name}.log",
-                environment=environment,
+                environment=self._spread(environment),
                 stop_s=stop_s,
+                spare=spare,
             )
         )
 
@@ -295,11 +359,17 @@ class _Up:
             extra["FOAM_CA"] = str(authority)
         if self._plan.unsigned_admin is not None:
             extra["FOAM_UNSIGNED_ADMIN"] = self._plan.unsigned_admin
-        if person is not None:
-            extra["FOAM_USERNAME"] = person.username
-            if person.password is not None:
-                extra["FOAM_PASSWORD"] = person.password.get_secret_value()
+        if person is not None and self._plan.broker is not None:
+            extra["FOAM_URL"] = self._plan.broker  # each broker of a list with its own credentials
         return child_environment(**extra)
+
+    def _spread(self, environment: Mapping[str, str]) -> Mapping[str, str]:
+        """Have each member begin with another server of our cluster than the one before."""
+        if self._plan.brokers == 1:
+            return environment
+        urls = environment["FOAM_URL"].split(",")
+        turn = next(self._turns) % len(urls)
+        return {**environment, "FOAM_URL": ",".join(urls[turn:] + urls[:turn])}
 
     async def _wait_served(self, record: MeshRecord, expected: set[tuple[str, str]]) -> None:
         from foam.sdk.client import MeshClient  # loaded now: the children already start meanwhile
@@ -360,6 +430,7 @@ class _Up:
             "router": record.router,
             "routers": self._routers(),
             "registry": record.registry,
+            "registries": self._registries(),
             "nodes": list(nodes),
             "functions": list(functions),
             "pid": os.getpid(),
@@ -395,6 +466,7 @@ async def run_up(settings: Settings, plan: UpPlan) -> int:
             Supervisor(policy=plan.policy, notify=say) as supervisor,
         ):
             up = _Up(settings=settings, plan=plan, folder=folder, supervisor=supervisor, say=say)
+            supervisor.spawn(keep_small(folder.logs), name="logs")
             supervisor.spawn(up.bring_up(), name="bring-up")
             reason = await end.wait(supervisor)
             say(f"stopping ({reason})")

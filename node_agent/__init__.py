@@ -20,9 +20,12 @@ The way of an invocation through the modules::
   functions declared by `function`. User code is imported by a child, never here. It is looked over
   before (``foam node check``) and followed while it runs: an edit that is right replaces the
   functions (`agent.NodeAgent.replace`), and what runs ends as it began.
-* `announcer` publishes state (birth, draining, offline; the epoch is the start of the process),
-  claims (signed, renewed before they expire, withdrawn on leaving) and load (every few seconds, and
-  at once when the node becomes idle, busy or full).
+* `announcer` publishes state (birth, draining, sleeping, offline; the epoch is the start of the
+  process), claims (signed, renewed before they expire, withdrawn on leaving) and load (every few
+  seconds, and at once when the node becomes idle, busy or full).
+* `sleeper` sends a node that saves energy to sleep, and wakes it.
+* `direct` takes tasks from clients themselves while no router lives; `showing` tells what instances
+  and model files show of functions.
 * `admission` takes in what will end before its deadline, as far as it can tell, refuses the rest
   with ``retry_after_ms`` and a neighbour with room, and drops what can no longer end in time.
 * `pool` starts instances on demand and ahead of it, restarts them after a crash with a growing

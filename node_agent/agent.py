@@ -12,22 +12,20 @@ from broker.events import EventSource
 from broker.lifecycle import Service
 from broker.security import SecurityAlarm
 from broker.session.base import Message, Session, Will
-from capability_schemas.capability import ModelInfo, Resources
 from capability_schemas.errors import (
     AccessDenied,
     ConfigurationError,
     ErrorCode,
-    InvalidTopic,
     ProtocolError,
 )
 from capability_schemas.functions import FunctionSpec
-from capability_schemas.ids import is_identifier, now_ms
+from capability_schemas.ids import now_ms
 from capability_schemas.invocation import Control, Invocation
 from capability_schemas.node import NodeLoad
 from capability_schemas.passport import PassportBook
 from capability_schemas.provenance import Signer
 from capability_schemas.signing import SigningKey
-from capability_schemas.topics import MAX_LEVELS, TopicKind, Topics
+from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode
 from node_agent.admission.control import Admission
 from node_agent.admission.forecast import Forecast
@@ -37,17 +35,18 @@ from node_agent.admission.queue import AdmissionQueue
 from node_agent.announcer import Announcer, offline_will
 from node_agent.attestation.service import Offer
 from node_agent.declaration.inspection import DeclaredFunctions
+from node_agent.direct import DirectDesk, SplitReporter
 from node_agent.executor import ExecutionCounters, Executor
 from node_agent.gauge import LoadGauge
 from node_agent.invocation import HANDED_BACK, Execution, Outcome
-from node_agent.models.gguf import BrokenModel, read_gguf
 from node_agent.orders import OrderGate
 from node_agent.pool.keepwarm import WarmthSettings
 from node_agent.pool.pool import InstancePool
-from node_agent.reporter import Reporter
 from node_agent.runtimes.base import Runtime, RuntimeContext
 from node_agent.runtimes.catalogue import make_runtimes
 from node_agent.settings import NodeSettings
+from node_agent.showing import ModelFiles, Showcase
+from node_agent.sleeper import Sleeper
 
 _STOP_MARGIN_S: Final = 5.0
 _CONTROL_BACKLOG: Final = 1000
@@ -78,6 +77,7 @@ class NodeAgent(Service):
             file, else None.
         epoch: The node's epoch, UTC milliseconds, when a last will with it was made before; the
             time now when None.
+        place: Where it runs, in words, for whoever has to find it.
         clock: UTC milliseconds.
 
     Raises:
@@ -98,6 +98,7 @@ class NodeAgent(Service):
         context: RuntimeContext | None = None,
         model_digest: Callable[[Path], str | None] = lambda _: None,
         epoch: int | None = None,
+        place: str | None = None,
         clock: Callable[[], int] = now_ms,
     ) -> None:
         super().__init__(service_id=settings.node)
@@ -113,6 +114,7 @@ class NodeAgent(Service):
         self._servers = dict(given.mcp_servers)
         self._runtimes = dict(runtimes or {})
         self._queue = AdmissionQueue(limit=settings.queue_limit)
+        models = ModelFiles(runtimes=self._runtimes, path=given.model_path)
         self._pool = InstancePool(
             runtimes=self._runtimes,
             backoff_s=settings.backoff_s,
@@ -124,7 +126,7 @@ class NodeAgent(Service):
                 most_s=settings.keep_warm_most_s,
             ),
             memory_reserve_bytes=settings.memory_reserve_bytes,
-            model_file=self._model_file,
+            model_file=models.file,
         )
         admission = Admission(queue=self._queue, pool=self._pool, clock=clock)
         self._context = dataclasses.replace(
@@ -145,12 +147,22 @@ class NodeAgent(Service):
         DeclaredFunctions(functions, self._context, self._given).check()
         self._runtimes |= self._missing_runtimes(functions)
         self._peers = PeerBook(settings.peers)
-        self._reporter = Reporter(session=session, topics=topics, node=settings.node)
+        self._direct = DirectDesk(
+            session=session,
+            topics=topics,
+            settings=settings,
+            functions=lambda: self._functions,
+            signer=signer,
+            book=book,
+            clock=clock,
+        )
+        self._reporter = SplitReporter(session=session, topics=topics, direct=self._direct)
         self._executor = Executor(
             settings=settings,
             functions=self._functions,
             runtimes=self._runtimes,
-            session=session,
+            post=self._direct.post,
+            crowded=lambda: session.outbox_size >= settings.unconfirmed_limit,
             reporter=self._reporter,
             admission=admission,
             pool=self._pool,
@@ -160,6 +172,7 @@ class NodeAgent(Service):
             signer=signer,
             clock=clock,
         )
+        self._direct.attach(take=self._executor.take, stop=self._executor.cancel)
         self._alarm = SecurityAlarm(
             events=EventSource(
                 session=session, topics=topics, source=settings.node, component="node", clock=clock
@@ -194,12 +207,34 @@ class NodeAgent(Service):
             key=key or (signer.key if signer is not None else None),
             signer=signer,
             epoch=self.epoch,
+            place=place,
             load=self._gauge.load,
-            model_file=self._describe_model,
+            model_file=models.describe,
             model_digest=model_digest,
             clock=clock,
         )
-        self._warming: list[asyncio.Task[None]] = []
+        self._place = place
+        self._sleeper = (
+            None
+            if settings.sleep is None
+            else Sleeper(
+                session=session,
+                settings=settings,
+                cycle=settings.sleep,
+                executor=self._executor,
+                announcer=self._announcer,
+                clock=clock,
+            )
+        )
+        self._showcase = Showcase(
+            runtimes=self._runtimes,
+            functions=lambda: self._functions,
+            pool=self._pool,
+            queue=self._queue,
+            gauge=self._gauge,
+            announcer=self._announcer,
+            spawn=self.spawn,
+        )
         self._cut_off: asyncio.TimerHandle | None = None
         self._unlisten: Callable[[], None] | None = None
 
@@ -225,7 +260,12 @@ class NodeAgent(Service):
     def last_will(self) -> Will:
         """Return the last will for the session's next connection."""
         return offline_will(
-            topics=self._topics, node=self._settings.node, epoch=self.epoch, at=self._clock()
+            topics=self._topics,
+            node=self._settings.node,
+            epoch=self.epoch,
+            at=self._clock(),
+            since=self._announcer.since,
+            place=self._place,
         )
 
     def load(self) -> NodeLoad:
@@ -265,7 +305,7 @@ class NodeAgent(Service):
         self._gauge.replace(wanted)
         self._announcer.replace(wanted)
         edited = [spec for spec in functions if before.get(spec.name) != spec]
-        self._start_warming(edited)
+        self._showcase.warm(edited)
         _log.info(
             "node.functions_replaced",
             node=self._settings.node,
@@ -286,6 +326,13 @@ class NodeAgent(Service):
     def show_passport(self) -> None:
         """Say again who the node is: its passport has been renewed."""
         self._announcer.show_state()
+
+    def give_up(self) -> None:
+        """Drop everything without a word: another process has taken over the identity."""
+        self._executor.accepting = False
+        self._announcer.mute()
+        dropped = self._executor.stop_all("cut off")
+        _log.error("node.given_up", node=self._settings.node, dropped=dropped)
 
     async def drain(self, *, timeout_s: float | None = None, reason: str = "") -> bool:
         """Refuse what is new and wait for what is running.
@@ -319,10 +366,7 @@ class NodeAgent(Service):
         Returns:
             Whether nothing was left to wait for.
         """
-        if not self._warming:
-            return True
-        _, pending = await asyncio.wait(self._warming, timeout=timeout_s)
-        return not pending
+        return await self._showcase.wait(timeout_s)
 
     async def _on_start(self) -> None:
         node = self._settings.node
@@ -339,6 +383,7 @@ class NodeAgent(Service):
             self._on_control,
             queue_limit=_CONTROL_BACKLOG,
         )
+        await self._direct.listen()
         for peer in self._peers.peers:
             try:
                 await self._session.subscribe(
@@ -348,10 +393,14 @@ class NodeAgent(Service):
                 _log.warning("peer.unheard", peer=peer, error=error.message)
         self._unlisten = self._session.on_connection(self._on_connection)
         await self._announcer.start()
-        self._start_warming(self._functions.values())
+        if self._sleeper is not None:
+            await self._sleeper.start()
+        self._showcase.warm(self._functions.values())
         _log.info("node.started", node=node, functions=sorted(self._functions), epoch=self.epoch)
 
     async def _on_stop(self) -> None:
+        if self._sleeper is not None:
+            await self._sleeper.stop()
         if not await self.drain(reason="stopping"):
             left = self._executor.stop_all(HANDED_BACK)
             _log.warning("node.handed_back", node=self._settings.node, invocations=left)
@@ -363,6 +412,7 @@ class NodeAgent(Service):
         if self._unlisten is not None:
             self._unlisten()
         self._gate.stop()
+        self._direct.stop()
         if self._announcer.running:
             await self._announcer.farewell("stopped")
         await self._announcer.stop()
@@ -375,7 +425,7 @@ class NodeAgent(Service):
             invocation = decode(
                 Invocation, message.payload, limit_bytes=self._settings.invocation_limit_bytes
             )
-            reply = self._reply_topic(invocation)
+            reply = self._gate.reply_topic(invocation)
         except ProtocolError as exc:
             self.bad_frames += 1
             _log.warning("invocation.bad_frame", error=exc.message, bytes=len(message.payload))
@@ -409,6 +459,12 @@ class NodeAgent(Service):
             self._cordon(control.reason)
         elif control.verb == "undrain":
             self.undrain()
+        elif control.verb == "return":
+            self._executor.give_back(control)
+        elif control.task is not None and control.verb == "account":
+            if control.client is not None and control.sender is not None:
+                whose = control.client, control.task
+                self._executor.account(whose, control.attempt, router=control.sender)
         elif control.task is not None:
             self._executor.cancel(control)
 
@@ -418,23 +474,6 @@ class NodeAgent(Service):
         except ProtocolError as exc:
             self.bad_frames += 1
             _log.warning("peer.bad_frame", error=exc.message, topic=message.topic)
-
-    def _reply_topic(self, invocation: Invocation) -> str:
-        """Return the topic of this node's events, checked to lie in the client's own subtree.
-
-        Raises:
-            InvalidTopic: It does not.
-        """
-        root = f"{self._topics.root}/reply/{invocation.client}/"
-        topic = f"{invocation.reply}/{self._settings.node}"
-        levels = topic[len(root) :].split("/")
-        if (
-            not topic.startswith(root)
-            or not all(is_identifier(level) for level in levels)
-            or topic.count("/") >= MAX_LEVELS
-        ):
-            raise InvalidTopic(f"reply topic {invocation.reply[:200]!r} is not below {root}")
-        return topic
 
     def _cordon(self, reason: str) -> None:
         if self._executor.accepting:
@@ -460,73 +499,23 @@ class NodeAgent(Service):
             self._gauge.add_run(
                 spec.name, first_ms=execution.warm_first_ms, total_ms=execution.run_ms
             )
-            self._advertise(spec)
+            self._showcase.advertise(spec)
 
     def _on_change(self) -> None:
+        if self._sleeper is not None:
+            self._sleeper.stir()
         if self._gauge.saturation_changed():
             self._announcer.hurry()
-
-    def _start_warming(self, functions: Iterable[FunctionSpec]) -> None:
-        self._warming = [task for task in self._warming if not task.done()] + [
-            self.spawn(self._warm(spec), name=f"warm.{spec.name}")
-            for spec in functions
-            if spec.warm
-        ]
-
-    async def _warm(self, spec: FunctionSpec) -> None:
-        await self._pool.warm(spec)
-        if self._functions.get(spec.name) == spec:
-            self._advertise(spec)
-            self._announcer.hurry()
-
-    def _advertise(self, spec: FunctionSpec) -> None:
-        """Tell what the instances of a function have shown about it."""
-        info = self._pool.info(spec)
-        self._announcer.measured(
-            spec.name,
-            self._runtimes[spec.runtime].model(spec, info) if info else None,
-            Resources(
-                memory_bytes=info.get("memory_bytes") or spec.limits.memory_bytes,
-                context_tokens=info.get("context_tokens"),
-                concurrency=self._queue.concurrency_of(spec.name) or spec.concurrency,
-                first_ms=self._gauge.first_ms(spec.name),
-                token_ms=info.get("token_ms"),
-            ),
-        )
-
-    def _model_file(self, spec: FunctionSpec) -> Path | None:
-        """Return the file behind the model of a function; blocks.
-
-        Raises:
-            ConfigurationError: There is no such model.
-        """
-        about = self._runtimes[spec.runtime].model(spec, {})
-        if spec.model is None or about is None or about.engine is not None:
-            return None
-        return self._context.model_path(spec.model)
-
-    def _describe_model(self, spec: FunctionSpec) -> tuple[ModelInfo, Path] | None:
-        """Describe the model of a function by the head of its file; blocks.
-
-        Raises:
-            ConfigurationError: There is no such model.
-        """
-        path = self._model_file(spec)
-        about = self._runtimes[spec.runtime].model(spec, {})
-        if path is None or about is None:
-            return None
-        try:
-            head = read_gguf(path)
-        except BrokenModel:  # of another format, whose runtime took it
-            return about, path
-        update = {"name": head.name or about.name, "quantisation": head.quantisation}
-        return about.model_copy(update=update), path
 
     def _on_connection(self, up: bool) -> None:
         """Drop what runs when the node has been cut off for longer than its leases last."""
         if self._cut_off is not None:
             self._cut_off.cancel()
             self._cut_off = None
+        if self._sleeper is not None:
+            self._sleeper.stir()
+            if self._sleeper.asleep:
+                return
         if not up:
             self._cut_off = asyncio.get_running_loop().call_later(
                 self._settings.cut_off_s, self._drop_leases

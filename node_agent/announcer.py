@@ -12,7 +12,7 @@ from broker.session.base import Session, Will
 from capability_schemas.capability import CapabilityClaim, ModelInfo, Resources
 from capability_schemas.errors import BrokerUnavailable, ConfigurationError, Overloaded
 from capability_schemas.functions import FunctionSpec
-from capability_schemas.node import NodeLoad, NodeState, Presence
+from capability_schemas.node import LOST, NodeLoad, NodeState, Presence
 from capability_schemas.provenance import Signer
 from capability_schemas.signing import SigningKey, sign
 from capability_schemas.topics import TopicKind, Topics
@@ -38,7 +38,15 @@ _TOKEN_MS: Final = 1.0
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
-def offline_will(*, topics: Topics, node: str, epoch: int, at: int) -> Will:
+def offline_will(
+    *,
+    topics: Topics,
+    node: str,
+    epoch: int,
+    at: int,
+    since: int | None = None,
+    place: str | None = None,
+) -> Will:
     """Return the last will of a node: it is offline, if this epoch is still its latest.
 
     Args:
@@ -46,8 +54,18 @@ def offline_will(*, topics: Topics, node: str, epoch: int, at: int) -> Will:
         node: The node.
         epoch: The agent's epoch, the one its births carry.
         at: Time of the connection, UTC milliseconds.
+        since: When the node was announced first, UTC milliseconds; None: not yet.
+        place: Where it runs, in words.
     """
-    state = NodeState(node=node, state="offline", epoch=epoch, at=at, reason="connection lost")
+    state = NodeState(
+        node=node,
+        state="offline",
+        epoch=epoch,
+        at=at,
+        reason=LOST,
+        since=since,
+        place=place,
+    )
     return Will(topics.build(TopicKind.NODE_STATE, node=node), encode(state), qos=1, retain=True)
 
 
@@ -84,6 +102,7 @@ class Announcer(Service):
         key: Signs the claims; they go unsigned when None.
         signer: Its passport is shown with the state.
         epoch: Start of the agent, UTC milliseconds.
+        place: Where it runs, in words.
         load: Makes the load message.
         model_file: Describes the model of a function, as far as is known while nothing runs, and
             names its file; None when there is none; blocks.
@@ -102,6 +121,7 @@ class Announcer(Service):
         key: SigningKey | None,
         signer: Signer | None = None,
         epoch: int,
+        place: str | None = None,
         load: Callable[[], NodeLoad],
         model_file: Callable[[FunctionSpec], tuple[ModelInfo, Path] | None],
         model_digest: Callable[[Path], str | None] = lambda _: None,
@@ -115,12 +135,16 @@ class Announcer(Service):
         self._key = key
         self._signer = signer
         self._epoch = epoch
+        self._place = place
         self._load = load
         self._model_file = model_file
         self._model_digest = model_digest
         self._clock = clock
         self._presence: Presence = "birth"
         self._reason = ""
+        self._since: int | None = None
+        self._sleep_ms: int | None = None
+        self._muted = False
         self._revisions: dict[str, int] = {}  # kept for ever: a function may come back
         self._claims: dict[str, tuple[int, bytes]] = {}
         self._models: dict[str, ModelInfo] = {}
@@ -146,8 +170,35 @@ class Announcer(Service):
         self.show_state()
         self.hurry()
 
+    @property
+    def since(self) -> int | None:
+        """When the node was announced first, UTC milliseconds; None: not yet."""
+        return self._since
+
+    def sleep(self, asleep_s: float) -> int:
+        """Announce that the node is away for a while, and lease its claims beyond that.
+
+        Args:
+            asleep_s: For how long, seconds.
+
+        Returns:
+            When it will be back, UTC milliseconds.
+        """
+        self._sleep_ms = round(1000 * asleep_s)
+        for function in self._functions:
+            self._announce_claim(function, renew=True)
+        self.set_state("sleeping", "nothing to do")
+        return self._clock() + self._sleep_ms
+
+    def wake(self) -> None:
+        """Take back that the node is away, before it connects again."""
+        self._sleep_ms = None
+        self.set_state("birth")
+
     def show_state(self) -> None:
         """Announce the state again, with the passport as it is now."""
+        if self._muted:
+            return
         topic = self._topics.build(TopicKind.NODE_STATE, node=self._settings.node)
         self._session.announce(topic, self._state_payload)
 
@@ -193,8 +244,18 @@ class Announcer(Service):
         """Have the load sent soon: something changed that routers should know."""
         self._changed.set()
 
+    def mute(self) -> None:
+        """Say nothing any more, not even goodbye: the topics are another process's now."""
+        self._muted = True
+        node = self._settings.node
+        self._session.retract(self._topics.build(TopicKind.NODE_STATE, node=node))
+        for function in self._functions:
+            self._session.retract(self._forget(function))
+
     async def farewell(self, reason: str) -> None:
         """Withdraw the claims and say that the node is offline; bounded, and best effort."""
+        if self._muted:
+            return
         node = self._settings.node
         state_topic = self._topics.build(TopicKind.NODE_STATE, node=node)
         self._presence, self._reason = "offline", reason
@@ -211,6 +272,7 @@ class Announcer(Service):
             _log.warning("node.farewell_unheard", node=node, error=exc.message)
 
     async def _on_start(self) -> None:
+        self._since = self._clock()
         self.set_state("birth")
         for function in self._functions:
             self._announce_claim(function, renew=True)
@@ -219,13 +281,18 @@ class Announcer(Service):
         self._digesting = self.spawn(self._digest_models(), name="digests")
 
     def _state_payload(self) -> bytes:
+        now = self._clock()
+        asleep = self._presence == "sleeping" and self._sleep_ms is not None
         return encode(
             NodeState(
                 node=self._settings.node,
                 state=self._presence,
                 epoch=self._epoch,
-                at=self._clock(),
+                at=now,
                 reason=self._reason,
+                since=self._since,
+                place=self._place,
+                wake_at=now + (self._sleep_ms or 0) if asleep else None,
                 agent=AGENT_VERSION,
                 load_interval_s=self._settings.load_interval_s,
                 passport=self._signer.passport if self._signer is not None else None,
@@ -240,7 +307,9 @@ class Announcer(Service):
         return self._topics.build(TopicKind.CAPABILITY, node=node, function=function)
 
     def _announce_claim(self, function: str, *, renew: bool) -> None:
-        if self._presence == "offline":  # what is learnt late must not bring a claim back
+        if (
+            self._presence == "offline" or self._muted
+        ):  # what is learnt late must not bring a claim back
             return
         if renew:
             self._claims.pop(function, None)
@@ -255,7 +324,7 @@ class Announcer(Service):
         Within a revision the bytes stay the same: equal order with other content is an alarm.
         """
         now = self._clock()
-        lease_ms = round(self._settings.claim_lease_s * 1000)
+        lease_ms = round(self._settings.claim_lease_s * 1000) + (self._sleep_ms or 0)
         made = self._claims.get(function)
         if made is not None and made[0] - now > lease_ms // 2:
             return made[1]
@@ -308,6 +377,8 @@ class Announcer(Service):
         topic = self._topics.build(TopicKind.NODE_LOAD, node=self._settings.node)
         while True:
             self._changed.clear()
+            if self._muted:
+                return
             try:
                 self._session.post(topic, encode(self._load()), qos=0)
             except (BrokerUnavailable, Overloaded):

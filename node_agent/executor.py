@@ -3,14 +3,14 @@
 import asyncio
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
 from broker.lifecycle import Service
-from broker.session.base import Session
 from capability_schemas.errors import (
     ConfigurationError,
+    ErrorCode,
     ExecutionFailed,
     FoamError,
     NotFound,
@@ -24,12 +24,12 @@ from node_agent.admission.control import Admission
 from node_agent.admission.forecast import Forecast, work_of
 from node_agent.admission.peers import PeerBook
 from node_agent.continuation import size_of
-from node_agent.invocation import OVERTAKEN, Execution, Outcome, OutcomeMemory, key_of
+from node_agent.invocation import OVERTAKEN, Asked, Execution, Outcome, OutcomeMemory, key_of
 from node_agent.pool.pool import InstancePool
 from node_agent.reporter import Reporter
 from node_agent.runtimes.base import Runtime
 from node_agent.settings import NodeSettings
-from node_agent.stream import ReplyStream
+from node_agent.stream import Post, ReplyStream
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -48,6 +48,7 @@ class ExecutionCounters:
         unsure: Invocations whose answer was not sure enough and went to the router.
         failed: Invocations handed back to the router.
         dropped: Invocations ended without a word: superseded, or cut off from the broker.
+        given_back: Invocations that had not begun and were given back when the router asked.
     """
 
     duplicates: int = 0
@@ -56,6 +57,7 @@ class ExecutionCounters:
     unsure: int = 0
     failed: int = 0
     dropped: int = 0
+    given_back: int = 0
 
 
 class Executor(Service):
@@ -65,7 +67,8 @@ class Executor(Service):
         settings: The node's settings.
         functions: What it offers, by name, each checked by its runtime.
         runtimes: Runtime by name.
-        session: Where events go.
+        post: Where events go.
+        crowded: Whether the session holds so much that streams have to pause.
         reporter: What routers hear.
         admission: Who is taken in; told here what is offered.
         pool: The instances, started and stopped by somebody else.
@@ -82,7 +85,8 @@ class Executor(Service):
         settings: NodeSettings,
         functions: Mapping[str, FunctionSpec],
         runtimes: Mapping[str, Runtime],
-        session: Session,
+        post: Post,
+        crowded: Callable[[], bool] = lambda: False,
         reporter: Reporter,
         admission: Admission,
         pool: InstancePool,
@@ -98,7 +102,8 @@ class Executor(Service):
         self._settings = settings
         self._functions = functions
         self._runtimes = runtimes
-        self._session = session
+        self._post = post
+        self._crowded = crowded
         self._reporter = reporter
         self._admission = admission
         self._pool = pool
@@ -147,7 +152,7 @@ class Executor(Service):
             repeated: Whether this very message was taken before: it must not run once more when
                 its outcome has been forgotten meanwhile.
         """
-        if self._is_known(invocation, reply):
+        if self._is_known(invocation):
             return
         if repeated:
             self.counters.duplicates += 1
@@ -181,6 +186,62 @@ class Executor(Service):
                 continue
             self._stop(execution, control.reason or "by order")
 
+    def give_back(self, control: Control) -> None:
+        """Give a task back that has not begun, for another node is idle; else say that it has.
+
+        The refusal costs nobody anything: the client has seen nothing of it, and the router asks
+        for it by a ``return`` order.
+        """
+        for execution in list(self._live.values()):
+            invocation = execution.invocation
+            if (invocation.client, invocation.task) != (control.client, control.task):
+                continue
+            if control.attempt not in (None, invocation.attempt):
+                continue
+            ticket = execution.ticket
+            if ticket is None or not self._admission.withdraw(ticket):
+                if self._current.get((invocation.client, invocation.task)) is execution:
+                    self._reporter.admitted(invocation, wait_ms=0.0)
+                continue
+            execution.stop("superseded")  # it never says anything
+            outcome = Outcome(
+                status="refused",
+                code=ErrorCode.OVERLOADED.value,
+                reason="given back as asked: it had not begun",
+                seq=invocation.seq,
+            )
+            self._conclude(execution, outcome)
+            self._forget(execution)
+            self._on_change()
+
+    def account(self, whose: tuple[str, str], attempt: int | None, *, router: str) -> None:
+        """Tell a router, which may have missed it, how an attempt stands: once more how it ended.
+
+        Nothing is begun by that.
+
+        Args:
+            whose: Client and task.
+            attempt: Which one; the latest when None, and nothing is said when there is none.
+            router: Who asks.
+        """
+        current = self._current.get(whose)
+        if attempt is None and current is not None:
+            attempt = current.invocation.attempt
+        attempt = attempt or self._outcomes.latest_attempt(whose)
+        if not attempt:
+            return
+        asked = Asked(client=whose[0], task=whose[1], attempt=attempt, router=router)
+        ended = self._outcomes.find(asked)
+        if ended is not None:
+            if ended.status == "dropped":  # nobody was told before, for nobody wanted to know
+                ended = replace(ended, status="failed", code=ErrorCode.NODE_LOST.value)
+            self._reporter.repeat(asked, ended)
+            return
+        running = self._live.get(key_of(asked))
+        if running is not None:
+            running.asked_by = router
+        self._reporter.stands(asked, seq=None if running is None else running.seq)
+
     def stop_all(self, reason: str) -> int:
         """Stop everything, for a reason of `Execution.stop`; returns how many there were."""
         executions = list(self._live.values())
@@ -207,7 +268,7 @@ class Executor(Service):
     async def _on_start(self) -> None:
         self.spawn(self._admission.watch(), name="deadlines")
 
-    def _is_known(self, invocation: Invocation, reply: str) -> bool:
+    def _is_known(self, invocation: Invocation) -> bool:
         """Answer for an attempt that runs or has ended here, or is older than one that does."""
         current = self._current.get((invocation.client, invocation.task))
         if current is None and key_of(invocation) in self._live:
@@ -217,14 +278,14 @@ class Executor(Service):
             self._stop(current, "superseded")
             return False
         ended = self._outcomes.find(invocation)
-        latest = self._outcomes.latest_attempt(invocation)
+        latest = self._outcomes.latest_attempt((invocation.client, invocation.task))
         if current is None and ended is None and latest < invocation.attempt:
             return False
         self.counters.duplicates += 1
         if current is not None and current.invocation.attempt == invocation.attempt:
             self._reporter.admitted(invocation, wait_ms=0.0)
         elif ended is not None:
-            self._reporter.repeat(invocation, ended, topic=reply)
+            self._reporter.repeat(invocation, ended)
         return True
 
     def _admit(self, invocation: Invocation, reply: str) -> None:
@@ -298,7 +359,8 @@ class Executor(Service):
             chunks=invocation.stream,
             held=invocation.hold
             or (invocation.cascade is not None and invocation.cascade.accept > 0),
-            post=self._session.post,
+            post=self._post,
+            crowded=self._crowded,
             clock=self._clock,
             coalesce_s=self._settings.coalesce_s,
             working_s=self._settings.working_s,
@@ -365,9 +427,15 @@ class Executor(Service):
             self.counters.unsure += 1
         elif outcome.status == "failed":
             self.counters.failed += 1
+        elif outcome.status == "refused":
+            self.counters.given_back += 1
         else:
             self.counters.finished += 1
         self._reporter.ended(invocation, outcome)
+        if outcome.status == "dropped" and execution.asked_by is not None:
+            # It may have been another router that superseded it: whoever relies on it has to know.
+            whose = invocation.client, invocation.task
+            self.account(whose, invocation.attempt, router=execution.asked_by)
         try:
             self._learn(execution, outcome)
         except Exception as exc:  # noqa: BLE001  # supervision boundary: figures of others' runtimes

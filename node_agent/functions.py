@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeVar, overload
+from typing import Any, Final, Generic, Literal, TypeVar, get_args, overload
 
 __all__ = [
     "DECLARATION_ATTRIBUTE",
@@ -30,6 +30,10 @@ __all__ = [
 
 DECLARATION_ATTRIBUTE: Final = "__foam_function__"
 """Where the decorator leaves the declaration on the function it returns unchanged."""
+
+Continues = Literal["none", "restart", "skip"]
+"""What a Python function may say of an answer whose node is lost. Language models can say more
+(`capability_schemas.capability.Continues`, which this module does not import: it is light)."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Output = TypeVar("Output")
@@ -100,6 +104,8 @@ class FunctionDeclaration:
         output_schema: JSON Schema of the output, or the path of a file with it.
         concurrency: Invocations at a time on one node, at least 1; None likewise.
         timeout_s: Longest run of one invocation, seconds; only the deadline counts when None.
+        continues: What becomes of an answer whose node is lost; None likewise.
+        idempotent: Whether running it twice does no more than once; None likewise.
         extra: Further fields of the function's specification (``policy``, ``cost``, ``limits``).
     """
 
@@ -112,6 +118,8 @@ class FunctionDeclaration:
     output_schema: Mapping[str, Any] | str | None
     concurrency: int | None
     timeout_s: float | None
+    continues: str | None
+    idempotent: bool | None
     extra: Mapping[str, Any]
 
 
@@ -131,6 +139,8 @@ def function(
     output_schema: Mapping[str, Any] | str | None = None,
     concurrency: int | None = None,
     timeout_s: float | None = None,
+    continues: Continues | None = None,
+    idempotent: bool | None = None,
     **extra: Any,
 ) -> Callable[[Function], Function]: ...
 
@@ -148,6 +158,8 @@ def function(
     output_schema: Mapping[str, Any] | str | None = None,
     concurrency: int | None = None,
     timeout_s: float | None = None,
+    continues: Continues | None = None,
+    idempotent: bool | None = None,
     **extra: Any,
 ) -> Function | Callable[[Function], Function]:
     """Declare a function (plain, async, generator or async generator) as a capability.
@@ -170,16 +182,26 @@ def function(
         concurrency: Invocations at a time, at least 1 (the default). An async function runs them in
             one process, any other in as many processes.
         timeout_s: Longest run of one invocation, seconds.
+        continues: What becomes of an answer whose node is lost. ``restart`` (when nobody says): it
+            is run again as long as nothing was shown. ``skip``: it says the very same again for the
+            same input, so another node runs it and passes over what was shown. ``none``: it must
+            never be run twice.
+        idempotent: Whether running it twice does no more than running it once (it reads, computes,
+            or sets): then a slow node may be overtaken by a second one.
         **extra: Further fields of the specification (``policy``, ``cost``, ``limits``, ``idle``),
             checked when the node loads it. A node file that names the function has the last word.
 
     Raises:
-        ValueError: ``concurrency`` or ``timeout_s`` is out of range.
+        ValueError: ``concurrency`` or ``timeout_s`` is out of range, or ``continues`` is none of
+            these.
     """
     if concurrency is not None and concurrency < 1:
         raise ValueError(f"concurrency is {concurrency}: use at least 1")
     if timeout_s is not None and timeout_s <= 0:
         raise ValueError(f"timeout_s is {timeout_s}: use more than 0")
+    if continues is not None and continues not in get_args(Continues):
+        known = ", ".join(get_args(Continues))
+        raise ValueError(f"continues is {continues!r}: use one of {known}")
 
     def declare(declared: Function) -> Function:
         declaration = FunctionDeclaration(
@@ -192,6 +214,8 @@ def function(
             output_schema=output_schema,
             concurrency=concurrency,
             timeout_s=timeout_s,
+            continues=continues,
+            idempotent=idempotent,
             extra=extra,
         )
         setattr(declared, DECLARATION_ATTRIBUTE, declaration)

@@ -72,6 +72,7 @@ class Outcome:
         peer: A node that may take it instead.
         payload: What the node said with the answer in it, if it did: the terminal event, or the
             report ``unsure`` or ``held``.
+        reply: Topic that a terminal event went to.
     """
 
     status: Literal["finished", "unsure", "held", "failed", "refused", "dropped"]
@@ -81,6 +82,7 @@ class Outcome:
     retry_after_ms: int | None = None
     peer: str | None = None
     payload: bytes | None = None
+    reply: str = ""
 
     @property
     def answered(self) -> bool:
@@ -88,7 +90,41 @@ class Outcome:
         return self.status in ("finished", "unsure", "held") and self.code is None
 
 
-def key_of(invocation: Invocation) -> str:
+class Named(Protocol):
+    """What names an attempt and who hears of it: an `Invocation`, or `Asked`."""
+
+    @property
+    def client(self) -> str:
+        """Whose task it is."""
+        ...
+
+    @property
+    def task(self) -> str:
+        """The task."""
+        ...
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt."""
+        ...
+
+    @property
+    def router(self) -> str:
+        """Who hears the report."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """An attempt that a router asks for; see `Named`."""
+
+    client: str
+    task: str
+    attempt: int
+    router: str
+
+
+def key_of(invocation: Named) -> str:
     """Return the identity of an attempt."""
     return f"{invocation.client}/{invocation.task}/{invocation.attempt}"
 
@@ -128,13 +164,13 @@ class OutcomeMemory:
         while self._bytes > self._payload_limit_bytes:
             self._drop_payload(next(iter(self._payloads)))
 
-    def find(self, invocation: Invocation) -> Outcome | None:
+    def find(self, invocation: Named) -> Outcome | None:
         """Return how this very attempt ended, if it did."""
         return self._outcomes.get((invocation.client, invocation.task, invocation.attempt))
 
-    def latest_attempt(self, invocation: Invocation) -> int:
-        """Return the highest attempt of the task that ended here; 0 when none."""
-        return self._attempts.get((invocation.client, invocation.task), 0)
+    def latest_attempt(self, whose: tuple[str, str]) -> int:
+        """Return the highest attempt of a client's task that ended here; 0 when none."""
+        return self._attempts.get(whose, 0)
 
     def _forget(self, key: tuple[str, str, int]) -> None:
         if key not in self._outcomes:
@@ -183,6 +219,7 @@ class Execution:
         request: The call of the instance.
         ticket: Its admission, once it is admitted.
         final: The end of its answer, once there is one.
+        asked_by: The router that asked last how it stands; None: nobody did.
         cut_ms: How long it had run in its instance when it was stopped or its time was over,
             milliseconds; None when it was not.
     """
@@ -208,6 +245,7 @@ class Execution:
         self.first_ms: float | None = None
         self.run_ms = 0.0
         self.cut_ms: float | None = None
+        self.asked_by: str | None = None
         self.ticket: Ticket | None = None
         self.final: FinalPiece | None = None
         self._node = node
@@ -258,6 +296,11 @@ class Execution:
             self._stream.drop()
         if self._scope is not None and not self._scope.expired():
             self._scope.reschedule(asyncio.get_running_loop().time())
+
+    @property
+    def seq(self) -> int:
+        """Number of the next event of the task, as far as it has got here."""
+        return self._stream.seq
 
     @property
     def can_yield(self) -> bool:
@@ -331,6 +374,7 @@ class Execution:
                     again, data = self._again, item.data
                     for fresh in [data] if again is None else again.fresh(data):
                         self._stream.add(fresh)
+                    await self._stream.room()  # the instance is not read meanwhile, and pauses
                 elif isinstance(item, Progress):
                     self._stream.show(item)
                 else:
@@ -405,8 +449,10 @@ class Execution:
 
         terminal = await self._stream.end(make, limit_s=_END_LIMIT_S)
         if terminal is None and self.stopped_by in SILENT_REASONS:  # while it waited for room
-            return Outcome(status="dropped", reason=self.stopped_by or "")
-        return Outcome(status="finished", seq=self._stream.seq, payload=terminal)
+            return self._dropped()
+        return Outcome(
+            status="finished", seq=self._stream.seq, payload=terminal, reply=self._stream.topic
+        )
 
     async def _hold_back(self, final: FinalPiece) -> Outcome:
         """Give an answer to the router that another node may have told already, if it fits."""
@@ -435,7 +481,7 @@ class Execution:
         report = await self._stream.end(make, limit_s=_END_LIMIT_S, instead=self._report_topic)
         if report is None:
             if self.stopped_by in SILENT_REASONS:
-                return Outcome(status="dropped", reason=self.stopped_by or "")
+                return self._dropped()
             return await self.end_with(Overloaded("the session had no room for the answer"))
         reason = f"the answer was {status}, and is no longer kept"
         return Outcome(status=status, reason=reason, seq=self._stream.seq, payload=report)
@@ -467,7 +513,7 @@ class Execution:
                 as nothing was shown: it may hold an earlier answer, or know a stronger node.
         """
         if self.stopped_by in SILENT_REASONS:
-            return Outcome(status="dropped", reason=self.stopped_by or "")
+            return self._dropped()
         held = self.invocation.cascade is not None or self.invocation.hold
         mendable = (held and self._stream.blank) or self.stopped_by == OVERTAKEN
         code = self._code_of(error)
@@ -488,14 +534,18 @@ class Execution:
 
         terminal = await self._stream.end(make, limit_s=_END_LIMIT_S)
         if terminal is None and self.stopped_by in SILENT_REASONS:
-            return Outcome(status="dropped", reason=self.stopped_by or "")
+            return self._dropped()
         return Outcome(
             status="finished",
             code=error.code.value,
             reason=error.message,
             seq=self._stream.seq,
             payload=terminal,
+            reply=self._stream.topic,
         )
+
+    def _dropped(self) -> Outcome:
+        return Outcome(status="dropped", reason=self.stopped_by or "", seq=self._stream.seq)
 
     def _code_of(self, error: FoamError) -> ErrorCode:
         """Return what an error of this node's making means to the router; the error's own else."""

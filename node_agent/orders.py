@@ -13,14 +13,15 @@ from typing import Final
 
 import structlog
 
-from broker.security import SecurityAlarm, hear_trust
+from broker.security import SecurityAlarm, hear_registry, hear_trust
 from broker.session.base import Message, Session
-from capability_schemas.errors import AccessDenied, FoamError, ProtocolError
+from capability_schemas.errors import AccessDenied, FoamError, InvalidTopic, ProtocolError
+from capability_schemas.ids import is_identifier
 from capability_schemas.invocation import Control, Invocation
 from capability_schemas.node import RouterState
 from capability_schemas.passport import PassportBook
 from capability_schemas.provenance import ORDER_ROLES, Provenance
-from capability_schemas.topics import TopicKind, Topics
+from capability_schemas.topics import MAX_LEVELS, TopicKind, Topics
 from capability_schemas.wire import decode
 
 _WAIT_S: Final = 5.0
@@ -53,7 +54,8 @@ class OrderGate:
         node: The node.
         epoch: Start of the agent, UTC milliseconds: orders for an earlier one are refused, and
             those for none in particular, but to cancel: the clocks of router and node may differ,
-            so that times do not tell whether the earlier one was given the same order.
+            so that times do not tell whether the earlier one was given the same order. Who asks for
+            an account is answered whichever start is meant.
         book: Passports that were shown; None where no registry is known: then the broker's word
             is all there is, which is logged once.
         alarm: Told about what is refused.
@@ -92,6 +94,7 @@ class OrderGate:
             )
             return
         for kind, handler in (
+            (TopicKind.REGISTRY_STATE, self._on_registry_state),
             (TopicKind.TRUST, self._on_trust),
             (TopicKind.ROUTER_STATE, self._on_router_state),
         ):
@@ -135,6 +138,23 @@ class OrderGate:
             reason = f"{_WAITING_LIMIT} orders of unknown routers wait already"
             self._tell(order, AccessDenied(f"{sender} has shown no passport, and {reason}"))
 
+    def reply_topic(self, invocation: Invocation) -> str:
+        """Return the topic of this node's events, checked to lie in the client's own subtree.
+
+        Raises:
+            InvalidTopic: It does not.
+        """
+        root = f"{self._topics.root}/reply/{invocation.client}/"
+        topic = f"{invocation.reply}/{self._node}"
+        levels = topic[len(root) :].split("/")
+        if (
+            not topic.startswith(root)
+            or not all(is_identifier(level) for level in levels)
+            or topic.count("/") >= MAX_LEVELS
+        ):
+            raise InvalidTopic(f"reply topic {invocation.reply[:200]!r} is not below {root}")
+        return topic
+
     def _judge(
         self,
         payload: bytes,
@@ -172,6 +192,8 @@ class OrderGate:
             sent_at=order.sent_at,
             nonce=nonce,
         )
+        if isinstance(order, Control) and order.verb == "account":
+            return new
         if order.epoch is None:
             if isinstance(order, Invocation) or order.verb != "cancel":
                 raise AccessDenied(
@@ -244,6 +266,14 @@ class OrderGate:
             self._alarm.tell(exc, sender=router, what="passport")
             return
         self._release(router)
+
+    async def _on_registry_state(self, message: Message) -> None:
+        try:
+            registry = self._topics.parse(message.topic).levels["registry"]
+        except ProtocolError:
+            return
+        if self._book is not None:
+            hear_registry(message.payload, registry=registry, book=self._book)
 
     async def _on_trust(self, message: Message) -> None:
         try:

@@ -7,7 +7,7 @@ from capability_schemas.errors import FoamError
 from capability_schemas.invocation import Invocation, Report
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode
-from node_agent.invocation import Outcome
+from node_agent.invocation import Named, Outcome
 
 _REASON_CHARACTERS = 1000
 
@@ -47,7 +47,7 @@ class Reporter:
             ),
         )
 
-    def ended(self, invocation: Invocation, outcome: Outcome) -> None:
+    def ended(self, invocation: Named, outcome: Outcome) -> None:
         """Tell the router how it ended; nothing for an outcome that nobody is told."""
         handed_over = outcome.status in ("unsure", "held")
         if outcome.status == "dropped" or (handed_over and outcome.payload):
@@ -69,17 +69,36 @@ class Reporter:
             ),
         )
 
-    def repeat(self, invocation: Invocation, outcome: Outcome, *, topic: str) -> None:
+    def repeat(self, invocation: Named, outcome: Outcome) -> None:
         """Say again how an attempt ended: what held its answer, and the report."""
         if outcome.payload is not None:
             handed_over = outcome.status in ("unsure", "held")
-            self._post(self.topic(invocation) if handed_over else topic, outcome.payload)
+            self._post(self.topic(invocation) if handed_over else outcome.reply, outcome.payload)
         self.ended(invocation, outcome)
 
-    def _send(self, invocation: Invocation, report: Report) -> None:
+    def stands(self, asked: Named, *, seq: int | None) -> None:
+        """Tell a router that asks for an attempt which has not ended here.
+
+        Args:
+            asked: The attempt.
+            seq: Next number of a run that goes on; None: nothing is known of it.
+        """
+        self._send(
+            asked,
+            Report(
+                task=asked.task,
+                client=asked.client,
+                attempt=asked.attempt,
+                node=self._node,
+                status="unknown" if seq is None else "running",
+                seq=seq,
+            ),
+        )
+
+    def _send(self, invocation: Named, report: Report) -> None:
         self._post(self.topic(invocation), encode(report))
 
-    def topic(self, invocation: Invocation) -> str:
+    def topic(self, invocation: Named) -> str:
         """Return the topic of the reports on an invocation."""
         return self._topics.build(TopicKind.REPORT, router=invocation.router, node=self._node)
 

@@ -26,17 +26,19 @@ class ReplyStream:
     """Writes the events of one invocation; owned by the event loop it was made on.
 
     The first piece is sent at once, later text is gathered for ``coalesce_s``. Numbers are given
-    when an event is handed to the session, so there is never a gap. When the session has no room,
-    text keeps gathering, bounded by the output limit, and is tried again.
+    when an event is handed to the session, so there is never a gap. Chunks are credited: while the
+    session holds more than enough that the broker has not taken (``crowded``), none is handed to
+    it, and whoever makes the pieces waits in `room`. Terminal events and reports need no credit.
 
     Args:
-        topic: Reply topic, source level included; its last level is the node.
+        topic: Reply topic, source level included; its last level is the node. Kept.
         task: The task.
         attempt: Its attempt.
         seq: First number to use.
         chunks: Whether the client wants chunks.
         held: Whether no piece may be shown before it is known what the whole answer is worth.
         post: Where events go.
+        crowded: Whether chunks have to wait.
         clock: UTC milliseconds.
         coalesce_s: Gathering time, seconds.
         working_s: Silence after which a ``working`` event is sent, seconds.
@@ -55,6 +57,7 @@ class ReplyStream:
         chunks: bool,
         held: bool = False,
         post: Post,
+        crowded: Callable[[], bool] = lambda: False,
         clock: Callable[[], int],
         coalesce_s: float = 0.03,
         working_s: float = 15.0,
@@ -62,13 +65,16 @@ class ReplyStream:
         output_limit_bytes: int = 1024 * 1024,
         shown_bytes: int = 0,
     ) -> None:
-        self._topic = topic
+        self.topic = topic
         self._node = topic.rpartition("/")[2]
         self._task = task
         self._attempt = attempt
         self._chunks = chunks
         self._held = held
         self._post = post
+        self._crowded = crowded
+        self._flowing = asyncio.Event()
+        self._flowing.set()
         self._clock = clock
         self._coalesce_s = coalesce_s
         self._working_s = working_s
@@ -116,6 +122,13 @@ class ReplyStream:
         elif self._timer is None:
             self._arm(self._coalesce_s)
 
+    async def room(self) -> None:
+        """Wait until the next piece may be made; returns at once while the broker keeps up.
+
+        Cancellation is safe.
+        """
+        await self._flowing.wait()
+
     def show(self, progress: Progress) -> None:
         """Send a step on the way to the answer, after what was said before it; it has no number."""
         self.flush()
@@ -130,13 +143,16 @@ class ReplyStream:
             detail=progress.detail,
         )
         try:
-            self._post(self._topic, encode(event))
+            self._post(self.topic, encode(event))
         except Overloaded:
             _log.debug("reply.step_skipped", task=self._task)
         self._arm_working()
 
-    def flush(self) -> bool:
+    def flush(self, *, last: bool = False) -> bool:
         """Send what has gathered.
+
+        Args:
+            last: Whether the end comes next: then it needs no credit.
 
         Returns:
             Whether all of it went out; what did not is tried again soon.
@@ -144,15 +160,21 @@ class ReplyStream:
         self._disarm()
         while self._pending and not self._closed:
             item = self._pending[0]
+            if self._crowded() and not last:
+                self._flowing.clear()
+                self._arm(_RETRY_S)
+                return False
             try:
                 if isinstance(item, tuple):
                     self._send_chunk(item[0])
                 else:
                     self._send_text(item)
             except Overloaded:
+                self._flowing.clear()
                 self._arm(_RETRY_S)
                 return False
             self._pending.pop(0)
+        self._flowing.set()
         return True
 
     async def end(
@@ -176,10 +198,10 @@ class ReplyStream:
         try:
             async with asyncio.timeout(limit_s):
                 while not self._silent:
-                    if self.flush():
+                    if self.flush(last=True):
                         payload = encode(make(self.seq, self._clock()))
                         try:
-                            self._post(instead or self._topic, payload)
+                            self._post(instead or self.topic, payload)
                         except Overloaded:
                             pass
                         else:
@@ -202,6 +224,7 @@ class ReplyStream:
         """End without a further word; what has not been sent is forgotten."""
         self._closed = True
         self._pending.clear()
+        self._flowing.set()
         self._disarm()
         if self._working is not None:
             self._working.cancel()
@@ -225,7 +248,7 @@ class ReplyStream:
         self.seq += 1
 
     def _emit(self, payload: bytes) -> None:
-        self._post(self._topic, payload)
+        self._post(self.topic, payload)
         self.sent += 1
         self._arm_working()
 
@@ -249,7 +272,7 @@ class ReplyStream:
     def _say_working(self) -> None:
         event = Working(task=self._task, at=self._clock(), attempt=self._attempt)
         try:
-            self._post(self._topic, encode(event))
+            self._post(self.topic, encode(event))
         except Overloaded:
             _log.debug("reply.working_skipped", task=self._task)
         self._arm_working()

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import structlog
 
-from broker.access.orders import Requester
+from broker.access.orders import Requester, changes
 from broker.access.policy import Role
 from broker.security import SecurityAlarm
 from broker.session.base import Message, Session
@@ -27,6 +27,7 @@ from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode
 from registry.auditor import Auditor
 from registry.catalog import Catalog
+from registry.leadership import Lead, Sole
 from registry.store import SqliteStore
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -51,6 +52,7 @@ class RegistryAdmin:
         more: verbs of others, which are told who asks.
         check: decides which requests are looked at; None: all that the broker lets through.
         alarm: told about those that are not.
+        lead: whether this registry leads: what changes something only the leader does.
         auditor: knows who asks, and writes down what was ordered; None: the broker's word counts
             alone, and whoever may publish an order is taken for an administrator.
     """
@@ -68,8 +70,10 @@ class RegistryAdmin:
         more: Mapping[str, Verb] | None = None,
         check: AdminCheck | None = None,
         alarm: SecurityAlarm | None = None,
+        lead: Lead | None = None,
         auditor: Auditor | None = None,
     ) -> None:
+        self._lead = lead or Sole()
         self._session = session
         self._topics = topics
         self._store = store
@@ -132,6 +136,8 @@ class RegistryAdmin:
         now = self._clock()
         try:
             requester.check_order(request.verb, request.args)
+            if changes(request.verb, request.args):
+                self._lead.check()
             output = await self._answer(request, requester)
         except FoamError as exc:
             self._note(requester, request, exc)

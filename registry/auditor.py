@@ -7,7 +7,7 @@ about itself is not found out here, one that falls silent is, for its entries ar
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Annotated, Any, Final
 
 import structlog
@@ -31,12 +31,13 @@ from capability_schemas.passport import Passport
 from capability_schemas.signing import canonical_bytes
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import parse_json
+from registry.leadership import Lead
 from registry.store.audit import AuditEntry, AuditLog, AuditNote
 
 _WRITTEN_ELSEWHERE: Final = frozenset({"token_create", "token_revoke", "approve", "deny", "revoke"})
 """Orders that enrollment writes down itself, with what came of them."""
 
-_TELLERS: Final = frozenset({Role.ROUTER, Role.NODE})
+_TELLERS: Final = frozenset({Role.ROUTER, Role.NODE, Role.REGISTRY})
 _QUEUE: Final = 2_000
 _PENDING: Final = 2_000
 _AT_ONCE: Final = 200
@@ -80,6 +81,7 @@ class Auditor(Service):
         emit: Publishes an event: kind and JSON fields.
         role_of: Returns what a member is; None where it is none.
         registry_id: Identity of the registry.
+        registries: Returns the registries that make passports of these members; None: this one.
         clock: UTC milliseconds.
     """
 
@@ -92,9 +94,11 @@ class Auditor(Service):
         emit: Callable[[str, dict[str, Any]], None],
         role_of: Callable[[str], Role | None],
         registry_id: str,
+        registries: Callable[[], Container[str]] | None = None,
         clock: Callable[[], int] = now_ms,
     ) -> None:
         super().__init__(service_id=registry_id)
+        self._registries = registries or (lambda: {registry_id})
         self._session = session
         self._topics = topics
         self._trail = trail
@@ -104,6 +108,7 @@ class Auditor(Service):
         self._clock = clock
         self._pending: deque[AuditNote] = deque()
         self._waiting = asyncio.Event()
+        self._writing = asyncio.Lock()
         self._lost = 0
         self._last: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._budgets: Budget | None = None
@@ -128,7 +133,7 @@ class Auditor(Service):
         """
         name = client if passport is None else passport.identity
         role = self._role_of(name)
-        if role is None and passport is not None and passport.registry == self._id:
+        if role is None and passport is not None and passport.registry in self._registries():
             raise AccessDenied(f"{name} is no member any more: enroll it anew", sender=name)
         unknown = Role.OPERATOR if passport is None else Role(passport.role)
         return Requester(name, role or unknown)
@@ -159,6 +164,15 @@ class Auditor(Service):
                 subject=request.verb,
                 detail=detail,
             )
+
+    def note_lead(self, lead: Lead, leads: bool) -> None:
+        """Write down that this registry leads from now on, or does no more."""
+        self.voice.write(
+            "registry_leads" if leads else "registry_follows",
+            actor=self._id,
+            subject=lead.leader or "",
+            detail={"term": lead.term},
+        )
 
     # ---- life
 
@@ -212,13 +226,16 @@ class Auditor(Service):
             return
         role = self._role_of(source)
         if role not in _TELLERS and not (role is None and source == BROKER_SOURCE):
-            return  # other registries chain what they hear themselves
+            return
         if self._budgets is not None and not self._budgets.spend(source):
             self._lose()
             return
         told = _read(message.payload)
         if told is None:
             self.voice.tally.note("event_refused", actor=source, message="no audit event")
+            return
+        if role is Role.REGISTRY:
+            self._hear_registry(source, told)
             return
         if not self._is_new(source, told):
             return
@@ -229,6 +246,24 @@ class Auditor(Service):
         if told.outcome is not None:
             detail["outcome"] = told.outcome
         self._put(AuditNote(told.action, told.actor or "", told.subject, detail))
+
+    def _hear_registry(self, source: str, told: _Told) -> None:
+        """Chain what another registry did itself; what it was told, this one was told as well.
+
+        Its entries are numbered through all its starts.
+        """
+        if told.number is None:
+            return
+        first = source not in self._last
+        if first:  # its trail may be long: what counts is what comes from now on
+            self._last[source] = (0, told.number - 1)
+        if self._is_new(source, told.model_copy(update={"epoch": 0})) and not told.detail.get(
+            "told"
+        ):
+            by = {"by": source, "epoch": 0, "number": told.number}
+            self._put(
+                AuditNote(told.action, told.actor or "", told.subject, {**told.detail, "told": by})
+            )
 
     def _is_new(self, source: str, told: _Told) -> bool:
         """Tell whether it is no repetition, and write down where numbers are missing."""
@@ -276,6 +311,10 @@ class Auditor(Service):
                 retry_s = _RETRY_S
 
     async def _write_pending(self) -> None:
+        async with self._writing:  # at the end both the task and the goodbye want to
+            await self._write_all_pending()
+
+    async def _write_all_pending(self) -> None:
         while self._pending or self._lost:
             notes = [note for note, _ in zip(self._pending, range(_AT_ONCE), strict=False)]
             lost, taken = self._lost, len(notes)

@@ -67,6 +67,12 @@ class PendingWork:
             self._withdrawals[key] = Withdrawal(entry)
             self._wake.set()
 
+    def drop_until(self, key: Key, order: tuple[int, int]) -> None:
+        """Drop the claim that waits under a key, if it is none after this order."""
+        waiting = self._claims.get(key)
+        if waiting is not None and waiting.claim.order <= order:
+            del self._claims[key]
+
     def note(self, entry: HistoryEntry) -> None:
         """Have a line added to the history."""
         self._notes.append(entry)

@@ -1,26 +1,20 @@
 """Writes ``catalog/…`` and the registry's events; nothing else in the mesh writes there."""
 
-from collections.abc import Callable, Container
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any
 
 import structlog
 
 from broker.events import EventSource
-from broker.session.base import Message, Session, Subscription
-from capability_schemas.errors import (
-    AccessDenied,
-    BrokerUnavailable,
-    InvalidTopic,
-    Overloaded,
-)
+from broker.session.base import Session
+from capability_schemas.errors import BrokerUnavailable, Overloaded
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode
 from registry.admission import Key
 from registry.catalog import Catalog
+from registry.leadership import Lead
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
-
-_CATALOG_QUEUE: Final = 20_000
 
 
 class CatalogPublisher:
@@ -32,6 +26,7 @@ class CatalogPublisher:
         catalog: what is current; read at the moment a record is sent.
         registry_id: source of the events.
         clock: UTC milliseconds.
+        lead: whether this registry leads; it writes nothing when it does not.
     """
 
     def __init__(
@@ -42,6 +37,7 @@ class CatalogPublisher:
         catalog: Catalog,
         registry_id: str,
         clock: Callable[[], int],
+        lead: Lead,
     ) -> None:
         self._session = session
         self._topics = topics
@@ -50,24 +46,43 @@ class CatalogPublisher:
         self._events = EventSource(
             session=session, topics=topics, source=registry_id, component="registry", clock=clock
         )
+        self._lead = lead
         self._to_clear: set[Key] = set()
-        self._seen: set[Key] = set()
-        self._watching: Subscription | None = None
+        self._wrote: dict[Key, int] = {}
 
     def announce(self, key: Key) -> None:
-        """Publish the record of a key now and on every connection."""
+        """Publish the record of a key now and on every connection, as long as this one leads."""
 
         def payload() -> bytes | None:
-            record = self._catalog.record(key)
-            return None if record is None else encode(record)
+            record = self._catalog.record(key) if self._lead.leads else None
+            if record is None:
+                return None
+            made = encode(record)
+            self._wrote[key] = hash(made)
+            return made
 
         self._to_clear.discard(key)
         self._session.announce(self._topic(key), payload)
 
+    def announce_all(self) -> None:
+        """Publish every record: the broker may have forgotten them, or keep another one's."""
+        for record in tuple(self._catalog.records()):
+            self.announce(record.key)
+
+    def wrote(self, key: Key, payload: bytes) -> bool:
+        """Tell whether a payload is what was published last under a key."""
+        return self._wrote.get(key) == hash(payload)
+
     def clear(self, key: Key) -> None:
-        """Take a retained record off the broker; ``retry`` repeats it when there is no room."""
+        """Take a retained record off the broker; ``retry`` repeats it when there is no room.
+
+        One who does not lead leaves it to the leader.
+        """
         topic = self._topic(key)
         self._session.retract(topic)
+        self._wrote.pop(key, None)
+        if not self._lead.leads:
+            return
         try:
             self._session.post(topic, b"", retain=True)
         except (Overloaded, BrokerUnavailable) as exc:
@@ -94,44 +109,6 @@ class CatalogPublisher:
             {"node": key[0], "function": key[1], **data},
             subject=f"capability/{key[0]}/{key[1]}",
         )
-
-    async def watch(self) -> None:
-        """Look at the catalogue as the broker kept it, for ``clear_ghosts``."""
-        try:
-            self._watching = await self._session.subscribe(
-                self._topics.filter(TopicKind.CATALOG), self._note, queue_limit=_CATALOG_QUEUE
-            )
-        except AccessDenied as exc:
-            _log.warning("registry.ghosts_unseen", registry=self._id, error=exc.message)
-
-    async def clear_ghosts(self, *, spare: Container[Key]) -> int:
-        """Clear what the broker kept of a catalogue that is no longer true, once.
-
-        Args:
-            spare: keys that are about to be admitted.
-
-        Returns:
-            How many were cleared.
-        """
-        if self._watching is not None:
-            await self._session.unsubscribe(self._watching)
-            self._watching = None
-        ghosts = [key for key in self._seen if key not in self._catalog and key not in spare]
-        self._seen.clear()
-        for key in sorted(ghosts):
-            _log.info("registry.ghost_cleared", node=key[0], function=key[1])
-            self.clear(key)
-        return len(ghosts)
-
-    async def _note(self, message: Message) -> None:
-        if not (message.retain and message.payload):
-            return
-        try:
-            levels = self._topics.parse(message.topic).levels
-        except InvalidTopic as exc:
-            _log.warning("registry.bad_topic", error=exc.message)
-            return
-        self._seen.add((levels["node"], levels["function"]))
 
     def _topic(self, key: Key) -> str:
         return self._topics.build(TopicKind.CATALOG, node=key[0], function=key[1])

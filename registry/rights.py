@@ -15,6 +15,7 @@ from capability_schemas.errors import Overloaded, Unavailable
 from capability_schemas.signing import SigningKey, sign
 from registry.admission import Identities, Key, attested_policy
 from registry.catalog import Catalog
+from registry.leadership import Lead
 from registry.publisher import CatalogPublisher
 from registry.store import Change, SqliteStore
 
@@ -35,8 +36,10 @@ class RecordRights:
         publisher: sends them.
         withdraw: takes a record and its claim out, for a reason.
         key: signs them.
+        registry_id: whose key that is.
         counts: counters of the registry.
         clock: UTC milliseconds.
+        lead: whether the registry leads.
     """
 
     def __init__(
@@ -49,9 +52,12 @@ class RecordRights:
         publisher: CatalogPublisher,
         withdraw: Callable[[Key, Change, str], None],
         key: SigningKey,
+        registry_id: str,
         counts: Counter[str],
         clock: Callable[[], int],
+        lead: Lead,
     ) -> None:
+        self._lead = lead
         self._catalog = catalog
         self._pending = pending
         self._identities = identities
@@ -59,6 +65,7 @@ class RecordRights:
         self._publisher = publisher
         self._withdraw = withdraw
         self._key = key
+        self._registry_id = registry_id
         self._counts = counts
         self._clock = clock
         self._wishes: dict[Key, CapabilityPolicy] = {}
@@ -122,10 +129,12 @@ class RecordRights:
 
     async def follow(self) -> None:
         """Write records anew until cancelled; starts with those of nodes that left meanwhile."""
+        await self._lead.until()
         for node in {record.node for record in self._catalog.records()}:
             self.look_whether_member(node)
         while True:
             await self._wake.wait()
+            await self._lead.until()
             self._wake.clear()
             nodes, keys = self._doubtful_nodes, self._doubtful
             self._doubtful_nodes, self._doubtful = set(), set()
@@ -145,7 +154,13 @@ class RecordRights:
         if policy == record.policy:
             return
         now = self._clock()
-        made = sign(record.model_copy(update={"policy": policy, "admitted_at": now}), self._key)
+        change = {
+            "policy": policy,
+            "admitted_at": now,
+            "registry": self._registry_id,
+            "term": self._lead.term,
+        }
+        made = sign(record.model_copy(update=change), self._key)
         # What is taken away goes at once, kept or not: a restart would take it away again.
         self._catalog.replace(made)
         self._publisher.announce(key)

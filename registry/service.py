@@ -10,8 +10,7 @@ tried again and published only when it is kept.
 """
 
 import asyncio
-import hashlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -23,7 +22,6 @@ from broker.security import SecurityAlarm, hear_trust
 from broker.session.base import Message, Session, Subscription
 from capability_schemas.capability import CapabilityClaim, CatalogRecord
 from capability_schemas.errors import (
-    BadSignature,
     InvalidTopic,
     Overloaded,
     ProtocolError,
@@ -33,7 +31,7 @@ from capability_schemas.ids import now_ms
 from capability_schemas.node import NodeState
 from capability_schemas.passport import PassportBook
 from capability_schemas.provenance import AdminCheck, Provenance
-from capability_schemas.signing import SigningKey, sign, verify
+from capability_schemas.signing import SigningKey, sign
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode, encode
 from registry.admin import RegistryAdmin, Verb
@@ -50,8 +48,11 @@ from registry.admission import (
 from registry.auditor import Auditor
 from registry.catalog import Catalog
 from registry.encoders.thread import EncoderThread
+from registry.leadership import Lead, Sole
+from registry.mirror import CatalogMirror, is_renewal
 from registry.pending import PendingWork, Withdrawal
 from registry.publisher import CatalogPublisher
+from registry.refusals import Refusals
 from registry.rights import RecordRights
 from registry.settings import RegistrySettings
 from registry.store import Change, HistoryEntry, SqliteStore
@@ -61,14 +62,14 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 _CLAIM_QUEUE: Final = 20_000
 _SMALL_MESSAGE_BYTES: Final = 64 * 1024
-_TOLD_LIMIT: Final = 4_096
-_RENEWED_FIELDS: Final = frozenset(
-    {"revision", "expires_at", "signature", "admitted_at", "claim_digest", "embedding", "parts"}
-)
 
 
 class RegistryService(Service):
-    """Admits claims and keeps ``catalog/…``; the only writer of it.
+    """Admits claims and keeps ``catalog/…``, as long as it leads the registries of the site.
+
+    While another one leads, it judges what it hears and lets it wait, takes over what the leader
+    admits, and so has it all at hand when its own turn comes: what the leader did not get to is
+    admitted then.
 
     The event loop that started it owns all of its state. Session, store and encoder are entered
     and left by the caller, around the service.
@@ -86,6 +87,7 @@ class RegistryService(Service):
         book: passports of administrators; None: signatures of requests cannot be checked.
         unsigned_admin: whether the broker's word will do for who administrates.
         auditor: knows who administrates, and writes it down; entered by the caller.
+        lead: whether it leads; entered by the caller. None: it is the only registry.
         clock: UTC milliseconds.
     """
 
@@ -104,9 +106,11 @@ class RegistryService(Service):
         book: PassportBook | None = None,
         unsigned_admin: bool = True,
         auditor: Auditor | None = None,
+        lead: Lead | None = None,
         clock: Callable[[], int] = now_ms,
     ) -> None:
         super().__init__(service_id=registry_id)
+        self._lead = lead or Sole()
         self._session = session
         self._topics = topics
         self._store = store
@@ -124,13 +128,18 @@ class RegistryService(Service):
             catalog=self._catalog,
             registry_id=registry_id,
             clock=clock,
+            lead=self._lead,
         )
         self._ghosts_until: int | None = None
-        self._told: OrderedDict[tuple[Key, str, str], None] = OrderedDict()
         self._missed_claims = False
+        self._vanished: set[Key] = set()
+        """Keys whose claims went while another registry led."""
         self._claims_subscription: Subscription | None = None
         self._forget_listener: Callable[[], None] | None = None
         self.counts: Counter[str] = Counter()
+        self._refusals = Refusals(
+            pending=self._pending, publisher=self._publisher, counts=self.counts, clock=clock
+        )
         self._rights = RecordRights(
             catalog=self._catalog,
             pending=self._pending,
@@ -139,6 +148,22 @@ class RegistryService(Service):
             publisher=self._publisher,
             withdraw=self._withdraw,
             key=key,
+            registry_id=registry_id,
+            counts=self.counts,
+            clock=clock,
+            lead=self._lead,
+        )
+        self._mirror = CatalogMirror(
+            session=session,
+            topics=topics,
+            lead=self._lead,
+            registry_id=registry_id,
+            registries=self._registries,
+            space=encoder.space,
+            catalog=self._catalog,
+            pending=self._pending,
+            store=store,
+            publisher=self._publisher,
             counts=self.counts,
             clock=clock,
         )
@@ -152,6 +177,7 @@ class RegistryService(Service):
             clock=clock,
             more=verbs,
             auditor=auditor,
+            lead=self._lead,
             check=AdminCheck(
                 target=registry_id,
                 provenance=None
@@ -174,9 +200,10 @@ class RegistryService(Service):
         self._passports = book
 
     async def _on_start(self) -> None:
-        await self._restore()
+        await self._mirror.restore()
         self._forget_listener = self._session.on_connection(self._connection_changed)
-        await self._publisher.watch()
+        self._lead.on_change(self._lead_changed)
+        await self._mirror.watch()
         await self._subscribe_claims()
         await self._session.subscribe(
             self._topics.filter(TopicKind.NODE_STATE), self._on_node_state
@@ -207,24 +234,24 @@ class RegistryService(Service):
 
     # ------------------------------------------------------------------ what was known before
 
-    async def _restore(self) -> None:
-        """Read the store; a record of another space or key is known, but made anew when claimed."""
-        kept = 0
-        for stored in await self._store.load():
-            record = stored.record
-            sound = record.space == self._encoder.space and self._is_ours(record)
-            self._catalog.restore(record, withdrawn=stored.withdrawn or not sound)
-            if record.key in self._catalog:
-                kept += 1
-                self._publisher.announce(record.key)
-        _log.info("registry.restored", registry=self._id, records=kept)
+    def _registries(self) -> Mapping[str, str]:
+        """Public keys of the registries whose records count."""
+        known = self._passports.registries if self._passports is not None else {}
+        return {**known, self._id: self._key.public}
 
-    def _is_ours(self, record: CatalogRecord) -> bool:
-        try:
-            verify(record, self._key.public)
-        except BadSignature:
-            return False
-        return record.registry == self._id
+    def _lead_changed(self, leads: bool) -> None:
+        """Begin where the registry that led before has ended; to step down nothing need be done."""
+        if not leads:
+            return
+        self._publisher.announce_all()
+        self._ghosts_until = self._grace_end()
+        for key in tuple(self._vanished):
+            self._withdraw(key, Change.WITHDRAWN, "its node withdrew it")
+        self._vanished.clear()
+        if not self._lead.alone:
+            # What the one before refused, or did not get to, is judged again.
+            self._catalog.doubt_all()
+            self._missed_claims = True
 
     async def _subscribe_claims(self) -> None:
         self._claims_subscription = await self._session.subscribe(
@@ -269,8 +296,13 @@ class RegistryService(Service):
         if key is None:
             return
         if not message.payload:
-            self._withdraw(key, Change.WITHDRAWN, "its node withdrew it")
+            if self._lead.leads:
+                self._withdraw(key, Change.WITHDRAWN, "its node withdrew it")
+            else:
+                self._pending.withdraw(key, None)
+                self._vanished.add(key)
             return
+        self._vanished.discard(key)
         verdict = judge(
             message.payload,
             key=key,
@@ -289,6 +321,7 @@ class RegistryService(Service):
             self._catalog.confirm(key)
             self._rights.wished(verdict.claim)
         else:
+            self._missed_claims = self._missed_claims or not self._lead.leads
             full = f"{self._settings.pending_limit} claims wait to be embedded: claim again later"
             self._refuse(key, Refused(Reason.OVERLOADED, full), message.payload)
 
@@ -316,45 +349,10 @@ class RegistryService(Service):
         self._rights.look_whether_member(member)
 
     def _refuse(self, key: Key, refused: Refused, payload: bytes) -> None:
-        """Count a refusal, and say it once: the same claim comes again with every connection."""
-        self.counts["refused"] += 1
-        self.counts[f"refused.{refused.reason}"] += 1
-        told = (key, refused.reason.value, hashlib.sha256(payload).hexdigest())
-        if told in self._told:
-            self._told.move_to_end(told)
-            return
-        self._told[told] = None
-        if len(self._told) > _TOLD_LIMIT:
-            self._told.popitem(last=False)
-        node, function = key
-        alarm = refused.reason is Reason.CONFLICT
-        write = _log.error if alarm else _log.warning
-        write(
-            "registry.claim_refused",
-            node=node,
-            function=function,
-            reason=refused.reason.value,
-            message=refused.message,
-        )
-        self._pending.note(
-            HistoryEntry(
-                node,
-                function,
-                Change.REFUSED,
-                self._clock(),
-                f"{refused.reason.value}: {refused.message}",
-            )
-        )
-        self._publisher.emit(
-            "claim_refused",
-            key,
-            {
-                "reason": refused.reason.value,
-                "message": refused.message,
-                "alarm": alarm,
-                "detail": refused.detail,
-            },
-        )
+        if (
+            self._lead.leads
+        ):  # else the leader says so, or this one when it leads and hears it again
+            self._refusals.tell(key, refused, payload)
 
     def _withdraw(self, key: Key, change: Change, reason: str) -> None:
         self._rights.forget(key)
@@ -377,6 +375,8 @@ class RegistryService(Service):
     async def _admit_claims(self) -> None:
         failures = 0
         while True:
+            await self._pending.next()
+            await self._lead.until()
             key, work = await self._pending.next()
             try:
                 await self._perform(key, work)
@@ -411,6 +411,7 @@ class RegistryService(Service):
     async def _admit(self, key: Key, admitted: Admitted) -> None:
         previous = self._catalog.record(key)
         vectors = await self._embed(previous, admitted)
+        self._lead.check()
         now = self._clock()
         claim = admitted.claim
         own = unpack_vector(vectors.embedding, self._encoder.space.dimension)
@@ -431,12 +432,13 @@ class RegistryService(Service):
                 parts=vectors.parts,
                 space=self._encoder.space,
                 registry=self._id,
+                term=self._lead.term,
                 admitted_at=now,
                 claim_digest=admitted.digest,
             ),
             self._key,
         )
-        renewal = previous is not None and _is_renewal(previous, record)
+        renewal = previous is not None and is_renewal(previous, record)
         entry = None if renewal else HistoryEntry.of(record, Change.ADMITTED, at=now)
         await self._store.put(record, at=now, entry=entry)
         if key not in self._pending:  # withdrawn while it was being embedded or stored
@@ -477,6 +479,8 @@ class RegistryService(Service):
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(self._settings.sweep_interval_s)
+            if not self._lead.leads:
+                continue
             now = self._clock()
             for lapse in self._catalog.due(now):
                 if lapse.key not in self._pending:  # else its renewal is about to replace it
@@ -484,19 +488,14 @@ class RegistryService(Service):
             self._publisher.retry()
             if self._ghosts_until is not None and now >= self._ghosts_until:
                 self._ghosts_until = None
-                self.counts["ghosts"] += await self._publisher.clear_ghosts(spare=self._pending)
+                self.counts["ghosts"] += self._mirror.clear_ghosts()
             if self._missed_claims and not len(self._pending):
                 self._missed_claims = False
                 if self._claims_subscription is not None:
                     await self._session.unsubscribe(self._claims_subscription)
                 await self._subscribe_claims()
+                self._catalog.start_grace(self._grace_end())
 
 
 def _texts(claim: CapabilityClaim | CatalogRecord) -> list[str]:
     return capability_texts(claim.function, claim.description, claim.examples, claim.input_schema)
-
-
-def _is_renewal(previous: CatalogRecord, record: CatalogRecord) -> bool:
-    """Whether only the lease, and what follows from it, is new."""
-    renewed = set(_RENEWED_FIELDS)
-    return previous.model_dump(exclude=renewed) == record.model_dump(exclude=renewed)

@@ -6,6 +6,7 @@ nothing of members there is nothing to say of.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -13,13 +14,14 @@ from typing import Final
 import structlog
 
 from broker.lifecycle import Service
-from broker.session.base import Message, Session, Subscription
+from broker.session.base import Message, Session
 from capability_schemas.errors import AccessDenied, BrokerUnavailable, FoamError, Overloaded
 from capability_schemas.ids import now_ms
 from capability_schemas.signing import SigningKey, sign
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.trust import TrustState, read_trust
 from capability_schemas.wire import encode
+from registry.leadership import Lead, Sole
 
 VOID_KEPT_MS: Final = 400 * 86_400_000
 """How long a revocation stays on the broker: longer than any passport is made for."""
@@ -61,7 +63,10 @@ class Description:
 
 
 class TrustBoard(Service):
-    """Keeps ``trust/…`` on the broker equal to what is known; the only writer of it.
+    """Keeps ``trust/…`` on the broker equal to what is known, as long as its registry leads.
+
+    A registry that takes over says everything anew, in its own term, and mends what the one before
+    still says.
 
     Entered with the registry's session, and owned by its event loop.
 
@@ -74,6 +79,8 @@ class TrustBoard(Service):
             milliseconds); another object when anything in it has changed.
         members: Returns who is a member now, likewise: of the voided, the others are ``revoked``.
         due: Returns the members that should renew their papers now, and since when.
+        lead: Whether the registry leads; None: it is the only one.
+        registries: Returns the public keys of the other registries that are believed.
         clock: UTC milliseconds.
     """
 
@@ -87,6 +94,8 @@ class TrustBoard(Service):
         voided: Callable[[], Mapping[str, int]],
         members: Callable[[], Container[str]],
         due: Callable[[], Mapping[str, int]] = dict,
+        lead: Lead | None = None,
+        registries: Callable[[], Mapping[str, str]] = dict,
         clock: Callable[[], int] = now_ms,
     ) -> None:
         super().__init__(service_id=registry_id)
@@ -97,13 +106,17 @@ class TrustBoard(Service):
         self._voided = voided
         self._members = members
         self._due = due
+        self._lead = lead or Sole()
+        self._registries = registries
         self._clock = clock
         self._opinions: dict[str, Opinion] = {}
         self._descriptions: dict[str, Description] = {}
         self._said: dict[str, tuple[TrustState, bytes]] = {}
         self._read: tuple[object, object] = (None, None)
         self._asked: Mapping[str, int] = {}
-        self._found: set[str] = set()
+        self._found: dict[str, bool] = {}
+        """Members of whom the broker keeps something, and whether they were thrown out."""
+        self._ghosts_at: float | None = None
         self._to_clear: set[str] = set()
 
     def judge(self, member: str, opinion: Opinion | None) -> None:
@@ -124,6 +137,8 @@ class TrustBoard(Service):
 
     def refresh(self) -> None:
         """Say what has changed in the books; cheap, and called after every revocation."""
+        if not self._lead.leads:
+            return
         books = self._voided(), self._members()
         if any(now is not before for now, before in zip(books, self._read, strict=True)):
             self._read = books
@@ -143,25 +158,44 @@ class TrustBoard(Service):
         return said[0] if said is not None else None
 
     async def _on_start(self) -> None:
-        self.refresh()
+        self._lead.on_change(self._lead_changed)
+        if self._lead.leads:
+            self._lead_changed(True)
         try:
-            subscription = await self._session.subscribe(
+            await self._session.subscribe(
                 self._topics.filter(TopicKind.TRUST), self._note, queue_limit=_QUEUE
             )
         except AccessDenied as error:
             _log.warning("trust.ghosts_unseen", registry=self._id, error=error.message)
-        else:
-            self.spawn(self._clear_ghosts(subscription), name="ghosts")
         self.spawn(self._look(), name="look")
+
+    def _lead_changed(self, leads: bool) -> None:
+        for member in self._said:
+            self._session.retract(self._topic(member))
+        self._said.clear()
+        self._to_clear.clear()
+        self._ghosts_at = None
+        if not leads:
+            return
+        self._ghosts_at = time.monotonic() + _GHOSTS_AFTER_S
+        self._read, self._asked = (None, None), {}
+        self.refresh()
+        for member in (*self._opinions, *self._descriptions):
+            self._say(member)
 
     async def _look(self) -> None:
         """Members come and go in the file of credentials too, by commands on this machine."""
         while True:
             await asyncio.sleep(_LOOK_S)
             self.refresh()
+            if self._ghosts_at is not None and time.monotonic() >= self._ghosts_at:
+                self._ghosts_at = None
+                self._clear_ghosts()
 
     def _say(self, member: str) -> None:
         """Publish what is thought of a member, when that is new."""
+        if not self._lead.leads:
+            return
         wanted = self._wanted(member)
         said = self._said.get(member)
         if wanted is None:
@@ -175,7 +209,7 @@ class TrustBoard(Service):
         payload = encode(sign(wanted, self._key))
         self._said[member] = (wanted, payload)
         self._to_clear.discard(member)
-        self._session.announce(self._topic(member), lambda: payload)
+        self._announce(member, payload)
         _log.info(
             "trust.said",
             member=member,
@@ -183,6 +217,9 @@ class TrustBoard(Service):
             reason=wanted.reason,
             until=wanted.until,
         )
+
+    def _announce(self, member: str, payload: bytes) -> None:
+        self._session.announce(self._topic(member), lambda: payload if self._lead.leads else None)
 
     def _wanted(self, member: str) -> TrustState | None:
         now = self._clock()
@@ -202,6 +239,7 @@ class TrustBoard(Service):
                 void_before=void,
                 reason="an operator threw it out",
                 registry=self._id,
+                term=self._lead.term,
             )
         due = self._asked.get(member)
         if void is None and opinion is None and due is None and known == Description():
@@ -219,6 +257,7 @@ class TrustBoard(Service):
             role=known.role,
             tenant=known.tenant,
             registry=self._id,
+            term=self._lead.term,
         )
 
     def _topic(self, member: str) -> str:
@@ -233,26 +272,38 @@ class TrustBoard(Service):
         else:
             self._to_clear.discard(member)
 
-    # ---- what an earlier life of the registry left on the broker
+    # ---- what an earlier life of the registry left on the broker, or another registry says
 
     async def _note(self, message: Message) -> None:
-        if not (message.retain and message.payload):
-            return
         try:
             member = self._topics.parse(message.topic).levels["member"]
-            state = read_trust(
-                message.payload, member=member, registries={self._id: self._key.public}
-            )
+            state = self._state_in(message, member)
         except FoamError as error:
             _log.warning("trust.not_ours", topic=message.topic, error=error.message)
             return
-        if state.state != "revoked":  # a lost book must not bring anybody back
-            self._found.add(member)
+        if state is None:
+            self._found.pop(member, None)
+        else:
+            self._found[member] = state.state == "revoked"
+        said = self._said.get(member)
+        if message.retain or not self._lead.leads:
+            return
+        if said is not None and (state is None or self._is_foreign(state)):
+            _log.warning("trust.mended", member=member)
+            self._announce(member, said[1])
 
-    async def _clear_ghosts(self, subscription: Subscription) -> None:
-        await asyncio.sleep(_GHOSTS_AFTER_S)
-        await self._session.unsubscribe(subscription)
-        for member in sorted(self._found - self._said.keys()):
+    def _state_in(self, message: Message, member: str) -> TrustState | None:
+        if not message.payload:
+            return None
+        registries = {**self._registries(), self._id: self._key.public}
+        return read_trust(message.payload, member=member, registries=registries)
+
+    def _is_foreign(self, state: TrustState) -> bool:
+        return state.registry != self._id or state.term != self._lead.term
+
+    def _clear_ghosts(self) -> None:
+        for member, revoked in sorted(self._found.items()):
+            if member in self._said or revoked:  # a lost book must not bring anybody back
+                continue
             _log.info("trust.ghost_cleared", member=member)
             self._clear(member)
-        self._found.clear()

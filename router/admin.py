@@ -72,6 +72,7 @@ class AdminDesk:
             "routers": self._routers,
             "stats": self._statistics,
             "quotas": self._show_quotas,
+            "waiting": self._show_waiting,
             "task": self._task,
             "cordon": self._cordon,
             "uncordon": self._uncordon,
@@ -139,6 +140,7 @@ class AdminDesk:
             "router": self._router_id,
             "uptime_ms": self._clock() - self._started_at,
             "live": len(self._dispatcher),
+            "waiting": len(self._dispatcher.usher.room),
             "nodes": sum(view.live for view in views),
             "functions": len(self._fleet.records),
             "threshold": round(self._meaning.search.threshold, 4),
@@ -178,6 +180,11 @@ class AdminDesk:
         client = word(args, "client")
         return self._quotas.describe(None if client is None else check_identifier(client, "client"))
 
+    async def _show_waiting(self, args: dict[str, Any]) -> Answer:
+        """Tell which tasks wait for a node with room: by function, client and priority."""
+        only(args)
+        return self._dispatcher.usher.describe()
+
     async def _cordon(self, args: dict[str, Any]) -> Answer:
         return await self._set_cordon(args, closed=True)
 
@@ -215,6 +222,8 @@ class AdminDesk:
             "state": view.presence,
             "live": view.live,
             "silent": view.silent,
+            "asleep": view.asleep,
+            "wake_at": view.wake_at,
             "revoked": view.revoked,
             "cordoned": view.cordoned,
             "epoch": view.epoch,
@@ -241,6 +250,7 @@ class AdminDesk:
             "examples": len(record.examples),
             "skills": list(record.skills),
             "live": view.live and view.open and current,
+            "wake_at": view.wake_at,
             "searchable": record.space is not None,
             "cost": record.cost.money,
             "zones": list(record.policy.zones),

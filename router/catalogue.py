@@ -2,10 +2,14 @@
 
 A node is live when it has announced itself, has not gone offline in that same epoch, and its
 heartbeats (load messages) keep coming: some brokers lose last wills (PROTOCOL section 5). A will
-with an older epoch kills nobody. Times are the router's own, of receipt: node clocks differ.
+with an older epoch kills nobody, and neither does one of a process that never made itself known
+(a second one with the same id, turned away). A node that sleeps is not dead: its heartbeats are
+missed only when it should have been back. Times are the router's own, of receipt: node clocks
+differ.
 """
 
 from bisect import bisect_left, bisect_right, insort
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +18,7 @@ from capability_schemas.node import FunctionLoad, NodeLoad, NodeState, Presence
 from router.names import NameIndex
 from router.pulse import Pulse
 from router.sharing import Sharing
+from router.waiting import allowance
 
 _IDLE = FunctionLoad()
 _LAST = "\uffff"
@@ -35,9 +40,13 @@ class NodeView:
         load: Its last load message.
         cordoned: Whether an administrator keeps new tasks from it.
         assigned: Invocations of this router that have not ended; fresher than ``load``.
-        silent: Whether its heartbeats have stopped.
+        silent: Whether its heartbeats have stopped, or it did not wake in time.
         revoked: Whether the registry has thrown it out: then it is gone, whatever it says.
         reason: Why it is in its state, as it says.
+        sleep_ms: How long it sleeps from when it was heard of last, milliseconds; None where it
+            does not say.
+        unborn: Whether all that is known is the last will of a process whose birth was not heard.
+        given: What it has of ``assigned``, by function.
     """
 
     node: str
@@ -50,11 +59,26 @@ class NodeView:
     silent: bool = False
     revoked: bool = False
     reason: str = ""
+    sleep_ms: int | None = None
+    unborn: bool = False
+    given: Counter[str] = field(default_factory=Counter)
 
     @property
     def live(self) -> bool:
         """Whether it is there, be it draining."""
         return self.presence in {"birth", "draining"} and not self.silent and not self.revoked
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it is away for a while, by its own word, and not overdue."""
+        return self.presence == "sleeping" and not self.silent and not self.revoked
+
+    @property
+    def wake_at(self) -> int | None:
+        """When it should be back, UTC milliseconds of our clock; None: awake, or it did not say."""
+        if not self.asleep or self.sleep_ms is None:
+            return None
+        return self.pulse.seen_at + self.sleep_ms
 
     @property
     def open(self) -> bool:
@@ -79,6 +103,19 @@ class NodeView:
         if load is None or load.capacity == 0:
             return False
         return load.running >= load.capacity and load.queued >= load.queue_limit
+
+    def has_room(self, record: CatalogRecord, *, session: bool = False) -> bool:
+        """Tell whether it may be given one more task of a function: queues of nodes are kept short.
+
+        Args:
+            record: The function on this node.
+            session: Whether it served the session of the task last: then as much again may wait.
+        """
+        given = self.given.get(record.function)
+        if not given:
+            return True
+        load = self.load.functions.get(record.function) if self.load else None
+        return given < allowance(load, record.resources) * (1 + session)
 
     def function(self, name: str) -> FunctionLoad:
         """Return the live figures of a function; those of an idle one where none are known."""
@@ -147,12 +184,19 @@ class Fleet:
         return [name for _, name in self._keys[first : bisect_right(self._keys, (node, _LAST))]]
 
     def admit(self, record: CatalogRecord) -> bool:
-        """Take an admitted record; tell whether it is news (an older order is not)."""
+        """Take an admitted record; tell whether it is news.
+
+        An older order is not, and neither is what a registry wrote that has been replaced since.
+        """
         known = self._records.get(record.key)
         if known is None:
             insort(self._keys, record.key)
             self._names.add(record.function)
-        elif record.order < known.order or self._is_known(record, known):
+        elif (
+            (record.term or 0) < (known.term or 0)
+            or record.order < known.order
+            or self._is_known(record, known)
+        ):
             return False
         self._vectors.pop(record.key, None)
         self._keep(record)
@@ -214,27 +258,38 @@ class Fleet:
             and self._sharing.lighten(record) == known
         )
 
-    def hear_state(self, state: NodeState, now: int) -> str | None:
+    def hear_state(self, state: NodeState, now: int, *, kept: bool = False) -> str | None:
         """Take a node's presence.
 
         Args:
             state: The message; an empty retained payload is not one.
             now: Time of receipt, UTC milliseconds.
+            kept: Whether the broker had kept it, so that it may have been said long ago.
 
         Returns:
             Why invocations given to the node so far are lost, or None when they are not: it went
             offline or to sleep, or it started anew.
         """
         view = self.node(state.node)
-        if state.epoch < view.epoch:
+        if state.epoch < view.epoch and not view.unborn:
             return None  # the will of an earlier process
-        known = view.presence is not None
+        known = view.presence is not None and not view.unborn
         restarted = known and state.epoch > view.epoch
-        was_live = view.live
+        unborn = state.state == "offline" and state.since is None and state.epoch != view.epoch
+        if restarted and unborn:
+            return None
+        was_live, slept = view.live, view.asleep
         view.presence, view.epoch, view.reason = state.state, state.epoch, state.reason
+        view.unborn = unborn
         if state.state in {"birth", "draining"}:
+            if slept:
+                view.pulse.restart(now)
             view.pulse.beat(now, interval_s=state.load_interval_s or self.heartbeat_s)
             view.silent = False
+        elif state.state == "sleeping":
+            view.pulse.restart(now)
+            view.silent, view.load = False, None
+            view.sleep_ms = _left_of_sleep(state, now, kept=kept)
         if restarted:
             view.load = None
             return "the node started anew"
@@ -245,11 +300,15 @@ class Fleet:
     def hear_load(self, load: NodeLoad, now: int) -> str | None:
         """Take a node's heartbeat; returns as ``hear_state``."""
         view = self.node(load.node)
-        if load.epoch < view.epoch or view.presence in {"offline", "sleeping"}:
-            return None  # of an earlier process, or late: a will overtook it
-        restarted = view.presence is not None and load.epoch > view.epoch
-        if view.presence is None or restarted:
-            view.presence, view.epoch = "birth", load.epoch
+        away = view.presence in {"offline", "sleeping"}
+        if load.epoch < view.epoch and not view.unborn:
+            return None  # of an earlier process
+        if load.epoch == view.epoch and away:
+            return None  # late: a will overtook it
+        known = view.presence is not None and not view.unborn
+        restarted = known and load.epoch > view.epoch
+        if not known or restarted:
+            view.presence, view.epoch, view.unborn = "birth", load.epoch, False
         view.pulse.beat(now)
         view.load, view.silent = load, False
         return "the node started anew" if restarted else None
@@ -286,6 +345,8 @@ class Fleet:
     def silenced(self, now: int) -> list[str]:
         """Return the nodes whose heartbeats have just been found missing.
 
+        A sleeper that is overdue passes for gone too; it is not named, for it holds no work.
+
         Args:
             now: UTC milliseconds.
         """
@@ -294,6 +355,9 @@ class Fleet:
             if view.live and view.pulse.is_overdue(now):
                 view.silent = True
                 gone.append(view.node)
+            wake_at = view.wake_at
+            if wake_at is not None and now > wake_at + view.pulse.patience_ms:
+                view.silent = True
         return gone
 
     def wake_all(self, now: int) -> None:
@@ -305,6 +369,18 @@ class Fleet:
         """Keep new tasks from nodes, or let them in again."""
         for node in nodes:
             self.node(node).cordoned = closed
+
+
+def _left_of_sleep(state: NodeState, now: int, *, kept: bool) -> int | None:
+    """Return how long a sleeper will still be away, milliseconds, whatever its clock says.
+
+    Of a state that was said just now that is as long as it says. One that was kept may be of any
+    age: then the clocks decide, but for no longer than the whole sleep.
+    """
+    if state.wake_at is None:
+        return None
+    whole_ms = max(0, state.wake_at - state.at)
+    return min(whole_ms, max(0, state.wake_at - now)) if kept else whole_ms
 
 
 def _vectors_of(record: CatalogRecord) -> int:

@@ -2,49 +2,48 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from typing import Any, Final, Protocol, assert_never
+from typing import Any, Final, Protocol
 
 import structlog
 
 from broker.audit import Tally
-from capability_schemas.errors import FoamError, Overloaded
+from broker.session.base import Message
+from capability_schemas.errors import ErrorCode, FoamError, Overloaded
 from capability_schemas.invocation import Report
-from capability_schemas.reply import Accepted
-from capability_schemas.task import FunctionRef, Task, decode_task
+from capability_schemas.reply import Accepted, Working
+from capability_schemas.task import FunctionRef, decode_task
 from capability_schemas.wire import encode
 from router.catalogue import Fleet
+from router.choosing import Chooser
 from router.commons import Commons
+from router.doubt import DoubtingMachine
 from router.entry import Entry
+from router.errands import Errands
 from router.events import (
     Action,
-    Announce,
     CancelAsked,
-    CancelNode,
-    CheckNode,
-    Choice,
     Choose,
-    Chosen,
     End,
     Event,
     Fenced,
-    Invoke,
     Journaled,
-    Learn,
     MarkShown,
+    Missed,
+    MoveAsked,
     NodeGone,
     Phase,
     Reported,
     SendAccepted,
+    Shed,
     Tick,
-    Uninvoked,
     Unjournaled,
+    Wait,
 )
-from router.guard import GuardedMachine
 from router.intake import Arrival
 from router.ledger import Ledger
 from router.live import AlarmClock, LiveTask
 from router.meaning import Query
-from router.messages import make_final, make_invocation, make_routed
+from router.messages import make_final
 from router.notes import TaskNotes
 from router.observation import Observation
 from router.orders import OrderDesk
@@ -52,10 +51,13 @@ from router.quota import Quotas
 from router.replies import Key, Outcome, ReplyDesk
 from router.routing import TaskRouting
 from router.settings import RouterSettings
+from router.shadow import Route
 from router.statistics import RouterStats
+from router.usher import Usher
+from router.waiting import Drain
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
-_LIVE_RETRY_MS: Final = 1_000
+_ASKED_PER_MS: Final = 4
 _REFUSALS: Final = ("policy_denied", "unauthorized", "overloaded", "too_large")
 
 
@@ -108,7 +110,6 @@ class Dispatcher:
         clock: Callable[[], int],
         spawn: Spawn,
     ) -> None:
-        self._orders = orders
         self._ledger = ledger
         self._fleet = fleet
         self._routing = routing
@@ -125,6 +126,35 @@ class Dispatcher:
         self._live: dict[Key, LiveTask] = {}
         self._alarms = AlarmClock(self._live)
         self._informed = asyncio.Event()
+        self.usher = Usher(
+            floor=self,
+            fleet=fleet,
+            settings=settings,
+            stats=stats,
+            weight=quotas.weight,
+            ready=self._informed.is_set,
+            clock=clock,
+        )
+        self._chooser = Chooser(
+            routing=routing,
+            settings=settings,
+            stats=stats,
+            others_wait_for=self.usher.others_wait_for,
+            clock=clock,
+        )
+        self._drain = Drain()
+        self._overflowed = False
+        self._errands = Errands(
+            orders=orders,
+            fleet=fleet,
+            routing=routing,
+            replies=replies,
+            notes=self._notes,
+            stats=stats,
+            usher=self.usher,
+            router_id=router_id,
+            clock=clock,
+        )
 
     def __len__(self) -> int:
         return len(self._live)
@@ -146,6 +176,10 @@ class Dispatcher:
         """Choose nobody and let no time pass until `be_informed`: the router is cut off."""
         self._informed.clear()
 
+    def retry_ms(self) -> int:
+        """Return when a client that is turned away should come back, milliseconds, as measured."""
+        return self._drain.retry_ms(self._clock())
+
     def take(self, arrival: Arrival, *, floor: int = 1) -> None:
         """Take a task; one whose key is live is a repetition of it.
 
@@ -160,13 +194,15 @@ class Dispatcher:
         if arrival.key in self._live:
             self.accept_again(self._live[arrival.key])
             return
-        if len(self._live) >= self._settings.live_limit:
+        self._quotas.admit(arrival.client, arrival.size_bytes)
+        full = len(self._live) >= self._settings.live_limit
+        if full and not self.usher.make_way(arrival.client, arrival.task.priority):
+            self._quotas.refund(arrival.client, arrival.size_bytes)
             raise Overloaded(
                 f"{len(self._live)} tasks are live, the limit of this router",
-                retry_after_ms=_LIVE_RETRY_MS,
+                retry_after_ms=self.retry_ms(),
             )
-        self._quotas.admit(arrival.client, arrival.size_bytes)
-        machine = GuardedMachine(
+        machine = DoubtingMachine(
             deadline=arrival.deadline, settings=self._settings, commons=self._commons
         )
         machine.turns.floor = floor
@@ -182,7 +218,12 @@ class Dispatcher:
         """Take a node's report."""
         live = self._live.get((report.client, report.task))
         if live is not None:
+            full = report.status == "refused" and report.code == ErrorCode.OVERLOADED
+            if full and live.held_by is not None:
+                self.usher.rest(live.held_by, report.retry_after_ms)
+            moves = live.machine.moves
             self._feed(live, Reported(report))
+            self._stats.moved += live.machine.moves - moves
 
     def observe(self, observation: Observation) -> None:
         """Take what a node told a client."""
@@ -190,11 +231,24 @@ class Dispatcher:
         if live is not None:
             self._feed(live, observation.event)
 
-    def fenced(self, key: Key, attempt: int) -> None:
+    def fenced(self, key: Key, route: Route) -> None:
         """Take it that our own ``routed`` of a task has come back: all before it has been heard."""
         live = self._live.get(key)
-        if live is not None:
-            self._feed(live, Fenced(attempt))
+        if live is None:
+            return
+        record = self._fleet.records.get((route.node, route.function))
+        origin = route.origin(record)
+        self._feed(live, Fenced(route.attempt, "" if route.last else route.node, origin))
+
+    def missed(self) -> None:
+        """Take it that something may not have been heard here: nodes are asked, not all at once."""
+        self._overflowed = False
+        for number, live in enumerate(self):
+            self._feed(live, Missed(number // _ASKED_PER_MS))
+
+    def overflow(self, _message: Message) -> None:
+        """Take note that a word of a node was dropped for want of room; see `missed`."""
+        self._overflowed = True
 
     def node_gone(self, node: str, reason: str) -> None:
         """Take the loss of a node: every task it holds, or may get, hears of it."""
@@ -215,15 +269,23 @@ class Dispatcher:
         if live is not None:
             live.machine.leave()
             self._quotas.end(live.arrival.client)
-            self._hold(live, None)
+            self._let_go(live)
 
-    def restore(self, entries: Iterable[Entry], *, floor: int = 1, settled: bool = False) -> None:
+    def restore(
+        self,
+        entries: Iterable[Entry],
+        *,
+        floor: int = 1,
+        settled: bool = False,
+        missed: bool = True,
+    ) -> None:
         """Take up tasks that an earlier process, or another router, left.
 
         Args:
             entries: The tasks.
             floor: Least number of their next attempts.
-            settled: Whether all that was said of them has been heard.
+            settled: Whether nothing is on its way any more that was said of them before.
+            missed: Whether something may have been said of them that was never heard here.
         """
         now = self._clock() - (self._settings.settle_ms if settled else 0)
         for entry in entries:
@@ -237,19 +299,21 @@ class Dispatcher:
                 deadline=entry.deadline,
                 function=FunctionRef.parse(task.function) if task.function else None,
             )
-            machine = GuardedMachine.restore(
-                entry, settings=self._settings, now=now, commons=self._commons
+            machine = DoubtingMachine.restore(
+                entry, settings=self._settings, now=now, commons=self._commons, missed=missed
             )
             machine.turns.floor = floor
             self.give_up(arrival.key)  # it may have come once more while it was being taken over
             live = LiveTask(arrival, machine, noted_seq=entry.next_seq)
             self._live[arrival.key] = live
             self._quotas.restore(arrival.client)
-            self._hold(live, entry.node)
+            self.usher.hold(live, (entry.node, entry.function or "") if entry.node else None)
             self._alarms.set(live)
 
     def note_progress(self) -> None:
-        """Journal how far streams have come; for the sweep."""
+        """Journal how far streams have come, see to what was dropped; for the sweep."""
+        if self._overflowed:
+            self.missed()
         self._notes.shown(self._live.values())
 
     async def keep_time(self) -> None:
@@ -270,7 +334,7 @@ class Dispatcher:
         """
         async with asyncio.TaskGroup() as group:
             embedding = group.create_task(
-                self._embed(live), name=f"router.Dispatcher[{self._router_id}].embed"
+                self._chooser.embed(live), name=f"router.Dispatcher[{self._router_id}].embed"
             )
             await self._journal(live)
         await self._informed.wait()
@@ -290,8 +354,10 @@ class Dispatcher:
         try:
             known = await self._ledger.journal(entry)
         except FoamError as error:
-            self._feed(live, Unjournaled(error))
-            return
+            known = await self._known_still(arrival.key)
+            if known is None:
+                self._feed(live, Unjournaled(error))
+                return
         if known is None:
             self._stats.accepted += 1
             self._feed(live, Journaled())
@@ -305,49 +371,23 @@ class Dispatcher:
         else:
             self._say_accepted(live)
 
-    async def _embed(self, live: LiveTask) -> Query | FoamError | None:
+    async def _known_still(self, key: Key) -> Entry | None:
+        """Return what a journal knows of a task that it cannot write: a full disk can be read."""
         try:
-            return await self._routing.embed(live.wanted)
-        except FoamError as error:
-            return error
-        except Exception as error:  # noqa: BLE001  # supervision boundary: one task, not the router
-            _log.error("task.embedding_failed", task=live.arrival.task_id, exc_info=error)
-            return FoamError("the router failed to embed the task")
-
-    def _choose(self, live: LiveTask, query: Query | FoamError | None) -> None:
-        if isinstance(query, FoamError):
-            self._feed(live, Chosen((), query))
-            return
-        try:
-            selection = self._routing.select(live.wanted, query, self._clock())
-        except Exception as error:  # noqa: BLE001  # supervision boundary: one task, not the router
-            _log.error("task.selection_failed", task=live.arrival.task_id, exc_info=error)
-            self._feed(live, Chosen((), FoamError("the router failed to select a node")))
-            return
-        live.explanation = selection.explain
-        chosen = Chosen(
-            selection.choices,
-            selection.problem,
-            min_confidence=selection.min_confidence,
-            policy=self._routing.policy(live.wanted),
-            hedge_after_ms=self._hedge_after_ms(live.arrival.task, selection.choices),
-        )
-        self._feed(live, chosen)
-
-    def _hedge_after_ms(self, task: Task, choices: tuple[Choice, ...]) -> int | None:
-        """Return after what time the best candidate takes long; None: nobody is asked beside it."""
-        if not choices or not choices[0].idempotent or not self._settings.hedge_share:
+            return await self._ledger.find(*key)
+        except FoamError:
             return None
-        if task.proof:  # what was held back is told by the router: no node has signed it
-            return None
-        first, samples = choices[0], self._settings.hedge_samples
-        return self._stats.times.slow_ms(first.function, first.version, samples=samples)
+
+    def _choose(
+        self, live: LiveTask, query: Query | FoamError | None, *, called: bool = False
+    ) -> None:
+        self._feed(live, self._chooser.choose(live, query, called=called))
 
     async def _choose_again(self, live: LiveTask) -> None:
-        query = await self._embed(live)
+        query = await self._chooser.embed(live)
         await self._informed.wait()
         if self._live.get(live.arrival.key) is live:
-            self._choose(live, query)
+            self._choose(live, query, called=live.waited)
 
     def _feed(self, live: LiveTask, event: Event) -> None:
         for action in live.machine.handle(event, self._clock()):
@@ -360,25 +400,24 @@ class Dispatcher:
         match action:
             case SendAccepted():
                 self._say_accepted(live)
-            case Choose():
-                self._hold(live, None)
-                self._spawn(self._choose_again(live), name="task")
-            case Announce():
-                self._announce(live, action)
-            case Invoke():
-                self._invoke(live, action)
-            case CheckNode():
-                self._check_node(live, action.node)
-            case Learn():
-                self._learn(action)
-            case CancelNode():
-                self._cancel_node(live, action)
+            case Choose() | Wait():
+                self._step_back(live, action)
             case MarkShown():
                 self._notes.chunk(live)
             case End():
                 self._finish(live, action)
             case _:
-                assert_never(action)
+                event = self._errands.run(live, action)
+                if event is not None:
+                    self._feed(live, event)
+
+    def _step_back(self, live: LiveTask, action: Choose | Wait) -> None:
+        """Take a task from its node, to choose for it anew or have it wait."""
+        self._let_go(live)
+        if isinstance(action, Wait):
+            self.usher.enter(live, action.places)
+        else:
+            self._spawn(self._choose_again(live), name="task")
 
     def _say_accepted(self, live: LiveTask) -> None:
         arrival = live.arrival
@@ -393,93 +432,18 @@ class Dispatcher:
             ),
         )
 
-    def _invoke(self, live: LiveTask, action: Invoke) -> None:
-        arrival, choice, now = live.arrival, action.choice, self._clock()
-        objection = (
-            self._routing.objection(live.wanted, choice, now) if action.attempt > 1 else None
-        )
-        if objection is not None:
-            self._feed(live, Uninvoked(objection, action.attempt))
-            return
-        # The journal hears of it when the session has written: nobody waits for that.
-        asyncio.get_running_loop().call_soon(self._notes.route, live, action)
-        try:
-            self._orders.invoke(
-                choice.node,
-                make_invocation(
-                    arrival,
-                    action,
-                    policy=self._routing.policy(live.wanted),
-                    router=self._router_id,
-                    now=now,
-                ),
-            )
-        except FoamError as error:
-            self._feed(live, Uninvoked(error, action.attempt))
-            return
-        if not action.hold:
-            self._hold(live, choice.node)
-        self._routing.remember(live.wanted, choice, now)
-        if action.attempt == 1:
-            self._stats.route_ms.append(now - arrival.received_at)
-        elif action.hold:
-            self._stats.hedged += 1
-        elif action.continuation is not None:
-            self._stats.continued += 1
-        elif action.cascade is not None and action.cascade.steps:
-            self._stats.escalated += 1
-        else:
-            self._stats.rerouted += 1
-        if not action.announced:
-            self._replies.say(arrival.reply, make_routed(arrival, action, now))
-
-    def _announce(self, live: LiveTask, action: Announce) -> None:
-        """Raise the fence: the event comes back to us behind all that the node before has said."""
-        now = self._clock()
-        if not action.last:
-            objection = self._routing.objection(live.wanted, action.choice, now)
-            if objection is not None:
-                self._feed(live, Uninvoked(objection, action.attempt))
-                return
-            self._hold(live, action.choice.node)
-        self._replies.say(live.arrival.reply, make_routed(live.arrival, action, now))
-
-    def _check_node(self, live: LiveTask, node: str) -> None:
-        if not self._fleet.node(node).live:
-            self._feed(live, NodeGone(node, "it is not there"))
-
-    def _learn(self, action: Learn) -> None:
-        choice = action.choice
-        self._routing.learn(
-            choice.node, choice.function, action.verdict, self._clock(), took_ms=action.took_ms
-        )
-        if action.verdict == "good":
-            self._stats.times.add(choice.function, choice.version, action.took_ms)
-
-    def _cancel_node(self, live: LiveTask, action: CancelNode) -> None:
-        try:
-            self._orders.control(
-                action.node,
-                "cancel",
-                task=live.arrival.task_id,
-                client=live.arrival.client,
-                attempt=action.attempt,
-                reason=action.reason,
-            )
-        except FoamError as error:
-            _log.warning("control.dropped", node=action.node, error=error.message)
-
     def _finish(self, live: LiveTask, end: End) -> None:
         arrival, now = live.arrival, self._clock()
         if self._live.get(arrival.key) is live:
             del self._live[arrival.key]
             self._quotas.end(arrival.client)
-        self._hold(live, None)
+        self._let_go(live)
         if not end.journaled:
             self._stats.refused[end.code or ""] += 1
             if end.error is not None:
                 self._replies.refuse(arrival.reply, arrival.task_id, end.error)
             return
+        self._drain.left(now)
         self._notes.explanation(live)
         self._stats.ended[end.code or "result"] += 1
         note_refusal(self._refusals, arrival.client, end.code, end.error)
@@ -492,7 +456,7 @@ class Dispatcher:
             terminal=end.payload if end.payload is not None else make_final(arrival, end, now),
             code=end.code,
             ended_at=now,
-            told=end.payload is not None,
+            told=end.payload is not None and not end.retell,
             shown=tuple(live.machine.course.shown.chunks),
         )
         self._replies.remember(outcome)
@@ -507,10 +471,50 @@ class Dispatcher:
             total_ms=now - arrival.received_at,
         )
 
-    def _hold(self, live: LiveTask, node: str | None) -> None:
-        """Count which node has a task."""
-        if live.held_by is not None:
-            self._fleet.node(live.held_by).assigned -= 1
-        live.held_by = node
-        if node is not None:
-            self._fleet.node(node).assigned += 1
+    def _let_go(self, live: LiveTask) -> None:
+        """Take a task from its node, or out of the waiting room."""
+        self.usher.hold(live, None)
+        self.usher.leave(live.arrival.key)
+
+    # ---- what the usher has done (`router.usher.Floor`)
+
+    def call_in(self, key: Key, level: int) -> None:
+        """Choose for a task that has waited, by which its priority has risen."""
+        live = self._live.get(key)
+        if live is None:
+            return
+        live.level = level
+        if self._routing.is_current(live.query):
+            self._choose(live, live.query, called=True)
+        else:
+            self._spawn(self._choose_again(live), name="task")
+
+    def shed(self, key: Key, error: Overloaded) -> None:
+        """End a task for which there is no room."""
+        live = self._live.get(key)
+        if live is not None:
+            self._feed(live, Shed(error))
+
+    def remind(self, key: Key, reason: str) -> None:
+        """Tell a client that its task waits."""
+        live = self._live.get(key)
+        if live is not None:
+            event = Working(task=live.arrival.task_id, at=self._clock(), reason=reason)
+            self._replies.say(live.arrival.reply, event)
+
+    def movable(self) -> list[LiveTask]:
+        """Return the tasks that may be taken back from their nodes."""
+        # The next task of a session had better wait where its memory is.
+        return [
+            live
+            for live in self._live.values()
+            if live.arrival.task.session is None and live.machine.movable
+        ]
+
+    def move(self, key: Key, to: str) -> None:
+        """Take a task back from its node, if policy lets another one have it."""
+        live = self._live.get(key)
+        if live is not None and self._routing.may_have(
+            live.wanted, live.held_by, to, self._clock()
+        ):
+            self._feed(live, MoveAsked())

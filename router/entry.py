@@ -27,7 +27,8 @@ class Entry:
         version: Its version.
         continues: What becomes of an answer of that function when its node is lost.
         model: Digest of the model file behind it.
-        attempt: Last attempt.
+        given: Highest number given to an attempt beside that one: announced, or a hedge.
+        attempt: The attempt that it has.
         next_seq: First number the client may not have seen; of an ended task, that of its end.
         ended_at: UTC milliseconds; None while it runs.
         code: Error code of the outcome; None for a result.
@@ -52,6 +53,7 @@ class Entry:
     chunks: bytes | None = None
     continues: Continues = "restart"
     model: str | None = None
+    given: int = 0
 
     @property
     def origin(self) -> Origin | None:

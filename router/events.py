@@ -3,14 +3,20 @@
 import json
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from capability_schemas.capability import Continues
-from capability_schemas.errors import FoamError
+from capability_schemas.errors import FoamError, MalformedPayload
 from capability_schemas.invocation import Cascade, Continuation, Report
 from capability_schemas.reply import CascadeStep, Usage
 from capability_schemas.signing import digest
 from capability_schemas.task import TaskPolicy
+
+if TYPE_CHECKING:
+    from router.shown import Origin
+
+ENDS_HERE: Final = "it ends here"
+"""Reason of an attempt that nobody gets: it is announced before an end of the router's own."""
 
 Verdict = Literal["good", "failed", "lost", "refused", "unsure"]
 """What an attempt says about its node."""
@@ -103,7 +109,7 @@ class Draft:
         try:
             output_digest = digest(report.output)
             output = json.dumps(report.output, separators=(",", ":"), ensure_ascii=False).encode()
-        except (ValueError, RecursionError):
+        except (MalformedPayload, ValueError, RecursionError):
             return None
         step = CascadeStep(
             node=choice.node,
@@ -141,6 +147,8 @@ class Chosen:
         min_confidence: Least confidence of an answer, 0 to 1; None: whatever comes is the answer.
         policy: What the task demands of nodes, by itself and by the router's rules.
         hedge_after_ms: After what time the best candidate takes long; None where that is not known.
+        places: ``(node, function)`` of those who could do it and are full; with a problem.
+        start_by: When the last of them can no longer end in time, UTC milliseconds.
     """
 
     choices: tuple[Choice, ...]
@@ -148,6 +156,24 @@ class Chosen:
     min_confidence: float | None = None
     policy: TaskPolicy = field(default_factory=TaskPolicy)
     hedge_after_ms: int | None = None
+    places: frozenset[tuple[str, str]] = frozenset()
+    start_by: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shed:
+    """The task may not wait any longer: there is no room for it.
+
+    Attributes:
+        error: Why, and when another try is sensible.
+    """
+
+    error: FoamError
+
+
+@dataclass(frozen=True, slots=True)
+class MoveAsked:
+    """Another node would be done with the task sooner, if it has not begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,9 +223,24 @@ class Fenced:
 
     Attributes:
         attempt: The attempt it announced.
+        node: Who was asked; empty where that does not matter.
+        origin: What with, as far as it is known.
     """
 
     attempt: int
+    node: str = ""
+    origin: "Origin | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """Something that the node said may not have been heard here.
+
+    Attributes:
+        wait_ms: How long to wait before the node is asked, so that not all are asked at once.
+    """
+
+    wait_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,10 +265,13 @@ Event = (
     Journaled
     | Unjournaled
     | Chosen
+    | Shed
+    | MoveAsked
     | Uninvoked
     | Reported
     | Observed
     | Fenced
+    | Missed
     | NodeGone
     | CancelAsked
     | Tick
@@ -244,6 +288,30 @@ class SendAccepted:
 @dataclass(frozen=True, slots=True)
 class Choose:
     """Select candidates (anew) and feed ``Chosen``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Have the task wait until one of these has room; then feed ``Chosen``.
+
+    Attributes:
+        places: ``(node, function)`` of those who could do it.
+    """
+
+    places: frozenset[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class TakeBack:
+    """Ask a node to give the task back if it has not begun.
+
+    Attributes:
+        node: The node.
+        attempt: Its attempt.
+    """
+
+    node: str
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,10 +380,16 @@ class CancelNode:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckNode:
-    """Look whether a node is there; feed ``NodeGone`` when it is not."""
+class Ask:
+    """Ask a node how an attempt stands; feed ``NodeGone`` when it is not there.
 
-    node: str
+    Attributes:
+        node: The node; None: all that may have the task are asked whether they do.
+        attempt: The attempt; None with the node.
+    """
+
+    node: str | None = None
+    attempt: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +406,7 @@ class End:
         attempt: Last attempt, at least 1.
         error: What the router has to tell the client.
         payload: The node's final event, which the client has.
+        retell: Whether it may have passed that event over: then the router repeats it.
         draft: The answer the router has to give the client. Of the three exactly one is there.
         steps: The steps of the cascade that the draft comes from.
         code: Error code, or None for a result.
@@ -342,6 +417,7 @@ class End:
     attempt: int
     error: FoamError | None = None
     payload: bytes | None = None
+    retell: bool = False
     draft: Draft | None = None
     steps: tuple[CascadeStep, ...] = ()
     code: str | None = None
@@ -349,5 +425,15 @@ class End:
 
 
 Action = (
-    SendAccepted | Choose | Announce | Invoke | Learn | CancelNode | CheckNode | MarkShown | End
+    SendAccepted
+    | Choose
+    | Wait
+    | TakeBack
+    | Announce
+    | Invoke
+    | Learn
+    | CancelNode
+    | Ask
+    | MarkShown
+    | End
 )

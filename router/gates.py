@@ -7,6 +7,7 @@ plainly (``glance``) are not judged at all.
 """
 
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from enum import Enum, auto
 from functools import cache, cached_property
 from typing import Final
@@ -24,7 +25,10 @@ from router.rules.patterns import compile_expression
 
 POLICY_GATES: Final = ("tenant", "zones", "data", "grants", "local", "cost", "rules")
 FIT_GATES: Final = ("version", "skills", "schema", "size", "context")
-PASSING_GATES: Final = ("memory", "liveness", "open", "capacity", "breaker", "deadline")
+PASSING_GATES: Final = (
+    *("memory", "liveness", "asleep", "open"),
+    *("capacity", "breaker", "deadline"),
+)
 """Gates that a node fails for the moment only."""
 
 GATES: Final = (*POLICY_GATES, *FIT_GATES, *PASSING_GATES)
@@ -68,6 +72,7 @@ class Outlook(Enum):
 
     OPEN = auto()
     FULL = auto()
+    ASLEEP = auto()
     AWAY = auto()
     NEVER = auto()
 
@@ -90,7 +95,7 @@ def glance(request: Request, *, now: int) -> Glance:
     data, grants = policy.data, frozenset(policy.grants)
     most, local = policy.max_cost, policy.local_only
     asks = policy != TaskPolicy()
-    served = frozenset({request.tenant, EVERY_TENANT})
+    served, prefer = frozenset({request.tenant, EVERY_TENANT}), request.prefer
     admits = None if request.function is None else cache(request.function.admits)
 
     def look(record: CatalogRecord, node: NodeView) -> Outlook:
@@ -111,9 +116,13 @@ def glance(request: Request, *, now: int) -> Glance:
         ):
             return Outlook.NEVER
         lapsed = record.expires_at is not None and record.expires_at <= now
+        if node.asleep and not lapsed:
+            return Outlook.ASLEEP
         if lapsed or not node.live or not node.open:
             return Outlook.AWAY
-        return Outlook.FULL if node.full else Outlook.OPEN
+        if node.full or (node.given and not node.has_room(record, session=record.node == prefer)):
+            return Outlook.FULL
+        return Outlook.OPEN
 
     return look
 
@@ -156,7 +165,7 @@ class Gatekeeper:
         if failed and not thorough:
             return Candidate(offer, failed, _TIME, UNKNOWN)
         finish = predict_finish(record, offer.node)
-        failed |= self._failed_deadline(finish)
+        failed |= self._failed_deadline(finish, offer.node)
         return Candidate(offer, failed, _NONE, finish)
 
     def context_missing(self, record: CatalogRecord) -> float:
@@ -244,10 +253,13 @@ class Gatekeeper:
     def _failed_moment(self, offer: Offer) -> dict[str, str]:
         failed: dict[str, str] = {}
         record, node, now = offer.record, offer.node, self._now
-        if not node.live:
+        if node.asleep:
+            failed["asleep"] = _sleep(node, now)
+        elif not node.live:
             failed["liveness"] = _absence(node)
-        elif record.expires_at is not None and record.expires_at <= now:
-            late_ms = now - record.expires_at
+        lapses = record.expires_at
+        if (node.live or node.asleep) and lapses is not None and lapses <= now:
+            late_ms = now - lapses
             failed["liveness"] = f"the lease of the capability ran out {late_ms} ms ago"
         if node.presence == "draining":
             failed["open"] = "draining"
@@ -258,6 +270,9 @@ class Gatekeeper:
                 f"all {node.load.capacity} places and the queue of {node.load.queue_limit} are"
                 " taken"
             )
+        elif not node.has_room(record, session=node.node == self._request.prefer):
+            given = node.given[record.function]
+            failed["capacity"] = f"it has {given} tasks of this function, more would wait there"
         lacking = _memory_lacking(offer)
         if lacking is not None:
             failed["memory"] = lacking
@@ -268,8 +283,10 @@ class Gatekeeper:
             failed["breaker"] = blocked
         return failed
 
-    def _failed_deadline(self, finish: Finish) -> dict[str, str]:
+    def _failed_deadline(self, finish: Finish, node: NodeView) -> dict[str, str]:
         left_ms = max(0, self._request.deadline - self._now)
+        if node.wake_at is not None and self._now + left_ms < node.wake_at + finish.least_ms:
+            return {"deadline": f"{left_ms} ms are left"}
         if finish.least_ms <= left_ms:
             return {}
         figures = f"wait {finish.least_wait_ms:.0f}, run {finish.least_run_ms:.0f}"
@@ -279,7 +296,17 @@ class Gatekeeper:
         }
 
 
+def _sleep(node: NodeView, now: int) -> str:
+    if node.wake_at is None:
+        return "asleep, and does not say until when"
+    at = datetime.fromtimestamp(node.wake_at / 1000, UTC)
+    away_s = max(0, node.wake_at - now) / 1000
+    return f"asleep until {at:%H:%M:%S} UTC, {away_s:.0f} s from now"
+
+
 def _absence(node: NodeView) -> str:
+    if node.presence == "sleeping" and node.silent:
+        return "went to sleep and did not wake in time"
     if node.revoked:
         return "revoked"
     return "silent" if node.silent else (node.presence or "never heard of")

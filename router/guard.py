@@ -11,14 +11,15 @@ from dataclasses import replace
 from typing import Final
 
 from router import events as ev
-from router.events import WITH_NODE, Action, Choice, End, Event
-from router.machine import TaskMachine
+from router.events import ENDS_HERE, WITH_NODE, Action, Choice, End, Event
+from router.patient import PatientMachine
 from router.turns import Turn
 
-_REASON: Final = "it ends here"
+_UNKNOWN: Final = "unknown"
+"""Stands for the function of an attempt that was not written down before the router was killed."""
 
 
-class GuardedMachine(TaskMachine):
+class GuardedMachine(PatientMachine):
     """A task's machine whose own ends wait for the fence; see `TaskMachine`."""
 
     _held: End | None = None
@@ -57,12 +58,12 @@ class GuardedMachine(TaskMachine):
         origin = self.course.origin
         choice = speaker.choice or Choice(
             speaker.node,
-            origin.function if origin is not None else "",
-            origin.version if origin is not None else "",
+            origin.function if origin is not None else _UNKNOWN,
+            origin.version if origin is not None else _UNKNOWN,
             0.0,
         )
-        attempt = self.turns.give(replace(choice, reason=_REASON), now).attempt
-        self._fence = ev.Announce(replace(choice, reason=_REASON), attempt, last=True)
+        attempt = self.turns.give(replace(choice, reason=ENDS_HERE), now).attempt
+        self._fence = ev.Announce(replace(choice, reason=ENDS_HERE), attempt, last=True)
         self._again_at = now + self._commons.patience.timeout_ms
         return [*actions[:-1], self._fence]
 

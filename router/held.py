@@ -3,12 +3,16 @@
 Pure: no clock of its own, no I/O.
 """
 
+from typing import Final
+
 from capability_schemas.invocation import Report
 from router import events as ev
 from router.commons import Commons
 from router.events import Action, Draft, Learn, Verdict
 from router.turns import Turn, Turns
 from router.verdicts import verdict_on_failure
+
+_NO_ANSWER: Final = frozenset({"admitted", "finished", "running", "unknown"})
 
 
 def lesson(turn: Turn | None, verdict: Verdict | None, now: int) -> list[Action]:
@@ -75,7 +79,7 @@ class Rivalry:
     def hear(self, report: Report, now: int) -> list[Action]:
         """Take the word of the second node. With an answer the first one is asked to give up."""
         rival, holder = self._turns.rival, self._turns.current
-        if rival is None or rival.choice is None or report.status in {"admitted", "finished"}:
+        if rival is None or rival.choice is None or report.status in _NO_ANSWER:
             return []
         if report.status == "held" and holder is not None:
             rival.draft = self._keep.keep(Draft.of(rival.choice, report))

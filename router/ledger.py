@@ -37,7 +37,12 @@ _BATCH: Final = 256
 _PENDING_LIMIT: Final = 50_000
 _RETRY_AFTER_MS: Final = 5_000
 _EVICT: Final = 500
+_REMEMBERED_MS: Final = 60_000
+"""Outcomes younger than this are not given up for room: a client may be repeating the id. It is the
+time of a task that names none."""
+
 _CLOSE_S: Final = 5.0
+_EVER: Final = 2**62
 _EXPLANATION_CHARS: Final = 256 * 1024
 """Longest explanation kept in full; only names without end, in rules and gates, exceed it."""
 
@@ -45,7 +50,7 @@ _EXPLANATION_CHARS: Final = 256 * 1024
 # goes when the task has ended.
 _COLUMNS: Final = (
     "client, id, ifnull(task, x''), reply, accepted_at, deadline, node, function, version,"
-    " attempt, next_seq, ended_at, code, terminal, chunks, continues, model"
+    " attempt, next_seq, ended_at, code, terminal, chunks, continues, model, given"
 )
 
 _Work = Callable[[sqlite3.Connection], Any]
@@ -66,11 +71,18 @@ class Ledger:
         path: The SQLite file; its folder exists.
         limit_bytes: Largest size of the file.
         retained_tasks: Most outcomes kept.
+        clock: UTC milliseconds.
     """
 
     def __init__(
-        self, *, path: Path, limit_bytes: int = 1024**3, retained_tasks: int = 100_000
+        self,
+        *,
+        path: Path,
+        limit_bytes: int = 1024**3,
+        retained_tasks: int = 100_000,
+        clock: Callable[[], int] = now_ms,
     ) -> None:
+        self._clock = clock
         self._path = path
         self._limit_bytes = limit_bytes
         self._retained_tasks = retained_tasks
@@ -158,9 +170,17 @@ class Ledger:
         return await self._ask(lambda db: _find(db, client, task_id))
 
     async def unfinished(self) -> list[Entry]:
-        """Return the tasks that have no outcome yet, oldest first, with what was shown of them."""
+        """Return the tasks that have no outcome yet, oldest first, with what was shown of them.
+
+        An entry without its task is the half of another router's outcome, of which a killed process
+        did not write the rest: it is dropped.
+        """
 
         def work(db: sqlite3.Connection) -> list[Entry]:
+            db.execute(
+                "DELETE FROM tasks WHERE ended_at IS NULL AND NOT EXISTS (SELECT 1 FROM requests r"
+                " WHERE r.client = tasks.client AND r.id = tasks.id AND length(r.task) > 0)"
+            )
             found = _entries(db, "ended_at IS NULL ORDER BY accepted_at")
             return [replace(entry, chunks=_shown(db, entry.key)) for entry in found]
 
@@ -191,8 +211,10 @@ class Ledger:
         )
 
     def note_attempt(self, key: tuple[str, str], attempt: int) -> None:
-        """Write that there was an attempt beside the one that holds the task; does not wait."""
-        self._tell("UPDATE tasks SET attempt = ? WHERE client = ? AND id = ?", (attempt, *key))
+        """Write that there is an attempt beside the one that has the task; does not wait."""
+        self._tell(
+            "UPDATE tasks SET given = max(given, ?) WHERE client = ? AND id = ?", (attempt, *key)
+        )
 
     def note_explanation(self, key: tuple[str, str], explanation: dict[str, Any]) -> None:
         """Write why it went where it went; does not wait."""
@@ -454,7 +476,7 @@ class Ledger:
             return
         try:
             db.execute("BEGIN IMMEDIATE")
-            _evict(db, _EVICT)
+            _evict(db, _EVICT, before=self._clock() - _REMEMBERED_MS)
             db.execute("COMMIT")
         except sqlite3.Error:
             with contextlib.suppress(sqlite3.Error):
@@ -545,14 +567,20 @@ def _shown(db: sqlite3.Connection, key: tuple[str, str]) -> bytes | None:
     return b"".join(row[0] for row in rows) or None
 
 
-def _evict(db: sqlite3.Connection, count: int) -> int:
-    """Forget the oldest outcomes, those the client may not have yet excepted."""
+def _evict(db: sqlite3.Connection, count: int, *, before: int | None = None) -> int:
+    """Forget the oldest outcomes, those the client may not have yet excepted.
+
+    Args:
+        db: The ledger.
+        count: Most of them.
+        before: Only those that ended before, UTC milliseconds.
+    """
     if count < 1:
         return 0
     return db.execute(
         "DELETE FROM tasks WHERE rowid IN (SELECT rowid FROM tasks"
-        " WHERE ended_at IS NOT NULL AND told = 1 ORDER BY ended_at LIMIT ?)",
-        (count,),
+        " WHERE ended_at IS NOT NULL AND told = 1 AND ended_at < ? ORDER BY ended_at LIMIT ?)",
+        (_EVER if before is None else before, count),
     ).rowcount
 
 

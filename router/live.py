@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from router.intake import Arrival
-from router.machine import TaskMachine
+from router.meaning import Query
+from router.patient import PatientMachine
 from router.replies import Key
 from router.routing import Wanted
+from router.waiting import Place
 
 _IDLE_ALARMS: Final = 1_000
 
@@ -22,15 +24,21 @@ class LiveTask:
         arrival: What the client wants.
         machine: Its state.
         explanation: Why it went where it went, until all of that is in the journal.
-        held_by: Node that has it, as counted in the fleet.
+        held_by: Node that has it, and of which function, as counted in the fleet.
+        query: Its words, embedded; None while they are not, or it names its function.
+        waited: Whether it ever had to wait for room.
+        level: To what its priority has risen by that; None: it has not waited.
         noted_seq: ``next_seq`` as journaled.
         wake_at: Its entry in the clock, UTC milliseconds.
     """
 
     arrival: Arrival
-    machine: TaskMachine
+    machine: PatientMachine
     explanation: Callable[[], dict[str, Any]] | None = None
-    held_by: str | None = None
+    held_by: Place | None = None
+    query: Query | None = None
+    waited: bool = False
+    level: int | None = None
     noted_seq: int = 0
     wake_at: int | None = None
     wanted: Wanted = field(init=False)

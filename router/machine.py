@@ -95,10 +95,9 @@ class TaskMachine:
     ) -> Self:
         """Take up a task that an earlier process, or another router, accepted.
 
-        It listens for ``settle_ms`` for what its node has sent meanwhile. Then a task of which
-        nothing was shown is chosen for anew; one of which something was shown stays with its node,
-        as long as that is there. Drafts are not journaled: a cascade starts again, for nothing of
-        it was shown.
+        It stays with its node, as long as that is there and knows of it (`router.doubt`). One
+        without a node is chosen for anew, when it has listened for ``settle_ms`` for what was said
+        meanwhile. Drafts are not journaled: a cascade starts again, for nothing of it was shown.
 
         Args:
             entry: What is known of it, the chunks shown so far included.
@@ -136,7 +135,7 @@ class TaskMachine:
     @property
     def _draft(self) -> Draft | None:
         """What the task ends with if nothing better comes; None once something was shown."""
-        return self.turns.draft if self.next_seq == 0 else None
+        return None if self.course.midway else self.turns.draft
 
     @property
     def _ends_at(self) -> int:
@@ -278,7 +277,7 @@ class TaskMachine:
 
     def _take_held(self, turn: Turn, now: int) -> list[Action]:
         """Behind the fence: the second node's answer is the task's, or will be."""
-        if self.next_seq > 0:  # the first one has begun to show its own after all
+        if self.course.midway:  # the first one has begun to show its own after all
             dropped: list[Action] = [ev.CancelNode(turn.node, turn.attempt, "superseded")]
             return dropped + self._go_on(self.turns.problems[-1], now)
         if turn.draft is not None:
@@ -298,7 +297,7 @@ class TaskMachine:
                 self._times.quiet = now + self._commons.patience.timeout_ms
             return actions
         turn = self._holder(report.node, report.attempt)
-        if turn is None:
+        if turn is None or report.status in {"running", "unknown"}:
             return []
         self._hear(turn, now)
         turn.over = report.status in _LAST_WORDS
@@ -330,7 +329,7 @@ class TaskMachine:
     def _on_answer(self, turn: Turn, report: Report, now: int) -> list[Action]:
         """Keep an answer that is not sure enough and ask a stronger node; tell a held one."""
         problem, cascade, choice = problem_of(report), self.turns.cascade, turn.choice
-        if choice is not None and turn.hold and report.status == "held" and self.next_seq == 0:
+        if choice is not None and turn.hold and report.status == "held" and not self.course.midway:
             draft = self._keep.keep(Draft.of(choice, report))
             if draft is not None:
                 self.leave()
@@ -537,18 +536,11 @@ class TaskMachine:
         return self._lose(NodeLost(why, node=turn.node), now, choose=again)
 
     def _on_settled(self, now: int) -> list[Action]:
-        turn, self._times.settle = self.turns.current, None
+        self._times.settle = None
         if now >= self.deadline:
             return self._close(DeadlineExceeded(_LATE), "deadline", now)
-        if turn is None:
-            unknown = NodeLost("it is not known which node had begun the task")
-            return self._end(unknown) if self.next_seq > 0 else self._choose_anew()
-        if self.next_seq > 0 or self.course.once:
-            self.phase = Phase.STREAMING if self.next_seq > 0 else Phase.ADMITTED
-            self._times.quiet = now + self._settings.hang_ms if self.next_seq > 0 else None
-            return [ev.CheckNode(turn.node)]
-        self.course.before = turn
-        return [ev.CancelNode(turn.node, turn.attempt, "superseded"), *self._choose_anew()]
+        unknown = NodeLost("it is not known which node had begun the task")
+        return self._end(unknown) if self.next_seq > 0 else self._choose_anew()
 
     def _holder(self, node: str, attempt: int | None) -> Turn | None:
         """Return the turn that a node speaks of, if its word counts."""

@@ -12,7 +12,13 @@ from router.intake import Arrival
 
 
 def make_invocation(
-    arrival: Arrival, action: Invoke, *, policy: TaskPolicy, router: str, now: int
+    arrival: Arrival,
+    action: Invoke,
+    *,
+    policy: TaskPolicy,
+    router: str,
+    now: int,
+    priority: int | None = None,
 ) -> Invocation:
     """Return the order to a node to run a task.
 
@@ -22,6 +28,7 @@ def make_invocation(
         policy: What is demanded of whomever the function asks itself.
         router: Who hears the report.
         now: UTC milliseconds.
+        priority: To what its priority has risen while it waited; None: it has not.
     """
     task = arrival.task
     return Invocation(
@@ -37,7 +44,7 @@ def make_invocation(
         reply=arrival.reply,
         seq=action.seq,
         stream=task.stream,
-        priority=task.priority,
+        priority=task.priority if priority is None else priority,
         session=task.session,
         policy=None if policy == TaskPolicy() else policy,
         cascade=action.cascade,

@@ -7,7 +7,7 @@ from typing import Final
 
 import structlog
 
-from broker.security import SecurityAlarm
+from broker.security import SecurityAlarm, hear_registry
 from broker.session.base import Message
 from capability_schemas.capability import CatalogRecord
 from capability_schemas.errors import AccessDenied, FoamError, ProtocolError
@@ -73,7 +73,9 @@ class FleetNews:
         meaning: Index of the records.
         upkeep: Hears when the picture changes.
         gone: Told of a node that is lost, and why.
+        heard: Told of a node that has said how it is.
         people: Hears what the registry says of members.
+        standing: Told of each member the registry speaks of, and whether it was thrown out.
         book: Knows the registries, whose signature a record needs; None where no registry of the
             site is known: then the broker's word is all there is.
         alarm: Told of records that no registry signed.
@@ -88,7 +90,9 @@ class FleetNews:
         meaning: Meaning,
         upkeep: Upkeep,
         gone: Callable[[str, str], None],
+        heard: Callable[[str], None] = lambda _: None,
         people: People,
+        standing: Callable[[str, bool], None] = lambda _member, _revoked: None,
         book: PassportBook | None,
         alarm: SecurityAlarm,
         clock: Callable[[], int],
@@ -98,7 +102,9 @@ class FleetNews:
         self._meaning = meaning
         self._upkeep = upkeep
         self._gone = gone
+        self._heard = heard
         self._people = people
+        self._standing = standing
         self._book = book
         self._alarm = alarm
         self._clock = clock
@@ -118,9 +124,10 @@ class FleetNews:
         state = self._frames.read(NodeState, message)
         if state is None or state.node != node:
             return
-        lost = self._fleet.hear_state(state, self._clock())
+        lost = self._fleet.hear_state(state, self._clock(), kept=message.retain)
         if lost is not None:
             self._gone(node, lost)
+        self._heard(node)
 
     async def on_trust(self, message: Message) -> None:
         """Take ``trust/{member}``; what a node holds that was thrown out goes to others at once."""
@@ -129,7 +136,9 @@ class FleetNews:
         member = self._frames.level(message, "member")
         if member is None:
             return
-        lost = self._fleet.revoke(member, revoked=self._people.revoked(member))
+        revoked = self._people.revoked(member)
+        self._standing(member, revoked)
+        lost = self._fleet.revoke(member, revoked=revoked)
         if lost is not None:
             self._gone(member, lost)
 
@@ -142,6 +151,13 @@ class FleetNews:
         lost = self._fleet.hear_load(load, self._clock())
         if lost is not None:
             self._gone(load.node, lost)
+        self._heard(node)
+
+    async def on_registry_state(self, message: Message) -> None:
+        """Take ``registry/{registry}/state``: whose records and words count."""
+        registry = self._frames.level(message, "registry")
+        if registry is not None and self._book is not None:
+            hear_registry(message.payload, registry=registry, book=self._book)
 
     async def on_catalog(self, message: Message) -> None:
         """Take ``catalog/{node}/{function}``."""

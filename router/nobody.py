@@ -17,10 +17,14 @@ from capability_schemas.errors import (
 )
 from router.candidates import Candidate, Request, short
 from router.gates import FIT_GATES, PASSING_GATES, POLICY_GATES, may_be_meant
+from router.waiting import Place
 
 _INPUT_GATES: Final = frozenset({"schema", "size", "context"})
-_AWAY_GATES: Final = frozenset({"liveness", "open", "breaker"})
+_AWAY_GATES: Final = frozenset({"liveness", "asleep", "open", "breaker"})
+_ASLEEP_GATES: Final = frozenset({"asleep", "deadline"})
 _BUSY_GATES: Final = frozenset({"capacity", "memory"})
+_WAITABLE: Final = _BUSY_GATES | {"asleep"}
+_MOST_PLACES: Final = 128
 _LEAST_RETRY_MS: Final = 500
 _MOST_RETRY_MS: Final = 60_000
 
@@ -53,7 +57,7 @@ def why_nobody(
     meant = [one for one in relevant if one.offer.sim >= floor and may_be_meant(one)]
     able = [one for one in meant if not one.failed.keys() - set(PASSING_GATES)]
     if able:
-        return _momentary(able, misses)
+        return _momentary(able, request.deadline, misses)
     barred = [one for one in meant if not one.failed.keys() & set(FIT_GATES)]
     allowed = [one for one in relevant if not one.failed.keys() & set(POLICY_GATES)]
     if barred or not allowed:
@@ -64,15 +68,51 @@ def why_nobody(
     return NoCapableNode(f"nobody fits: {allowed[0].verdict}", nearest=misses)
 
 
+def waits_for(
+    judged: Sequence[Candidate], *, threshold: float, floor: float, deadline: int
+) -> tuple[frozenset[Place], int | None]:
+    """Return who could do it but has no room, or sleeps, and until when it can wait for them.
+
+    Args:
+        judged: Everything that was found, judged.
+        threshold: Lowest similarity that counts as an answer.
+        floor: Similarity below which a candidate does not stand in for the best match.
+        deadline: Of the task, UTC milliseconds.
+
+    Returns:
+        Places, the most promising of many, and when the last of them can no longer end in time,
+        UTC milliseconds; None without any.
+    """
+    least = max(threshold, floor)
+    full = [
+        one
+        for one in judged
+        if one.failed
+        and one.failed.keys() <= _WAITABLE
+        and one.offer.sim >= least
+        and may_be_meant(one)
+    ][:_MOST_PLACES]
+    if not full:
+        return frozenset(), None
+    places = frozenset((one.offer.record.node, one.offer.record.function) for one in full)
+    return places, deadline - int(min(one.finish.least_run_ms for one in full)) + 1
+
+
 def _denied(relevant: Sequence[Candidate], misses: list[dict[str, Any]]) -> FoamError:
     only_rules = all(one.failed.keys() & set(POLICY_GATES) == {"rules"} for one in relevant)
     whose = "routing rules exclude" if only_rules else "policy of the task excludes"
     return PolicyDenied(f"the {whose} every node that could: {relevant[0].verdict}", nearest=misses)
 
 
-def _momentary(able: Sequence[Candidate], misses: list[dict[str, Any]]) -> FoamError:
+def _momentary(able: Sequence[Candidate], deadline: int, misses: list[dict[str, Any]]) -> FoamError:
     """Everyone who could is away, busy or too slow at the moment."""
     there = [one for one in able if not one.failed.keys() & _AWAY_GATES]
+    hopeless = all("deadline" in one.failed and not one.finish.wait_ms for one in there)
+    sleepers = [
+        one for one in able if "asleep" in one.failed and one.failed.keys() <= _ASLEEP_GATES
+    ]
+    if hopeless and sleepers:
+        return _asleep(sleepers, deadline, misses)
     if not there:
         return NoCapableNode(
             f"every node that could is away: {able[0].verdict}", retryable=True, nearest=misses
@@ -91,6 +131,41 @@ def _momentary(able: Sequence[Candidate], misses: list[dict[str, Any]]) -> FoamE
         )
     quickest = min(there, key=lambda one: one.finish.least_ms)
     return DeadlineExceeded(f"nobody can do it in time: {quickest.verdict}", nearest=misses)
+
+
+def _asleep(
+    sleepers: Sequence[Candidate], deadline: int, misses: list[dict[str, Any]]
+) -> FoamError:
+    """Everyone who could do it in time sleeps; the task may wait for the one that wakes first."""
+    expected = [
+        (wake_at, one)
+        for one in sleepers
+        if (wake_at := one.offer.node.wake_at) is not None
+        and wake_at + one.finish.least_ms <= deadline
+    ]
+    if expected:
+        wake_at, first = min(expected, key=lambda pair: pair[0])
+        node = first.offer.record.node
+        return NoCapableNode(
+            f"{node} could, but is {first.failed['asleep']}",
+            retryable=True,
+            node=node,
+            wake_at=wake_at,
+            nearest=misses,
+        )
+    first = sleepers[0]
+    node = first.offer.record.node
+    if first.offer.node.wake_at is None:
+        return NoCapableNode(
+            f"{node} could, but is {first.failed['asleep']}", retryable=True, nearest=misses
+        )
+    return DeadlineExceeded(
+        f"{node} could, but is {first.failed['asleep']}, too late for this task: give it a "
+        "timeout_ms beyond that",
+        node=node,
+        wake_at=first.offer.node.wake_at,
+        nearest=misses,
+    )
 
 
 def _refused_input(one: Candidate, misses: list[dict[str, Any]]) -> FoamError:

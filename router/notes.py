@@ -32,7 +32,7 @@ class TaskNotes:
         """Note who was asked; of a second node beside another one only that there was one."""
         choice = action.choice
         if action.hold:
-            self._ledger.note_attempt(live.arrival.key, action.attempt)
+            self.attempt(live, action.attempt)
             return
         self._ledger.note_route(
             live.arrival.key,
@@ -44,6 +44,10 @@ class TaskNotes:
             attempt=action.attempt,
         )
         self.explanation(live)
+
+    def attempt(self, live: LiveTask, attempt: int) -> None:
+        """Note that a number was given to an attempt: it is not given again."""
+        self._ledger.note_attempt(live.arrival.key, attempt)
 
     def chunk(self, live: LiveTask) -> None:
         """Note soon what the client has been shown."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from capability_schemas.ids import is_identifier
-from router.events import Observed
+from router.events import ENDS_HERE, Observed
 from router.ownership import Claim
 from router.shadow import Route
 
@@ -131,7 +131,9 @@ def _word(
     node, function, version = (str(fields.get(name)) for name in ("node", "function", "version"))
     if not (is_identifier(node) and is_identifier(function)):
         return None
-    return RouterWord(key, reply, router, route=Route(node, function, version[:64], attempt))
+    last = fields.get("reason") == ENDS_HERE
+    route = Route(node, function, version[:64], attempt, last=last)
+    return RouterWord(key, reply, router, route=route)
 
 
 def _observed(source: str, kind: Any, fields: dict[str, Any], payload: bytes) -> Observed | None:

@@ -52,7 +52,10 @@ class OrderDesk:
         self._send(TopicKind.INVOKE, node, named)
 
     def control(
-        self, node: str, verb: Literal["cancel", "drain", "undrain"], **fields: Any
+        self,
+        node: str,
+        verb: Literal["cancel", "account", "return", "drain", "undrain"],
+        **fields: Any,
     ) -> None:
         """Order something else.
 
@@ -62,12 +65,12 @@ class OrderDesk:
             fields: Further fields of a ``Control``.
 
         Raises:
-            NotFound: The node has not been heard of, and the order is not to cancel: a node obeys
-                none that does not name its start.
+            NotFound: The node has not been heard of, and the order is not to cancel or to account:
+                a node obeys no other that does not name its start.
             FoamError: The session has no room.
         """
         epoch = self._epoch(node)
-        if epoch is None and verb != "cancel":
+        if epoch is None and verb not in {"cancel", "account"}:
             raise NotFound(
                 f"node {node} has not said here that it is there: {verb} it when it has", node=node
             )

@@ -117,6 +117,7 @@ class RouterView:
         epoch: Start of its process, as it says.
         came_at: When this process of it was heard of first, UTC milliseconds.
         silent: Whether its heartbeats have stopped.
+        revoked: Whether the registry has thrown it out: then nothing counts that it says.
     """
 
     router: str
@@ -125,11 +126,12 @@ class RouterView:
     epoch: int = -1
     came_at: int = 0
     silent: bool = False
+    revoked: bool = False
 
     @property
     def live(self) -> bool:
         """Whether it takes tasks."""
-        return self.presence == "birth" and not self.silent
+        return self.presence == "birth" and not self.silent and not self.revoked
 
 
 @dataclass(slots=True)
@@ -146,6 +148,7 @@ class RouterBook:
     heartbeat_s: float = 2.0
     missed: int = 3
     _views: dict[str, RouterView] = field(default_factory=dict)
+    _revoked: set[str] = field(default_factory=set)
 
     @property
     def alone(self) -> bool:
@@ -158,7 +161,8 @@ class RouterBook:
         return [self._views[router] for router in sorted(self._views)]
 
     def __contains__(self, router: object) -> bool:
-        return router == self.own or router in self._views
+        view = self._views.get(router) if isinstance(router, str) else None
+        return router == self.own or (view is not None and not view.revoked)
 
     def is_live(self, router: str) -> bool:
         """Tell whether a router takes tasks."""
@@ -179,7 +183,7 @@ class RouterBook:
 
     def doubts(self, subject: str) -> int:
         """Return how many routers before our own may be alive, though they are not heard."""
-        silent = [view.router for view in self._views.values() if view.silent]
+        silent = [v.router for v in self._views.values() if v.silent and not v.revoked]
         return rank(subject, (self.own, *silent)).index(self.own) if silent else 0
 
     def hear(self, state: RouterState, now: int) -> News | None:
@@ -198,6 +202,7 @@ class RouterBook:
         if view is None:
             pulse = Pulse(interval_s=state.heartbeat_s or self.heartbeat_s, missed=self.missed)
             view = self._views[state.router] = RouterView(state.router, pulse)
+            view.revoked = state.router in self._revoked
         if state.epoch < view.epoch:
             return None  # the will of an earlier process
         was_live, restarted = view.live, state.epoch > view.epoch
@@ -215,6 +220,30 @@ class RouterBook:
         """Take an emptied state topic: the router was removed. Tell whether it was live."""
         view = self._views.pop(router, None)
         return view is not None and view.live
+
+    def revoke(self, member: str, *, revoked: bool) -> bool:
+        """Take what the registry says of a member, whether it is known as a router or not.
+
+        A broker may let it speak on; here it is gone, until it is in good standing again and says
+        once more that it is there.
+
+        Args:
+            member: Its id.
+            revoked: Whether it was thrown out.
+
+        Returns:
+            Whether it is lost by that.
+        """
+        if revoked:
+            self._revoked.add(member)
+        else:
+            self._revoked.discard(member)
+        view = self._views.get(member)
+        if view is None or view.revoked == revoked:
+            return False
+        was_live, view.revoked = view.live, revoked
+        view.presence = "offline"
+        return was_live
 
     def silenced(self, now: int) -> list[str]:
         """Return the routers whose heartbeats have just been found missing."""

@@ -93,6 +93,7 @@ class PeerDesk:
         events: EventSource,
         signer: Signer | None,
         epoch: int,
+        direct: Callable[[], bool] = lambda: True,
         clock: Callable[[], int],
     ) -> None:
         self.presence: Presence = "birth"
@@ -104,6 +105,7 @@ class PeerDesk:
         self._events = events
         self._signer = signer
         self._epoch = epoch
+        self._direct = direct
         self._clock = clock
 
     @property
@@ -119,6 +121,7 @@ class PeerDesk:
             epoch=self._epoch,
             at=self._clock(),
             heartbeat_s=self._book.heartbeat_s,
+            direct=self._direct(),
             passport=self._signer.passport if self._signer is not None else None,
         )
 
@@ -153,6 +156,11 @@ class PeerDesk:
         elif news == "came":
             _log.info("router.peer_came", router=self._book.own, peer=router)
             self.tell(router)
+
+    def take_standing(self, member: str, revoked: bool) -> None:
+        """Take what the registry says of a member, which may be a router that was thrown out."""
+        if self._book.revoke(member, revoked=revoked):
+            self._lost(member, "it was revoked")
 
     def look_for_silent(self, now: int) -> None:
         """Give up routers whose heartbeats stopped.
@@ -241,6 +249,7 @@ def encode_state(
     at: int,
     heartbeat_s: float | None = None,
     reason: str = "",
+    direct: bool = True,
     passport: Passport | None = None,
 ) -> bytes:
     """Return a router's word about itself.
@@ -252,6 +261,7 @@ def encode_state(
         at: Now, UTC milliseconds.
         heartbeat_s: How often it is repeated, seconds.
         reason: Why, in words.
+        direct: Whether clients may ask nodes themselves once no router lives.
         passport: How others know its signatures.
     """
     return encode(
@@ -262,6 +272,7 @@ def encode_state(
             at=at,
             reason=reason,
             heartbeat_s=heartbeat_s,
+            direct=direct,
             passport=passport,
         )
     )

@@ -116,12 +116,15 @@ class People:
 
 
 def _is_older(state: TrustState, known: TrustState) -> bool:
-    """Tell whether the registry said a state before the one that is known.
+    """Tell whether a state was said before the one that is known.
 
-    What it voids comes first, for its clock may have been set back since, and a revocation counts
-    all the same. It lets go of that after ``VOID_KEPT_MS``; before, whoever says less is older.
+    What it voids comes first, for the clock of a registry may have been set back since, and a
+    revocation counts all the same. A registry lets go of that after ``VOID_KEPT_MS``; before,
+    whoever says less is older. Then the registry of the later term counts, whatever the clocks say.
     """
     void, known_void = state.void_before or 0, known.void_before or 0
     if void < known_void:
         return state.at <= known_void + VOID_KEPT_MS
-    return void == known_void and state.at < known.at
+    if void > known_void:
+        return False
+    return (state.term or 0, state.at) < (known.term or 0, known.at)

@@ -36,10 +36,10 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from broker.access.policy import Role
 from broker.audit import AuditVoice
+from broker.followed import FollowedFile
 from capability_schemas.errors import ConfigurationError, Overloaded, TooLarge
 from capability_schemas.ids import Identifier
 from capability_schemas.problem import field_problems
-from router.followed import FollowedFile
 
 REMEMBERED_CLIENTS: Final = 100_000
 """Clients whose use is remembered; of more, the longest unheard of starts with full buckets."""
@@ -67,6 +67,7 @@ class Limits(BaseModel):
         burst_bytes: Bytes at once after a rest. A single task that is larger is taken when the
             bucket is full, and paid for afterwards.
         task_bytes: Largest task, below the limit of the router.
+        weight: Share of what nodes can do, relative to other clients, while tasks have to wait.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -77,6 +78,7 @@ class Limits(BaseModel):
     bytes_per_s: Annotated[ByteSize, Field(ge=0)] | None = None
     burst_bytes: Annotated[ByteSize, Field(ge=1)] | None = None
     task_bytes: Annotated[ByteSize, Field(ge=0)] | None = None
+    weight: Annotated[float, Field(ge=0.1, le=100)] | None = None
 
     def over(self, wider: "Limits") -> "Limits":
         """Return these limits, with those of a wider table where they are silent.
@@ -98,6 +100,7 @@ DEFAULT_LIMITS: Final = Limits(
     bytes_per_s=ByteSize(64 * 1024 * 1024),
     burst_bytes=ByteSize(256 * 1024 * 1024),
     task_bytes=ByteSize(0),
+    weight=1.0,
 )
 """More than one router carries, so that nobody is disturbed who does not run wild."""
 
@@ -287,6 +290,12 @@ class Quotas:
             raise _too_fast(client, use, waits, size_bytes, now)
         use.spend(1.0, size_bytes)
         self._live[client] += 1
+
+    def weight(self, client: str) -> float:
+        """Return a client's share relative to others, 0.1 to 100."""
+        use = self._uses.get(client)
+        terms = use.terms if use is not None else self._terms(client, self._role_of(client))
+        return terms.limits.weight or 1.0
 
     def restore(self, client: str) -> None:
         """Count a task that an earlier process admitted and that goes on."""

@@ -37,7 +37,6 @@ OUTCOME: Final = "outcome"
 _TOLD_BYTES: Final = 256 * 1024
 """Longest final event that is told; a longer one is not known to those who did not see it."""
 
-_OVERFLOW_RETRY_MS: Final = 1_000
 _LOOK_UPS: Final = 32
 """Refused tasks at a time that may be repetitions: of more nobody looks in the journal."""
 
@@ -64,6 +63,8 @@ class Reception:
         events: Tells other routers.
         clock: UTC milliseconds.
         spawn: Runs background work in the router's life cycle.
+        served: Told of each task of another router that belongs to a session, when it has its
+            result: client, session and node.
 
     Attributes:
         shadows: Tasks of other routers.
@@ -85,7 +86,9 @@ class Reception:
         events: EventSource,
         clock: Callable[[], int],
         spawn: Spawn,
+        served: Callable[[str, str, str], None],
     ) -> None:
+        self._served = served
         self._intake = intake
         self._book = book
         self._dispatcher = dispatcher
@@ -146,6 +149,8 @@ class Reception:
         # The end may come while the journal is asked.
         if not await self._answer_known(read) and not self._has_ended(read, now):
             self._place(read, now)
+            if self.shadows.was_retracted(read.key, now):
+                self.cancel(read.key)
 
     def _has_ended(self, read: Arrival | Refusal, now: int) -> bool:
         """Tell whether the end of a task was heard before the task."""
@@ -158,7 +163,9 @@ class Reception:
         """Refuse a task for which there is no room."""
         if message.retain:
             return  # a kept copy, which nobody takes
-        error = Overloaded("the router has no room for the task", retry_after_ms=_OVERFLOW_RETRY_MS)
+        error = Overloaded(
+            "the router has no room for the task", retry_after_ms=self._dispatcher.retry_ms()
+        )
         try:
             refusal = self._intake.refuse(message.topic, message.payload, error, self._clock())
         except ProtocolError:
@@ -171,10 +178,13 @@ class Reception:
 
     def cancel(self, key: Key) -> None:
         """Take a client's cancellation; it holds for whoever takes the task over, too."""
-        self._dispatcher.cancel(key)
         shadow = self.shadows.get(key)
         if shadow is not None:
             shadow.cancelled = True
+        if self._dispatcher.live(key) is not None:
+            self._dispatcher.cancel(key)
+        elif shadow is None:
+            self.shadows.retract(key, self._clock())
 
     async def find_outcome(self, key: Key) -> Outcome | None:
         """Return how a task ended, from memory or the journal; None when that is not known."""
@@ -291,7 +301,7 @@ class Reception:
     def _hear_word(self, word: RouterWord) -> None:
         if word.router == self._own:
             if word.route is not None:
-                self._dispatcher.fenced(word.key, word.route.attempt)
+                self._dispatcher.fenced(word.key, word.route)
             elif word.claim is not None:
                 self._takeover.fenced(word.key, word.claim)
         elif word.router in self._book or not self.caught_up:
@@ -321,8 +331,10 @@ class Reception:
             shadow.due = None if self._book.is_live(word.router) else shadow.due
         elif word.claim is not None and shadow.claim and shadow.claim.router == self._own:
             self._takeover.repeat_claim(shadow)
-        if word.route is not None and (
-            shadow.route is None or word.route.attempt >= shadow.route.attempt
+        if (
+            word.route is not None
+            and not (word.route.last and shadow.route is not None)
+            and (shadow.route is None or word.route.attempt >= shadow.route.attempt)
         ):
             shadow.route = word.route
             self._call_off(shadow)
@@ -366,6 +378,9 @@ class Reception:
             self.shadows.orphan(item.key, now)
         if shadow is None or shadow.claim is None:
             return  # refused, and perhaps welcome later; or no task at all
+        session = shadow.read.task.session if isinstance(shadow.read, Arrival) else None
+        if session is not None and shadow.route is not None and event.code is None:
+            self._served(item.key[0], session, shadow.route.node)
         self._keep(
             Outcome(
                 key=item.key,

@@ -30,6 +30,7 @@ from router.reputation import Reputation
 from router.rules import NO_RULES, RuleEffect, RuleFile
 from router.selection import Selection, select
 from router.settings import RouterSettings, Weights
+from router.waiting import Place
 from router.whatif import Supposition
 
 _MEANT: Final = 0.6
@@ -199,6 +200,33 @@ class TaskRouting:
             failed.append(f"costs {record.cost.money:g} by now, {choice.cost:g} was counted on")
         return PolicyDenied(f"node {choice.node}: {'; '.join(failed)}") if failed else None
 
+    def may_have(self, wanted: Wanted, place: Place | None, node: str, now: int) -> bool:
+        """Tell whether a task that one node has may go to another one of the same function.
+
+        Args:
+            wanted: The task.
+            place: Who has it, and of which function; None: nobody.
+            node: The other one.
+            now: UTC milliseconds.
+        """
+        held = None if place is None else self._fleet.records.get(place)
+        record = None if held is None else self._fleet.records.get((node, held.function))
+        if held is None or record is None or record.version != held.version:
+            return False
+        choice = Choice(
+            node,
+            record.function,
+            record.version,
+            0.0,
+            cost=max(held.cost.money, 0.0),
+            external=held.policy.external,
+        )
+        return self.objection(wanted, choice, now) is None
+
+    def is_current(self, query: Query | None) -> bool:
+        """Tell whether a query is of the space that serves; one that is none always is."""
+        return query is None or query.search is self._meaning.search
+
     def remember(self, wanted: Wanted, choice: Choice, now: int) -> None:
         """Note who was asked: the next task of the session prefers that node.
 
@@ -208,10 +236,13 @@ class TaskRouting:
             now: UTC milliseconds.
         """
         self._breakers.sent(choice.node, choice.function, now)
-        if wanted.task.session is None:
-            return
-        key = (wanted.client, wanted.task.session)
-        self._sessions[key] = choice.node
+        if wanted.task.session is not None:
+            self.keep_session(wanted.client, wanted.task.session, choice.node)
+
+    def keep_session(self, client: str, session: str, node: str) -> None:
+        """Note who has a session, for this router or another one: its prompt cache is there."""
+        key = (client, session)
+        self._sessions[key] = node
         self._sessions.move_to_end(key)
         if len(self._sessions) > _SESSIONS:
             self._sessions.popitem(last=False)

@@ -22,11 +22,12 @@ from router.breaker import Breakers
 from router.candidates import Candidate, Offer, Request, short
 from router.events import Choice
 from router.gates import GATES, PASSING_GATES, PLAIN_GATES, Gatekeeper, may_be_meant
-from router.nobody import why_nobody
+from router.nobody import waits_for, why_nobody
 from router.ranking import Ranking, explore, rank
 from router.reputation import Reputation
 from router.score import Scorer
 from router.settings import Weights
+from router.waiting import Place
 
 ENOUGH: Final = 32
 """Nodes of one capability that pass and are weighed against each other. The best of two drawn at
@@ -65,6 +66,8 @@ class Selection:
         probability: Chance that the best choice is the function meant; None when it was named.
         margin: By how much its similarity exceeds that of the next other function.
         ambiguous: Whether that is so little that another function may well be meant.
+        places: Who could do it but has no room at the moment.
+        start_by: When the last of them can no longer end in time, UTC milliseconds.
     """
 
     choices: tuple[Choice, ...]
@@ -74,6 +77,8 @@ class Selection:
     probability: float | None = None
     margin: float | None = None
     ambiguous: bool = False
+    places: frozenset[Place] = frozenset()
+    start_by: int | None = None
 
     @property
     def explanation(self) -> dict[str, Any]:
@@ -135,6 +140,9 @@ def select(
         if ranking.ranked
         else why_nobody(request, judged, threshold=threshold, floor=ranking.floor, nearest=nearest)
     )
+    places, start_by = waits_for(
+        judged, threshold=threshold, floor=ranking.floor, deadline=request.deadline
+    )
     meant = _meanings(request, ranking.ranked, judged, calibration)
     first = meant[0] if meant else Meant()
     min_confidence = request.task.min_confidence
@@ -169,6 +177,8 @@ def select(
         probability=first.probability,
         margin=first.margin,
         ambiguous=first.ambiguous,
+        places=places,
+        start_by=start_by,
     )
 
 

@@ -38,7 +38,7 @@ from router.orders import OrderDesk
 from router.ownership import RouterBook
 from router.peers import CLAIMS, PeerDesk, encode_state
 from router.people import People
-from router.quota import QuotaFile, Quotas
+from router.quota import QuotaBook, QuotaFile, Quotas
 from router.reception import OUTCOME, Reception
 from router.replies import ReplyDesk
 from router.reputation import Reputation
@@ -53,7 +53,22 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 _REPORT_LIMIT_BYTES: Final = UNSURE_LIMIT_BYTES + FRAME_LIMIT_BYTES
 
 
-def router_will(topics: Topics, router_id: str, *, epoch: int, at: int) -> Will:
+def lets_past(rules: RuleFile | None, quotas: QuotaFile | None) -> bool:
+    """Tell whether clients may ask nodes themselves once no router lives.
+
+    Nodes know neither rules nor quotas: where any are set, nobody gets past who sees to them.
+
+    Args:
+        rules: The file of rules.
+        quotas: The file of quotas.
+    """
+    has_rules = rules is not None and len(rules.book) > 0
+    return not has_rules and (quotas is None or quotas.value == QuotaBook())
+
+
+def router_will(
+    topics: Topics, router_id: str, *, epoch: int, at: int, direct: bool = True
+) -> Will:
     """Return the last will of a router: ``offline``, with its epoch.
 
     Args:
@@ -61,10 +76,13 @@ def router_will(topics: Topics, router_id: str, *, epoch: int, at: int) -> Will:
         router_id: The router.
         epoch: The same as given to ``RouterService``, UTC milliseconds.
         at: Now, UTC milliseconds.
+        direct: What ``lets_past`` says at the moment.
     """
     return Will(
         topic=topics.build(TopicKind.ROUTER_STATE, router=router_id),
-        payload=encode_state(router_id, "offline", epoch=epoch, at=at, reason="connection lost"),
+        payload=encode_state(
+            router_id, "offline", epoch=epoch, at=at, reason="connection lost", direct=direct
+        ),
     )
 
 
@@ -209,6 +227,7 @@ class RouterService(Service):
             events=events,
             clock=clock,
             spawn=self.spawn,
+            served=self.routing.keep_session,
         )
         self._peers = PeerDesk(
             session=session,
@@ -219,6 +238,7 @@ class RouterService(Service):
             events=events,
             signer=signer,
             epoch=self._epoch,
+            direct=lambda: lets_past(rules, quotas),
             clock=clock,
         )
         self._steering = SteeringDesk(
@@ -283,7 +303,9 @@ class RouterService(Service):
             meaning=self._meaning,
             upkeep=self._upkeep,
             gone=self.dispatcher.node_gone,
+            heard=self.dispatcher.usher.heard,
             people=self._people,
+            standing=self._peers.take_standing,
             book=book,
             alarm=SecurityAlarm(events=events, own=router_id, clock=clock),
             clock=clock,
@@ -305,6 +327,7 @@ class RouterService(Service):
         await self.listen()
         self._session.announce(self._peers.topic, self._peers.state)
         self.spawn(self.dispatcher.keep_time(), name="clock")
+        self.spawn(self.dispatcher.usher.keep_time(), name="waiting")
         self.spawn(self.reception.keep_time(), name="shadows")
         self.spawn(self._peers.beat(), name="heartbeat")
         self.spawn(self._upkeep.catch_up(), name="catch-up")
@@ -350,6 +373,7 @@ class RouterService(Service):
         if up:
             self.fleet.wake_all(self._clock())
             self.book.wake_all(self._clock())
+            self.dispatcher.missed()  # the broker may have forgotten the session, or itself
         if self._was_cut and up:
             self.spawn(self._upkeep.resume(), name="resume")
         elif not up and not self.book.alone:
@@ -370,6 +394,7 @@ class RouterService(Service):
         self._listening = True
         own, topics = self._router_id, self._topics
         filters: list[tuple[str, Handler, int]] = [
+            (topics.filter(TopicKind.REGISTRY_STATE), self._news.on_registry_state, 1),
             (topics.filter(TopicKind.CATALOG), self._news.on_catalog, 1),
             (topics.filter(TopicKind.NODE_STATE), self._news.on_node_state, 1),
             (topics.filter(TopicKind.NODE_LOAD), self._news.on_node_load, 0),
@@ -384,14 +409,18 @@ class RouterService(Service):
             (topics.filter(TopicKind.RESUME), self._fresh(self._on_resume), 1),
             (topics.filter(TopicKind.TASK), self._fresh(self.reception.take), 1),
         ]
-        tasks = filters[-1][0]
+        overflows: dict[str, Callable[[Message], None]] = {
+            topics.filter(TopicKind.REPORT): self.dispatcher.overflow,
+            topics.filter(TopicKind.REPLY): self.dispatcher.overflow,
+            topics.filter(TopicKind.TASK): self.reception.overflow,
+        }
         for topic_filter, handler, qos in filters:
             await self._session.subscribe(
                 topic_filter,
                 self._when_ready(handler),
                 qos=qos,
                 queue_limit=self._settings.queue_limit,
-                on_overflow=self.reception.overflow if topic_filter == tasks else None,
+                on_overflow=overflows.get(topic_filter),
             )
 
     def _fresh(self, handler: Handler) -> Handler:

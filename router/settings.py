@@ -144,6 +144,11 @@ class RouterSettings(BaseModel):
         task_limit_bytes: Largest task.
         live_limit: Tasks accepted and not yet ended; further ones get ``overloaded``.
         queue_limit: Messages waiting in one subscription.
+        waiting_limit: Accepted tasks that may wait for a node with room; of more, those of the
+            lowest priority get ``overloaded``.
+        waiting_bytes: Bytes of such tasks.
+        moves_per_s: How often a task that has not begun may be taken from a node with a queue for
+            the sake of an idle one, a second; 0: never.
         candidates: Distinct capabilities taken from the search for one task.
         nearest: Near misses named in ``no_capable_node``.
         attempts: Most nodes tried for one task.
@@ -161,6 +166,10 @@ class RouterSettings(BaseModel):
         finish_grace_ms: How long a final event may lag behind the report of it.
         settle_ms: How long a restarted router listens before it takes up unfinished tasks, and at
             most before it chooses a node for the first time.
+        doubt_ms: How long a node that is gone may take to come back, when it may have said
+            something that was not heard here (`router.doubt`), before its tasks go on without it:
+            as long as a session pauses at most between two tries to connect. Twice that for a node
+            that passes for alive and does not answer.
         quiet_ms: Catalogue and presence count as complete when nothing has come for so long.
         heartbeat_s: Interval of a node's load where its birth names none.
         missed_heartbeats: So many missed in a row mean that the node (or router) is gone; on a line
@@ -197,6 +206,9 @@ class RouterSettings(BaseModel):
     task_limit_bytes: Annotated[int, Field(ge=1024, le=64 * _MIB)] = TASK_LIMIT_BYTES
     live_limit: Annotated[int, Field(ge=1)] = 10_000
     queue_limit: Annotated[int, Field(ge=1)] = 10_000
+    waiting_limit: Annotated[int, Field(ge=0)] = 8_000
+    waiting_bytes: Annotated[int, Field(ge=0)] = 64 * _MIB
+    moves_per_s: Annotated[float, Field(ge=0, le=1_000)] = 10.0
     candidates: Annotated[int, Field(ge=1, le=64)] = 8
     nearest: Annotated[int, Field(ge=0, le=16)] = 3
     attempts: Annotated[int, Field(ge=1, le=16)] = 5
@@ -209,6 +221,7 @@ class RouterSettings(BaseModel):
     deadline_grace_ms: Milliseconds = 300
     finish_grace_ms: Milliseconds = 1_000
     settle_ms: Milliseconds = 1_500
+    doubt_ms: Milliseconds = 30_000
     quiet_ms: Milliseconds = 250
     heartbeat_s: Annotated[float, Field(gt=0)] = 5.0
     missed_heartbeats: Annotated[int, Field(ge=1)] = 3

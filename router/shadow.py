@@ -16,12 +16,14 @@ from router.entry import Entry, pack_chunks
 from router.events import Observed
 from router.intake import Arrival, Refusal
 from router.ownership import Claim, generation_of, is_made_from
+from router.shown import Origin
 
 _OVERHEAD_BYTES: Final = 1_000
 _ORPHANS: Final = 32
 """Ends heard before their tasks, remembered for each client."""
 
 _ORPHANED_CLIENTS: Final = 1_000
+_RETRACTED: Final = 4_096
 _ORPHAN_MS: Final = 10_000
 """How long such an end is waited for by its task, milliseconds."""
 
@@ -37,12 +39,25 @@ class Route:
         function: Its function.
         version: Version of the function.
         attempt: Number of the attempt.
+        last: Whether nobody gets the attempt, for the router ends the task (`events.ENDS_HERE`).
     """
 
     node: str
     function: str
     version: str
     attempt: int
+    last: bool = False
+
+    def origin(self, record: CatalogRecord | None) -> Origin:
+        """Return what the answer is begun with.
+
+        Args:
+            record: What the node offers by that name now.
+        """
+        if record is None or record.version != self.version:
+            return Origin(self.function, self.version)
+        model = record.model.digest if record.model else None
+        return Origin(self.function, self.version, record.continues, model)
 
 
 @dataclass(slots=True)
@@ -161,6 +176,7 @@ class ShadowTable:
         self._bytes = 0
         self._nameless: dict[str, list[Key]] = {}
         self._orphans: OrderedDict[str, deque[tuple[str, int]]] = OrderedDict()
+        self._retracted: OrderedDict[Key, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._shadows)
@@ -231,6 +247,18 @@ class ShadowTable:
                 self._orphans[read.client].remove(end)
                 return True
         return False
+
+    def retract(self, key: Key, now: int) -> None:
+        """Remember the cancellation of a task that was not heard of: it may be on its way."""
+        self._retracted[key] = now
+        self._retracted.move_to_end(key)
+        if len(self._retracted) > _RETRACTED:
+            self._retracted.popitem(last=False)
+
+    def was_retracted(self, key: Key, now: int) -> bool:
+        """Tell whether the cancellation of a task came before the task; true once for each."""
+        at = self._retracted.pop(key, None)
+        return at is not None and at + _ORPHAN_MS >= now
 
     def awaited(self, read: Arrival | Refusal) -> str | None:
         """Return the id under which another router has a task that came without one."""

@@ -59,6 +59,9 @@ class RouterStats:
         hedged: Invocations of a second node beside one that took long.
         times: How long runs of functions take.
         escalated: Invocations after the first of a task, for want of a sure answer.
+        waited: Tasks that had to wait for a node with room.
+        shed: Tasks that might not wait, by priority.
+        moved: Tasks taken from a node with a queue, before they had begun.
         missed_chunks: Chunks the client was shown and the router did not see.
         ended: Tasks ended, by error code or ``result``.
         refused: Tasks never accepted, by error code.
@@ -76,6 +79,9 @@ class RouterStats:
     hedged: int = 0
     times: FunctionTimes = field(default_factory=FunctionTimes)
     escalated: int = 0
+    waited: int = 0
+    shed: Counter[int] = field(default_factory=Counter)
+    moved: int = 0
     missed_chunks: int = 0
     ended: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
@@ -95,6 +101,9 @@ class RouterStats:
             "continued": self.continued,
             "hedged": self.hedged,
             "escalated": self.escalated,
+            "waited": self.waited,
+            "shed": {str(priority): count for priority, count in sorted(self.shed.items())},
+            "moved": self.moved,
             "missed_chunks": self.missed_chunks,
             "ended": dict(self.ended),
             "refused": dict(self.refused),

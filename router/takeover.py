@@ -200,7 +200,7 @@ class Takeover:
             return
         self._shadows.drop(key)
         entry = self._journaled(shadow, shadow.read)
-        self._dispatcher.restore([entry], floor=claim.attempt, settled=entry.node is None)
+        self._dispatcher.restore([entry], floor=claim.attempt, settled=True, missed=shadow.doubtful)
         if shadow.cancelled:
             self._dispatcher.cancel(key)
         self._stats.taken_over += 1

@@ -1,5 +1,6 @@
 """What if: the mesh as it would be with nodes gone, loaded or dearer; nothing real changes."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Annotated, Final, Self
 
@@ -62,7 +63,8 @@ class Supposition(BaseModel):
         if record.node in self.gone:
             view = replace(view, presence="offline", reason="supposed to be gone")
         elif record.node in self.load:
-            view = replace(view, assigned=0, load=_loaded(view, self.load[record.node]))
+            loaded = _loaded(view, self.load[record.node])
+            view = replace(view, assigned=0, given=Counter(), load=loaded)
         return record, view
 
 

@@ -1,9 +1,10 @@
-"""Fixtures for every kind of test: brokers, a proxy, eventual assertions."""
+"""Fixtures for every kind of test: brokers, eventual assertions; and how tests are shared out."""
 
 import asyncio
 import gc
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -14,6 +15,35 @@ EventuallyCheck = Callable[[], object]
 Eventually = Callable[..., Awaitable[None]]
 
 _PERIOD_S = 0.01
+_TESTS = Path(__file__).parent
+_MOST_WORKERS = 8
+# Those that wait longest come first, so that no worker sits on one at the end of a run.
+_ORDER = ("e2e", "simulation", "integration", "security", "contract", "property", "unit")
+
+
+def pytest_configure() -> None:
+    """Have no terminal: a worker is told of one of 80 columns, which tables would be fitted to."""
+    os.environ.pop("COLUMNS", None)
+
+
+@pytest.hookimpl(optionalhook=True)  # a run without the plugin is a run here
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Share whole folders of tests out among two workers a core; a few tests run right here."""
+    whole = {_TESTS, *(_TESTS / folder for folder in _ORDER)}
+    named = {config.invocation_params.dir / argument for argument in config.args}
+    if config.option.keyword or not named <= whole:
+        return 0
+    return min(_MOST_WORKERS, 2 * (os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests that wait longest first; those of one file stay together and in order."""
+    places: dict[Path, tuple[int, int, Path]] = {}
+    for path in {item.path for item in items}:
+        folder = path.relative_to(_TESTS).parts[0]
+        rank = _ORDER.index(folder) if folder in _ORDER else len(_ORDER)
+        places[path] = (rank, -path.stat().st_size, path)
+    items.sort(key=lambda item: places[item.path])
 
 
 @pytest.fixture(autouse=True)

@@ -50,8 +50,8 @@ ORDERS: Final[Mapping[str, _Order]] = MappingProxyType(
     {
         **dict.fromkeys(("nodes", "routers", "functions", "stats", "task"), _LOOK),
         **dict.fromkeys(("explain", "whatif"), _LOOK),
-        **dict.fromkeys(("reputation", "quotas", "claims", "history", "audit"), _LOOK),
-        **dict.fromkeys(("tokens", "enrollments"), _LOOK),
+        **dict.fromkeys(("reputation", "quotas", "waiting", "claims", "history", "audit"), _LOOK),
+        **dict.fromkeys(("tokens", "enrollments", "registries"), _LOOK),
         **dict.fromkeys(("attestation", "attestation_reference", "authority"), _LOOK),
         **dict.fromkeys(("cordon", "uncordon", "drain", "undrain"), _OPERATE),
         # about members, as far as OPERATED_ROLES goes

@@ -104,22 +104,36 @@ _DEVICE: Final = (
     _publish(TopicKind.RESUME, "client"),
     _below(TopicKind.REPLY, "client"),
 )
+_WITHOUT_ROUTERS: Final = (
+    _publish(TopicKind.DIRECT, "client"),
+    _publish(TopicKind.DIRECT_CANCEL, "client"),
+    _publish(TopicKind.DIRECT_RESUME, "client"),
+    _subscribe(TopicKind.CATALOG),
+    _subscribe(TopicKind.NODE_STATE),
+    _subscribe(TopicKind.NODE_LOAD),
+    _subscribe(TopicKind.ROUTER_STATE),
+)
+"""What a client needs to ask a node itself when every router is gone (ADR 37); nodes obey it only
+then. What runs on a node asks routers alone."""
+
 _OBSERVER: Final = (
     _below(TopicKind.CATALOG),
     _below(TopicKind.NODE_STATE),
     _below(TopicKind.ROUTER_STATE),
+    _below(TopicKind.REGISTRY_STATE),
     _below(TopicKind.EVENT),
     _below(TopicKind.TRUST),
 )
 
 _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
     {
-        Role.DEVICE: _DEVICE,
+        Role.DEVICE: (*_DEVICE, *_WITHOUT_ROUTERS),
         Role.NODE: (
             *_DEVICE,  # what runs on a node may ask the mesh: the tools of an agent
             *_RENEWING,
             _publish(TopicKind.CAPABILITY, "node"),
             _publish(TopicKind.NODE_STATE, "node"),
+            _subscribe(TopicKind.NODE_STATE, "node"),  # whether another process says to be it
             _publish(TopicKind.NODE_LOAD, "node"),
             _publish(TopicKind.REPORT, "node"),
             _publish(TopicKind.REPLY, "source"),
@@ -131,6 +145,8 @@ _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
             _subscribe(TopicKind.NODE_LOAD),  # of its neighbours, to name one when it is full
             _publish(TopicKind.EVIDENCE, "node"),
             _subscribe(TopicKind.TRUST),
+            _subscribe(TopicKind.REGISTRY_STATE),
+            _below(TopicKind.DIRECT, "node"),
         ),
         Role.ROUTER: (
             *_RENEWING,
@@ -142,6 +158,7 @@ _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
             _below(TopicKind.REPLY),
             _subscribe(TopicKind.ADMIN, "target"),
             _subscribe(TopicKind.ROUTER_STATE),
+            _subscribe(TopicKind.REGISTRY_STATE),
             _subscribe(TopicKind.TRUST),
             _subscribe(TopicKind.EVENT),  # what other routers tell each other
             _publish(TopicKind.INVOKE),
@@ -160,6 +177,8 @@ _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
             _subscribe(TopicKind.TRUST),
             _subscribe(TopicKind.EVIDENCE),
             _subscribe(TopicKind.EVENT),  # for the audit trail
+            _subscribe(TopicKind.REGISTRY_STATE),
+            _publish(TopicKind.REGISTRY_STATE, "registry"),
             _publish(TopicKind.TRUST),
             _publish(TopicKind.CATALOG),
             _publish(TopicKind.CONTROL),
@@ -170,6 +189,7 @@ _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
         ),
         Role.ADMIN: (
             *_DEVICE,
+            *_WITHOUT_ROUTERS,
             *_RENEWING,
             *_OBSERVER,
             _publish(TopicKind.ADMIN, "client"),
@@ -180,6 +200,7 @@ _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
         # (broker.access.orders), for a topic tells who asks and not what for.
         Role.OPERATOR: (
             *_DEVICE,
+            *_WITHOUT_ROUTERS,
             *_RENEWING,
             *_OBSERVER,
             _publish(TopicKind.ADMIN, "client"),
@@ -190,9 +211,10 @@ _TABLE: Final["Mapping[Role, tuple[Grant, ...]]"] = MappingProxyType(
 )
 
 
-_BEYOND_TENANTS: Final = frozenset({_subscribe(TopicKind.NODE_LOAD)})
-"""What tells of the offers of all: kept from members of a tenant. Trust states remain, for a node
-must hear of a router that was thrown out; they name members and tenants, and nothing they offer."""
+_BEYOND_TENANTS: Final = frozenset(_WITHOUT_ROUTERS[:-1])
+"""What tells of the offers of all, or goes past those who keep tenants apart: kept from members of
+a tenant. Routers' states remain, and trust states, for a node must hear of a router that was thrown
+out; they name members and tenants, and nothing they offer."""
 
 
 def grants(role: Role) -> tuple[Grant, ...]:

@@ -12,12 +12,14 @@ delivery path is ours, and several times faster:
 - ``listener.Listener`` and ``crowd.Crowd``: who may connect, and who makes room when it is full;
 - ``websocket``: the same streams with frames around them;
 - ``connection.Connection``: one client's packets, in order, without a task per packet;
-- ``gate.Gate``: passwords and the access table.
+- ``gate.Gate``: passwords and the access table;
+- ``store.BrokerStore``: what outlives the process.
 
-``engine.EmbeddedBroker`` runs it as a child (``python -m broker.embedded``). State lives in memory:
-when the process ends, sessions and retained messages are gone, which the mesh is made for (births
-are published again on every connect). MQTT 3.1.1 over TCP and WebSocket, with TLS or without; one
-process serves some hundred clients.
+``engine.EmbeddedBroker`` runs it as a child (``python -m broker.embedded``). Retained messages are
+kept over the end of the process, and so are the wills of those who were connected: they are
+published when their clients do not come back. Sessions live in memory and end with it, which the
+mesh is made for (births are published again on every connect, answers are from end to end).
+MQTT 3.1.1 over TCP and WebSocket, with TLS or without; one process serves some hundred clients.
 """
 
 from broker.embedded.engine import EmbeddedBroker

@@ -7,6 +7,8 @@ certificates again.
 """
 
 import asyncio
+import contextlib
+import io
 import json
 import logging
 import resource
@@ -25,6 +27,19 @@ _FILES_BESIDE: Final = 64
 _TLS_BUFFER_BYTES: Final = 32 * 1024
 
 
+class _LogFile(io.StringIO):
+    """Standard error, which takes what it can: a full disk ends no client's connection."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+
 def _configure_logging() -> None:
     """Log to standard error, which is the log file of the engine."""
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr)  # the libraries
@@ -35,7 +50,7 @@ def _configure_logging() -> None:
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(),
         ],
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(file=_LogFile()),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         cache_logger_on_first_use=True,
     )

@@ -20,6 +20,7 @@ class EmbeddedBroker(ChildEngine):
         merges_overlap=True,
         redelivers_on_connect=True,
         survives_restart=False,
+        keeps_retained=True,
         refuses_forbidden_filter=True,
         binds_client_id=True,
         guards_sessions=True,
@@ -39,7 +40,9 @@ class EmbeddedBroker(ChildEngine):
     async def _launch(self) -> int:
         """Start the child and take the port it found; no moment in which another may take it."""
         order = ServerOrder(
-            settings=self.settings,
+            settings=self.settings.model_copy(
+                update={"data_dir": self.settings.data_dir.absolute()}  # it runs in another folder
+            ),
             credentials=self.credentials.path.absolute(),
             site=self.topics.site,
             prefix=self.topics.prefix,

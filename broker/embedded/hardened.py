@@ -25,6 +25,7 @@ from broker.embedded.listener import Listener
 from broker.embedded.outbox import Outbox, Publication
 from broker.embedded.refusals import Refusals
 from broker.embedded.routing import SubscriptionTree
+from broker.embedded.store import BrokerStore, Found, StoredMessage
 from broker.embedded.stream import ClientReader, ClientWriter
 from broker.embedded.websocket import upgrade
 from broker.engine import EngineSettings
@@ -57,12 +58,15 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
         settings: Address and limits.
         gate: Who comes in and what each may do.
         refusals: Told of what is refused.
+        store: Where retained messages and wills outlive the process; open.
 
     Raises:
         ConfigurationError: The installed amqtt is not the release the overrides were made for.
     """
 
-    def __init__(self, *, settings: EngineSettings, gate: Gate, refusals: Refusals) -> None:
+    def __init__(
+        self, *, settings: EngineSettings, gate: Gate, refusals: Refusals, store: BrokerStore
+    ) -> None:
         installed = version("amqtt")
         if installed != AMQTT_VERSION:
             raise ConfigurationError(
@@ -78,6 +82,8 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
         self._refusals = refusals
         self._tree = SubscriptionTree()
         self._retained: dict[str, Publication] = {}
+        self._store = store
+        self._orphans: dict[str, StoredMessage] = {}
         # Guards the replacement of a session by a new connection of the same client.
         self._admission = asyncio.Lock()
         self._stopping = False
@@ -173,9 +179,14 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
             qos: 0 to 2.
             retain: Its retain flag.
         """
-        if not self._gate.may(session.username, Action.PUBLISH, topic):
-            _log.warning("publish.denied", identity=session.username, topic=topic[:200])
-            self._refusals.publication(session.username, topic)
+        self._take_from(session.username, topic, payload, qos=qos, retain=retain)
+
+    def _take_from(
+        self, username: str, topic: str, payload: bytes, *, qos: int, retain: bool
+    ) -> None:
+        if not self._gate.may(username, Action.PUBLISH, topic):
+            _log.warning("publish.denied", identity=username, topic=topic[:200])
+            self._refusals.publication(username, topic)
             return
         if retain:
             self._retain(topic, payload, min(qos, 1))
@@ -211,6 +222,34 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
             self._retained[topic] = Publication(topic, payload, qos=qos, retain=True)
         else:
             _log.error("retained.full", limit=_RETAINED_LIMIT, topic=topic[:200])
+            return
+        self._store.keep(StoredMessage(topic=topic, payload=payload, qos=qos))
+
+    def remember(self, found: Found) -> None:
+        """Take up what an earlier process left: before anybody connects.
+
+        Args:
+            found: What its store held.
+        """
+        for kept in found.retained:
+            self._retained[kept.topic] = Publication(
+                kept.topic, kept.payload, qos=kept.qos, retain=True
+            )
+        self._orphans = dict(found.wills)
+
+    def publish_orphans(self) -> None:
+        """Publish the wills of those who were connected to an earlier process and did not return.
+
+        A broker that died may publish them when it runs again (MQTT 3.1.1 section 3.1.2.5).
+        Otherwise whoever died with it would be retained as present for ever.
+        """
+        for client_id, will in list(self._orphans.items()):
+            del self._orphans[client_id]
+            self._store.settle(client_id)
+            self._take_from(
+                str(will.username), will.topic, will.payload, qos=will.qos, retain=will.retain
+            )
+            _log.info("client.did_not_return", client=client_id, identity=will.username)
 
     def send_retained(self, session: Session, topic_filter: str, granted: int) -> None:
         """Send the retained messages that a new subscription matches.
@@ -398,7 +437,23 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
                 session.parent = 1
             session.transitions.connect()
             self._sessions[client_id] = (session, connection)
+            self._expect_will(session)
             return Admission.ACCEPTED
+
+    def _expect_will(self, session: Session) -> None:
+        """Have the will of a connection outlive this process, as long as the connection lasts."""
+        self._orphans.pop(session.client_id, None)
+        if not session.will_flag:
+            self._store.settle(session.client_id)
+            return
+        will = StoredMessage(
+            topic=session.will_topic,
+            payload=bytes(session.will_message),
+            qos=session.will_qos or 0,
+            retain=bool(session.will_retain),
+            username=session.username,
+        )
+        self._store.expect(session.client_id, will)
 
     def _new_outbox(self, client_id: str) -> Outbox:
         return Outbox(
@@ -432,6 +487,8 @@ class HardenedBroker(Broker):  # type: ignore[misc]  # amqtt ships no types
         session.transitions.disconnect()
         if session.clean_session and self._sessions.get(session.client_id) == (session, connection):
             self._forget(session.client_id)
+        if not self._stopping:
+            self._store.settle(session.client_id)
         if session.will_flag and not said_goodbye and not self._stopping:
             self.take(
                 session,

@@ -31,8 +31,14 @@ class Backoff:
         """A connection has lasted: begin with short waits again."""
         self._tries = 0
 
-    def next_s(self, *, floor_s: float) -> float:
-        """Return the next wait, seconds, from ``floor_s`` on."""
-        jitter_s = full_jitter(self._tries, self._base_s, self._cap_s, self._rng)
-        self._tries += 1
+    def next_s(self, *, floor_s: float, grows: bool = True) -> float:
+        """Return the next wait, seconds, from ``floor_s`` on.
+
+        Args:
+            floor_s: Shortest wait, seconds.
+            grows: Whether this failure makes the waits longer; else it is a short one: another
+                broker of the list is still to be tried.
+        """
+        jitter_s = full_jitter(self._tries if grows else 0, self._base_s, self._cap_s, self._rng)
+        self._tries += grows
         return max(floor_s, min(floor_s + jitter_s, self._cap_s))

@@ -162,6 +162,18 @@ class Session(Protocol):
         """As leaving the context; idempotent."""
         ...
 
+    async def rest(self) -> None:
+        """Send what waits, say goodbye (no last will) and stay away until ``wake``; bounded.
+
+        Meanwhile the session is as one whose broker is down. What is kept for it at the broker is
+        what the broker keeps for its kind of session: nothing where it is ``clean``.
+        """
+        ...
+
+    def wake(self) -> None:
+        """Connect again after ``rest``; nothing when it does not rest."""
+        ...
+
     async def wait(self) -> None:
         """Return when stopped; raise when the session cannot go on.
 

@@ -27,6 +27,7 @@ from broker.session.base import (
     Subscription,
 )
 from broker.session.births import BirthBook
+from broker.session.grants import Grants
 from broker.session.inbox import SubscriptionTable
 from broker.session.link import Link, LinkEvents
 from broker.session.outbox import Outbox, Outgoing, check_topic
@@ -67,6 +68,7 @@ class SessionCore(Service, ABC):
         )
         self._stats = SessionStats()
         self._table = SubscriptionTable(stats=self._stats)
+        self._grants = Grants(table=self._table, client_id=settings.client_id)
         self._outbox = Outbox(limit=settings.outbox_limit, window=settings.window)
         self._births = BirthBook(stats=self._stats)
         self._listeners: dict[ConnectionListener, None] = {}
@@ -79,6 +81,8 @@ class SessionCore(Service, ABC):
         self._trouble = ""
         self._fatal: FoamError | None = None
         self._change = asyncio.Event()
+        self._awake = asyncio.Event()
+        self._awake.set()
         self._drained = asyncio.Event()
         self._log = _log.bind(client_id=settings.client_id)
 
@@ -173,7 +177,9 @@ class SessionCore(Service, ABC):
         if link is None or not self._ready:
             return subscription
         try:
-            granted = await link.subscribe([(topic_filter, self._table.filters()[topic_filter])])
+            granted = await self._grants.subscribe(
+                link, topic_filter, doubted=self._is_one_of_many()
+            )
         except asyncio.CancelledError:
             self._table.remove(subscription)
             raise
@@ -182,7 +188,7 @@ class SessionCore(Service, ABC):
                 self._log.warning("session.subscribe_failed", reason=error.message)
                 link.abort()
             return subscription
-        if not granted[0]:
+        if not granted:
             self._table.remove(subscription)
             raise AccessDenied(
                 f"the broker refuses {self.client_id} the subscription {topic_filter}",
@@ -193,6 +199,8 @@ class SessionCore(Service, ABC):
     async def unsubscribe(self, subscription: Subscription) -> None:
         """End a subscription; see ``Session.unsubscribe``."""
         last = self._table.remove(subscription)
+        if last:
+            self._grants.forget(subscription.topic_filter)
         link = self._link
         if not last or link is None:
             return
@@ -225,6 +233,19 @@ class SessionCore(Service, ABC):
 
         return remove
 
+    async def rest(self) -> None:
+        """Say goodbye and stay away until ``wake``; see ``Session.rest``."""
+        if not self._awake.is_set() or self._closing:
+            return
+        await self._flush()
+        self._awake.clear()
+        if self._link is not None:
+            await self._link.close()
+
+    def wake(self) -> None:
+        """Connect again after ``rest``; see ``Session.wake``."""
+        self._awake.set()
+
     async def abort(self) -> None:
         """End at once and without a goodbye: nothing is flushed, the last will is published."""
         self._closing = True
@@ -241,6 +262,17 @@ class SessionCore(Service, ABC):
             AccessDenied: It will not: the broker knows us and refuses.
             ConfigurationError: It cannot work with these settings.
         """
+
+    def _link_ended(self, reason: str, *, had_lasted: bool) -> None:
+        """Hear why the connection ended, before the next try."""
+
+    def _is_one_of_many(self) -> bool:
+        """Tell whether the broker is a cluster."""
+        return False
+
+    def _round_is_over(self) -> bool:
+        """Tell whether every broker was tried: only then pauses grow."""
+        return True
 
     async def _pause(self, delay_s: float) -> None:
         """Wait between two tries."""
@@ -280,15 +312,28 @@ class SessionCore(Service, ABC):
         loop = asyncio.get_running_loop()
         while not self._is_closing():
             floor_s = _FIRST_RETRY_FLOOR_S
+            await self._awake.wait()
             try:
                 link = await self._connect()
+                if not self._awake.is_set():  # sent to rest meanwhile
+                    await link.close()
+                    continue
                 since = loop.time()
                 floor_s = self._settings.reconnect_floor_s
-                reason = await self._run_link(link)
+                try:
+                    reason = await self._run_link(link)
+                except BrokerUnavailable as error:
+                    self._link_ended(error.message, had_lasted=False)
+                    raise
                 if self._is_closing():
                     return
-                if loop.time() - since > _SETTLED_S:
+                if not self._awake.is_set():
+                    self._log.info("session.resting")
+                    continue
+                had_lasted = loop.time() - since > _SETTLED_S
+                if had_lasted:
                     self._backoff.reset()
+                self._link_ended(reason, had_lasted=had_lasted)
                 self._log.warning("session.lost", reason=reason, **link.description)
             except BrokerUnavailable as error:
                 if not error.retryable:
@@ -303,7 +348,8 @@ class SessionCore(Service, ABC):
                 self._log.error("session.refused", reason=error.message)
                 self._give_up(error)
                 raise
-            await self._pause(self._backoff.next_s(floor_s=floor_s))
+            grows = self._round_is_over()
+            await self._pause(self._backoff.next_s(floor_s=floor_s, grows=grows))
 
     def _is_closing(self) -> bool:
         return self._closing
@@ -312,7 +358,7 @@ class SessionCore(Service, ABC):
         self._link = link
         try:
             self._outbox.window = min(self._settings.window, link.window)
-            await self._restore(link)
+            await self._grants.restore(link)
             self._stats.connects += 1
             self._log.info("session.connected", **link.description)
             self._outbox.put_first(self._births.make(self._births))
@@ -327,16 +373,6 @@ class SessionCore(Service, ABC):
             if self._ready:
                 self._set_ready(False)
 
-    async def _restore(self, link: Link) -> None:
-        asked: dict[str, int] = {}
-        while missing := [
-            (name, qos) for name, qos in self._table.filters().items() if asked.get(name) != qos
-        ]:
-            asked.update(missing)
-            for (name, _), granted in zip(missing, await link.subscribe(missing), strict=True):
-                if not granted:
-                    self._log.error("session.subscription_refused", topic_filter=name)
-
     async def _watch(self, link: Link) -> str:
         limit_s = self._settings.ack_timeout_s
         while True:
@@ -345,8 +381,10 @@ class SessionCore(Service, ABC):
                     return await link.lost()
             except TimeoutError:
                 oldest = self._outbox.oldest_sent_at
-                if oldest is not None and asyncio.get_running_loop().time() - oldest > limit_s:
+                now = asyncio.get_running_loop().time()
+                if oldest is not None and now - oldest > limit_s:
                     return f"no confirmation for {limit_s:g} s"
+                await self._grants.ask_again(link)
 
     def _set_ready(self, ready: bool) -> None:
         self._ready = ready

@@ -21,6 +21,7 @@ TCP_NODELAY is set: without it a QoS 1 round trip takes 44 to 96 ms instead of 0
 """
 
 import asyncio
+import contextlib
 import random
 import socket
 import ssl
@@ -40,7 +41,9 @@ from broker.session.base import Message, Will, WillFactory
 from broker.session.core import SessionCore
 from broker.session.link import LinkEvents
 from broker.session.outbox import Outgoing
+from broker.session.ring import BrokerRing, BrokerStanding
 from broker.session.settings import BrokerUrl, SessionSettings, Version
+from broker.session.versions import VersionChoice, VersionRefused
 from broker.session.websocket import WebSocket
 from broker.tls import (
     client_context,
@@ -83,10 +86,6 @@ _PROTOCOLS: Final[dict[Version, aiomqtt.ProtocolVersion]] = {
     "5": aiomqtt.ProtocolVersion.V5,
 }
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
-
-
-class _VersionRefused(BrokerUnavailable):
-    """The broker does not speak this version of MQTT, or gave a CONNECT of it no answer."""
 
 
 class MqttLink:
@@ -219,8 +218,11 @@ class MqttLink:
     async def lost(self) -> str:
         """Wait for the end of the connection.
 
-        The iterator yields nothing, for messages take the other way; it raises at the end.
+        The iterator yields nothing, for messages take the other way; it raises at the end. Of an
+        end that came right behind the CONNACK it knows nothing: ``aiomqtt`` forgets that one.
         """
+        if self._over:
+            return "closed as soon as it was accepted"
         try:
             async for _ in self._client.messages:
                 pass
@@ -278,6 +280,7 @@ class MqttLink:
                 sock.close()
                 return
             self._socket = sock.raw if isinstance(sock, WebSocket) else sock
+            self._loop.call_soon_threadsafe(self._free_descriptor, sock.fileno())
             if opened is not None:
                 opened(client, userdata, sock)
 
@@ -306,6 +309,16 @@ class MqttLink:
         paho.on_disconnect = on_disconnect
         paho.on_message = self._on_message
         paho.on_publish = self._on_publish
+
+    def _free_descriptor(self, number: int) -> None:
+        """Make the loop forget an earlier socket of this number before it watches the new one.
+
+        A connection that breaks while paho still makes it, in its thread, is closed there, and the
+        loop may have gone to watch it after that. It then failed to watch the next one.
+        """
+        for forget in (self._loop.remove_reader, self._loop.remove_writer):
+            with contextlib.suppress(OSError, RuntimeError):
+                forget(number)
 
     def _open_websocket(self, connect: Callable[[], Any], path: str) -> None:
         """Have paho use our WebSocket over the connection that it makes, in its thread."""
@@ -402,7 +415,7 @@ class MqttLink:
             kind = AccessDenied if says_revoked(self._socket) else BrokerUnavailable
             return kind(f"{self._url}: {trouble}")
         if not self._over:
-            return _VersionRefused(
+            return VersionRefused(
                 f"{self._url} gave no answer in {limit_s:g} s to MQTT {self._version}",
                 said_so=False,
             )
@@ -410,7 +423,7 @@ class MqttLink:
         if not hint and self._url.path is None:
             want = "wss://" if self._url.tls else "mqtts:// or ws://"
             hint = f": does the port want {want}?"
-        return _VersionRefused(
+        return VersionRefused(
             f"{self._url} closed the connection to MQTT {self._version}{hint}", said_so=False
         )
 
@@ -429,7 +442,7 @@ class MqttLink:
     def _refusal(self, error: MqttConnectError) -> FoamError:
         value = _value(error.rc)
         if value == _UNSUPPORTED_VERSION:
-            return _VersionRefused(f"{self._url} does not speak MQTT {self._version}", said_so=True)
+            return VersionRefused(f"{self._url} does not speak MQTT {self._version}", said_so=True)
         kind = _FATAL.get(value, BrokerUnavailable)
         who = self._client.identifier
         hint = ""
@@ -457,54 +470,48 @@ class MqttSession(SessionCore):
         rng: random.Random | None = None,
     ) -> None:
         super().__init__(settings=settings, rng=rng)
-        self._urls = tuple(BrokerUrl.parse(url) for url in settings.urls)
-        self._tries = 0
-        self._versions: dict[BrokerUrl, Version] = {}
+        self._ring = BrokerRing(settings.brokers)
+        self._versions = VersionChoice(settings=settings, open_link=self._open)
         self._make_will: Callable[[], Will | None] = will if callable(will) else lambda: will
 
-    async def _connect(self) -> MqttLink:
-        url = self._urls[self._tries % len(self._urls)]
-        self._tries += 1
-        wanted = self._settings.version
-        if wanted != "auto":
-            try:
-                return await self._open(url, wanted, self._settings.connect_timeout_s)
-            except _VersionRefused as error:
-                if error.detail["said_so"]:
-                    raise ConfigurationError(f'{error.message}: set version to "auto"') from error
-                raise
-        known = self._versions.get(url)
-        if known is None:
-            return await self._probe(url)
-        try:
-            return await self._open(url, known, self._settings.connect_timeout_s)
-        except _VersionRefused:
-            del self._versions[url]  # perhaps another broker by now: probe again next time
-            raise
+    @property
+    def brokers(self) -> tuple[BrokerStanding, ...]:
+        """What is known of each broker of the list."""
+        return self._ring.standings
 
-    async def _probe(self, url: BrokerUrl) -> MqttLink:
-        limit_s = self._settings.connect_timeout_s
-        version: Version = "5"
+    async def _connect(self) -> MqttLink:
+        url = self._ring.next()
         try:
-            link = await self._open(url, version, min(limit_s, self._settings.probe_timeout_s))
-        except _VersionRefused as error:
-            _log.info("session.version_fallback", broker=str(url), reason=error.message)
-            version = "3.1.1"
-            link = await self._open(url, version, limit_s)
-        self._versions[url] = version
+            link = await self._versions.open(url)
+        except (AccessDenied, ConfigurationError, BrokerUnavailable) as error:
+            final = not error.retryable
+            self._ring.failed(error.message, refused=final)
+            if len(self._ring.standings) == 1 or (final and self._ring.all_refuse):
+                raise
+            raise BrokerUnavailable(self._ring.troubles()) from error
+        self._ring.connected()
         return link
+
+    def _link_ended(self, reason: str, *, had_lasted: bool) -> None:
+        self._ring.lost(reason, had_lasted=had_lasted)
+
+    def _is_one_of_many(self) -> bool:
+        return len(self._ring.standings) > 1
+
+    def _round_is_over(self) -> bool:
+        return self._ring.round_is_over
 
     async def _open(self, url: BrokerUrl, version: Version, limit_s: float) -> MqttLink:
         settings = self._settings
-        password = url.password or settings.password
+        username, password = settings.login_at(url)
         will = self._make_will()
         link = MqttLink(
             client=aiomqtt.Client(
                 url.host,
                 url.port,
                 identifier=settings.client_id,
-                username=url.username or settings.username,
-                password=None if password is None else password.get_secret_value(),
+                username=username,
+                password=password,
                 protocol=_PROTOCOLS[version],
                 will=None
                 if will is None
@@ -538,7 +545,7 @@ class MqttSession(SessionCore):
         return await asyncio.to_thread(client_context, self._settings.tls)
 
     def _broker_names(self) -> str:
-        return ", ".join(str(url) for url in self._urls)
+        return ", ".join(one.url for one in self._ring.standings)
 
 
 def _value(code: object) -> int:

@@ -1,7 +1,7 @@
 """Settings of an MQTT session."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Final, Literal
 from urllib.parse import unquote, urlsplit
 
@@ -85,6 +85,11 @@ class BrokerUrl:
         """
         return tuple(cls.parse(url.strip()) for url in _BETWEEN_URLS.split(text))
 
+    @property
+    def anonymous(self) -> "BrokerUrl":
+        """The same address without credentials."""
+        return replace(self, username=None, password=None)
+
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         scheme = "mqtt" if self.path is None else "ws"
@@ -95,7 +100,8 @@ class SessionSettings(BaseModel):
     """Settings of one session. Every duration is in seconds.
 
     Attributes:
-        urls: Brokers of one cluster, tried in turn; a user part overrides ``username``.
+        urls: Brokers of one cluster, tried in turn (``broker.session.ring``); what stands in the
+            user part of one overrides ``username`` and ``password`` there.
         client_id: Name of the session at the broker.
         username: Identity; the access rules go by it.
         password: Its secret.
@@ -125,7 +131,7 @@ class SessionSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    urls: Annotated[tuple[str, ...], Field(min_length=1)]
+    urls: Annotated[tuple[str | BrokerUrl, ...], Field(min_length=1)]
     client_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
     username: str | None = None
     password: SecretStr | None = None
@@ -150,16 +156,35 @@ class SessionSettings(BaseModel):
 
     @field_validator("urls")
     @classmethod
-    def _readable(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+    def _readable(cls, urls: tuple[str | BrokerUrl, ...]) -> tuple[str | BrokerUrl, ...]:
         for url in urls:
             try:
-                BrokerUrl.parse(url)
+                _parsed(url)
             except ConfigurationError as error:
                 raise ValueError(error.message) from error
         return urls
+
+    @property
+    def brokers(self) -> tuple[BrokerUrl, ...]:
+        """The brokers, taken apart."""
+        return tuple(map(_parsed, self.urls))
+
+    def login_at(self, url: BrokerUrl) -> tuple[str | None, str | None]:
+        """Return user name and password in clear for one broker.
+
+        A URL with a user brings the password, too, or none: that of another user is not for it.
+        """
+        username, secret = self.username, self.password
+        if url.username is not None:
+            username, secret = url.username, url.password
+        return username, None if secret is None else secret.get_secret_value()
 
     @model_validator(mode="after")
     def _password_has_owner(self) -> "SessionSettings":
         if self.password is not None and self.username is None:
             raise ValueError("a password needs a username (MQTT 3.1.1 section 3.1.2.9)")
         return self
+
+
+def _parsed(url: str | BrokerUrl) -> BrokerUrl:
+    return url if isinstance(url, BrokerUrl) else BrokerUrl.parse(url)

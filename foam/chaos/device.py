@@ -78,6 +78,10 @@ class DeviceClient:
         """Take a task back."""
         self._post(TopicKind.CANCEL, json.dumps({"task": task}).encode())
 
+    def resume(self, task: str, from_seq: int = 0) -> None:
+        """Ask to hear a task again, from a number on."""
+        self._post(TopicKind.RESUME, json.dumps({"task": task, "from_seq": from_seq}).encode())
+
     async def nag(self) -> None:
         """Ask for what should have come, until cancelled."""
         while True:
@@ -102,7 +106,7 @@ class DeviceClient:
 
     def _resume(self, task: str, next_seq: int, now: int) -> None:
         self._resumed_at[task] = now
-        self._post(TopicKind.RESUME, json.dumps({"task": task, "from_seq": next_seq}).encode())
+        self.resume(task, next_seq)
 
     def _post(self, kind: TopicKind, payload: bytes) -> None:
         try:

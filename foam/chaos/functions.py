@@ -1,11 +1,12 @@
 """Functions whose answers are known beforehand: what a node runs while its mesh is being broken.
 
-``foam node`` runs this file; the judge and the simulator compute the same answers.
+``foam node`` runs this file; the judge and the simulator compute the same answers. They wait rather
+than work, and one process of each serves many calls, so that a small machine can run a large mesh.
 """
 
+import asyncio
 import hashlib
-import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 from node_agent.functions import function
@@ -30,34 +31,40 @@ def answer_of(name: str, key: str, pieces: int) -> tuple[tuple[Any, ...], Any]:
     return words, "".join(words)
 
 
-def _told(name: str, key: str, pieces: int, ms: float, fails: bool) -> Iterator[Any]:
+async def _told(name: str, key: str, pieces: int, ms: float, fails: bool) -> AsyncIterator[Any]:
     known, _ = answer_of(name, key, pieces)
     for number, piece in enumerate(known):
         if fails and 2 * number >= pieces:
             break
-        time.sleep(ms / 1000 / pieces)
+        await asyncio.sleep(ms / 1000 / pieces)
         yield piece
     if fails:
         raise RuntimeError("as it was asked to")
 
 
-@function(examples=["look up the figure of pump 7"], concurrency=4)
-def look_up(key: str, pieces: int = 0, ms: float = 0.0, fails: bool = False) -> dict[str, str]:
+@function(examples=["look up the figure of pump 7"], concurrency=8, idempotent=True)
+async def look_up(
+    key: str, pieces: int = 0, ms: float = 0.0, fails: bool = False
+) -> dict[str, str]:
     """Look a figure up and tell it at once."""
-    time.sleep(ms / 1000)
+    await asyncio.sleep(ms / 1000)
     if fails:
         raise RuntimeError("as it was asked to")
     output: dict[str, str] = answer_of("look_up", key, pieces)[1]
     return output
 
 
-@function(examples=["count the parts, one by one"], concurrency=4)
-def count(key: str, pieces: int, ms: float = 0.0, fails: bool = False) -> Iterator[dict[str, Any]]:
+@function(examples=["count the parts, one by one"], concurrency=8)
+async def count(
+    key: str, pieces: int, ms: float = 0.0, fails: bool = False
+) -> AsyncIterator[dict[str, Any]]:
     """Count, and tell every number as a value of its own."""
-    yield from _told("count", key, pieces, ms, fails)
+    async for piece in _told("count", key, pieces, ms, fails):
+        yield piece
 
 
-@function(examples=["recite the text word by word"], concurrency=4)
-def recite(key: str, pieces: int, ms: float = 0.0, fails: bool = False) -> Iterator[str]:
+@function(examples=["recite the text word by word"], concurrency=8, continues="skip")
+async def recite(key: str, pieces: int, ms: float = 0.0, fails: bool = False) -> AsyncIterator[str]:
     """Recite a text word by word."""
-    yield from _told("recite", key, pieces, ms, fails)
+    async for piece in _told("recite", key, pieces, ms, fails):
+        yield piece

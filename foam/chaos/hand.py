@@ -6,14 +6,15 @@ import resource
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from capability_schemas.errors import ConfigurationError
-from foam.chaos.mesh import BROKER, ChaosMesh, MeshPlan
+from foam.chaos.mesh import ChaosMesh, MeshPlan
 from foam.chaos.schedule import Fault, Kind
-from foam.mesh import REGISTRY_ID, ROUTER_ID
 
 __all__ = ["ChaosHand", "kinds_of"]
+
+_T = TypeVar("_T")
 
 _GROUP: Final = {"kill": signal.SIGKILL, "pause": signal.SIGSTOP}
 
@@ -24,22 +25,24 @@ def kinds_of(plan: MeshPlan) -> Mapping[str, Kind]:
     Args:
         plan: The mesh.
     """
-    nodes = plan.node_names
-    links = [*nodes, ROUTER_ID, REGISTRY_ID, *plan.device_names]
+    nodes, routers = plan.node_names, plan.router_names
+    registries, brokers = plan.registry_names, plan.broker_names
+    links = [*nodes, *routers, *registries, *plan.device_names]
     return {
         "kill_node": Kind(weight=4, targets=nodes),
-        "kill_router": Kind(weight=2, targets=[ROUTER_ID]),
-        "kill_registry": Kind(weight=1, targets=[REGISTRY_ID]),
-        "kill_broker": Kind(weight=1, targets=[BROKER]),
+        "kill_router": Kind(weight=2, targets=routers),
+        "kill_registry": Kind(weight=1, targets=registries),
+        "kill_broker": Kind(weight=1, targets=brokers),
         "pause_node": Kind(weight=2, targets=nodes, mean_ms=4_000),
-        "pause_router": Kind(weight=1, targets=[ROUTER_ID], mean_ms=2_000),
-        "pause_registry": Kind(weight=0.5, targets=[REGISTRY_ID], mean_ms=4_000),
-        "pause_broker": Kind(weight=0.5, targets=[BROKER], mean_ms=2_000),
+        "pause_router": Kind(weight=1, targets=routers, mean_ms=2_000),
+        "pause_registry": Kind(weight=0.5, targets=registries, mean_ms=4_000),
+        "pause_broker": Kind(weight=0.5, targets=brokers, mean_ms=2_000),
         "cut": Kind(weight=4, targets=links),
         "refuse": Kind(weight=2, targets=links, mean_ms=4_000),
         "stall": Kind(weight=2, targets=links, mean_ms=5_000),
         "slow": Kind(weight=2, targets=links, mean_ms=8_000, amounts=(0.05, 0.3)),
-        "fill_disk": Kind(weight=1, targets=[ROUTER_ID], mean_ms=4_000),
+        "twist": Kind(weight=2, targets=links, mean_ms=8_000),
+        "fill_disk": Kind(weight=1, targets=[*routers, *registries], mean_ms=4_000),
     }
 
 
@@ -88,28 +91,18 @@ class ChaosHand:
                 self._mesh.signal(member, signal.SIGCONT)
 
     async def _hurt_link(self, fault: Fault, lasts_s: float) -> None:
-        proxy = self._mesh.proxies[fault.target]
+        link = self._mesh.links[fault.target]
         match fault.kind:
             case "cut":
-                proxy.cut()
+                link.cut()
             case "refuse":
-                proxy.refuse()
-                try:
-                    await asyncio.sleep(lasts_s)
-                finally:
-                    proxy.accept()
+                await _for_a_while(link.refuse, True, False, lasts_s)
             case "stall":
-                proxy.stall()
-                try:
-                    await asyncio.sleep(lasts_s)
-                finally:
-                    proxy.flow()
+                await _for_a_while(link.stall, True, False, lasts_s)
+            case "twist":
+                await _for_a_while(link.twist, True, False, lasts_s)
             case "slow":
-                proxy.delay_s = fault.amount
-                try:
-                    await asyncio.sleep(lasts_s)
-                finally:
-                    proxy.delay_s = 0.0
+                await _for_a_while(link.slow, fault.amount, 0.0, lasts_s)
             case _:
                 raise ConfigurationError(f"no fault is called {fault.kind!r}")
 
@@ -120,12 +113,20 @@ class ChaosHand:
             return
         with contextlib.suppress(ProcessLookupError):
             _, hardest = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-            full_bytes = await asyncio.to_thread(_size, self._mesh.router_database)
+            full_bytes = await asyncio.to_thread(_size, self._mesh.database(member))
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (full_bytes, hardest))
             try:
                 await asyncio.sleep(lasts_s)
             finally:
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, (hardest, hardest))
+
+
+async def _for_a_while(turn: Callable[[_T], None], on: _T, off: _T, lasts_s: float) -> None:
+    turn(on)
+    try:
+        await asyncio.sleep(lasts_s)
+    finally:
+        turn(off)
 
 
 def _size(database: Path) -> int:

@@ -88,7 +88,8 @@ class _Case:
     end: dict[str, Any] | None = None
     ended_at: int | None = None
     last_at: int | None = None
-    longest_gap_ms: int = 0
+    left_at: int | None = None
+    gaps_ms: list[int] = field(default_factory=list)
 
     @property
     def refused(self) -> bool:
@@ -118,8 +119,9 @@ class Verdict:
         repeated: Events that arrived more than once, which is allowed.
         stale: Events of an attempt that another had replaced: a reader passes over them.
         moved: Tasks that more than one node had.
-        gaps_ms: For each task that was moved after something had been shown: the longest wait
-            between two events.
+        gaps_ms: For each time that another node went on with an answer of which something had been
+            shown: from the last word of the one to the next of the other.
+        accepted_ms: From sending to ``accepted``, for each accepted task.
         answer_ms: From sending to the end, for each finished task.
     """
 
@@ -132,6 +134,7 @@ class Verdict:
     stale: int
     moved: int
     gaps_ms: tuple[int, ...]
+    accepted_ms: tuple[int, ...]
     answer_ms: tuple[int, ...]
 
     @property
@@ -226,8 +229,7 @@ class Judge:
             case.accepted_at = case.accepted_at or at
         elif kind == "routed":
             case.routers.add(source)
-            case.routed.append((event["attempt"], event["node"]))
-            case.attempt = max(case.attempt, event["attempt"])
+            self._hear_route(case, event["attempt"], event["node"])
         elif kind == "chunk" or kind in _ENDS:
             stale = source not in case.routers and event.get("attempt", 1) < case.attempt
             if stale:
@@ -258,7 +260,14 @@ class Judge:
             repeated=self._repeated,
             stale=self._stale,
             moved=len(moved),
-            gaps_ms=tuple(sorted(case.longest_gap_ms for case in moved if case.chunks)),
+            gaps_ms=tuple(sorted(gap for case in moved for gap in case.gaps_ms)),
+            accepted_ms=tuple(
+                sorted(
+                    case.accepted_at - case.submitted_at
+                    for case in self._cases.values()
+                    if case.accepted_at is not None
+                )
+            ),
             answer_ms=tuple(sorted(_took(case) for case in finished)),
         )
 
@@ -268,6 +277,12 @@ class Judge:
         self._open[case.ask.client, case.ask.task] = None
 
     # ---- one event
+
+    def _hear_route(self, case: _Case, attempt: int, node: str) -> None:
+        if attempt > case.attempt and case.routed and case.routed[-1][1] != node:
+            case.left_at = case.last_at
+        case.routed.append((attempt, node))
+        case.attempt = max(case.attempt, attempt)
 
     def _hear_chunk(self, case: _Case, event: dict[str, Any], at: int) -> None:
         seq, attempt, data = event["seq"], event["attempt"], event["data"]
@@ -285,8 +300,7 @@ class Judge:
         case.chunks[seq] = data
         if case.end is not None and not _lacks(case):
             self._lacking.pop((case.ask.client, case.ask.task), None)
-        if case.last_at is not None:
-            case.longest_gap_ms = max(case.longest_gap_ms, at - case.last_at)
+        _go_on(case, at)
         case.last_at = at
         pieces = case.ask.pieces
         known = pieces is not None and data != "" and not isinstance(data, str)
@@ -307,8 +321,8 @@ class Judge:
         self._open.pop((case.ask.client, case.ask.task), None)
         if _lacks(case):
             self._lacking[case.ask.client, case.ask.task] = None
-        if case.last_at is not None:
-            case.longest_gap_ms = max(case.longest_gap_ms, at - case.last_at)
+        if event["event"] == "result":
+            _go_on(case, at)
         beyond = [seq for seq in case.chunks if seq >= event["seq"]]
         if beyond:
             self._breach("doubled", case, f"the end {event['seq']} after chunk {max(beyond)}", at)
@@ -353,6 +367,13 @@ class Judge:
 
 def _lacks(case: _Case) -> bool:
     return case.end is not None and case.next_seq < case.end["seq"]
+
+
+def _go_on(case: _Case, at: int) -> None:
+    """Note how long the client waited, if this is the first word of another node."""
+    if case.left_at is not None:
+        case.gaps_ms.append(at - case.left_at)
+        case.left_at = None
 
 
 def _took(case: _Case) -> int:

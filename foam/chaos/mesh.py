@@ -6,10 +6,12 @@ or slow.
 """
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +19,21 @@ from pathlib import Path
 from typing import Final
 
 from broker.access.policy import Role
+from broker.engine import free_port
 from broker.lifecycle import Service
+from broker.nats_cluster import ClusterPlan, ClusterServer
 from broker.session.mqtt import MqttSession
 from broker.session.settings import BrokerUrl, SessionSettings
-from capability_schemas.errors import FoamError
+from capability_schemas.errors import FoamError, InvalidTopic
 from capability_schemas.provenance import Signer
-from capability_schemas.topics import DEFAULT_SITE, Topics
+from capability_schemas.reply import Chunk
+from capability_schemas.topics import DEFAULT_SITE, TopicKind, Topics
 from foam.chaos.device import DeviceClient
 from foam.chaos.judge import Judge
-from foam.chaos.proxy import TcpProxy
+from foam.chaos.link import Link
+from foam.chaos.schedule import Words
+from foam.chaos.twist import Twist
 from foam.mesh import ADMIN_ID, REGISTRY_ID, ROUTER_ID, Identity, MeshFolder, MeshRecord, Person
-from foam.nodefile import NodeHead
 from foam.sdk.address import MeshAddress, find_mesh
 from foam.sdk.client import MeshClient
 from foam.settings import Settings, child_environment
@@ -37,9 +43,18 @@ __all__ = ["BROKER", "ChaosMesh", "MeshPlan"]
 
 BROKER: Final = "broker"
 _FUNCTIONS: Final = Path(__file__).resolve().parent / "functions.py"
+_WITH_MODEL: Final = _FUNCTIONS.with_name("node.toml")
+_ASKED: Final = (
+    "which pumps run?",
+    "list the state of all pumps",
+    "are the pumps in hall 2 on or off?",
+)
 _FOREVER: Final = RestartPolicy(base_s=0.5, cap_s=4.0, limit=1_000_000, settled_s=5.0)
 """As in ``foam up``, but without end: here things die on purpose."""
+_LOOPBACK: Final = "127.0.0.1"
 _POLL_S: Final = 0.2
+_DOUBLED: Final = 0.3
+"""Share of the messages delivered again on a link that is twisted."""
 _NODE_STOP_S: Final = 25.0
 
 
@@ -52,7 +67,12 @@ class MeshPlan:
         engine: Broker: ``embedded``, ``mosquitto`` or ``nats``.
         nodes: Nodes that run `foam.chaos.functions`.
         devices: Clients.
-        node_files: Further nodes.
+        routers: Routers that share the tasks.
+        registries: Registries, of which one leads.
+        brokers: Servers of the broker; several are a cluster of ``nats``.
+        model: Whether the nodes offer a language model, too.
+        twisted: Whether all deliveries are twisted from the beginning, each repeated at least once
+            (`foam.chaos.twist`).
         start_s: How long the mesh may take to start, seconds.
     """
 
@@ -60,8 +80,27 @@ class MeshPlan:
     engine: str
     nodes: int
     devices: int
-    node_files: Sequence[Path] = ()
+    routers: int = 1
+    registries: int = 1
+    brokers: int = 1
+    model: bool = False
+    twisted: bool = False
     start_s: float = 120.0
+
+    @property
+    def registry_names(self) -> list[str]:
+        """The registries, that of the mesh first."""
+        return [REGISTRY_ID, *(f"registry-{number}" for number in range(2, self.registries + 1))]
+
+    @property
+    def broker_names(self) -> list[str]:
+        """The servers of the broker."""
+        return [BROKER, *(f"{BROKER}-{number}" for number in range(2, self.brokers + 1))]
+
+    @property
+    def router_names(self) -> list[str]:
+        """The routers, that of the mesh first."""
+        return [ROUTER_ID, *(f"router-{number}" for number in range(2, self.routers + 1))]
 
     @property
     def node_names(self) -> list[str]:
@@ -85,8 +124,10 @@ class ChaosMesh(Service):
         notify: Told in one sentence what the supervisor does.
 
     Attributes:
-        proxies: The link of each member and device, by name.
+        links: The way of each member and device to the broker, by name.
         clients: The devices, by name.
+        words: What the language model answers while nobody disturbs it; empty without one.
+        twisted: How many messages of each kind were delivered out of order or again.
     """
 
     stop_timeout_s = 90.0
@@ -101,12 +142,15 @@ class ChaosMesh(Service):
         notify: Callable[[str], None],
     ) -> None:
         super().__init__(service_id="chaos")
-        self.proxies: dict[str, TcpProxy] = {}
+        self.links: dict[str, Link] = {}
         self.clients: dict[str, DeviceClient] = {}
+        self.words: list[Words] = []
+        self.twisted: Counter[TopicKind] = Counter()
         self._plan = plan
         self._judge = judge
         self._clock = clock
         self._seed = seed
+        self._topics = Topics()
         self._folder = MeshFolder(plan.data)
         self._supervisor = Supervisor(policy=_FOREVER, notify=notify)
         self._children: dict[str, Child] = {}
@@ -118,10 +162,11 @@ class ChaosMesh(Service):
         """The processes: broker, registry, router, nodes."""
         return list(self._children)
 
-    @property
-    def router_database(self) -> Path:
-        """The router's journal."""
-        return self._folder.router_database
+    def database(self, member: str) -> Path:
+        """Return the database of a router or the registry."""
+        if member in self._plan.registry_names:
+            return self._folder.registry_files(member)[0]
+        return self._folder.router_files(member)[0]
 
     def pid(self, member: str) -> int | None:
         """Return the process of a member, which leads a group; None while it has none."""
@@ -137,6 +182,18 @@ class ChaosMesh(Service):
         except ProcessLookupError:
             return False
         return True
+
+    async def add_link(self, name: str) -> str:
+        """Make a link to the broker, for one more client; returns its URL."""
+        twist = Twist(
+            chance=random.Random(f"{self._seed}/twist/{name}"),  # noqa: S311  # a test, no secret
+            note=self._on_twisted,
+            active=self._plan.twisted,
+            doubled=1.0 if self._plan.twisted else _DOUBLED,
+        )
+        link = self.links[name] = Link.of(self._url, twist=twist, turn=len(self.links))
+        await link.start()
+        return link.url
 
     def admin_session(self) -> MqttSession:
         """Make a session for an administrator, past all proxies."""
@@ -158,29 +215,40 @@ class ChaosMesh(Service):
 
     async def _bring_up(self) -> None:
         await asyncio.to_thread(self._folder.prepare)
-        files = {str(NodeHead.read(path).id): path for path in self._plan.node_files}
-        files |= dict.fromkeys(self._plan.node_names, _FUNCTIONS)
-        await asyncio.to_thread(self._enroll, list(files))
+        plan = self._plan
+        file = str(_WITH_MODEL if plan.model else _FUNCTIONS)
+        await asyncio.to_thread(self._enroll)
         await self._supervisor.start()
-        broker = self._add(BROKER, self._broker_command, "")
-        facts = await broker.wait_ready()
-        self._url = str(facts["url"])
-        await asyncio.to_thread(self._write_record)
-        target = BrokerUrl.parse(self._url)
-        for name in (REGISTRY_ID, ROUTER_ID, *files, *self._plan.device_names):
-            proxy = self.proxies[name] = TcpProxy(host=target.host, port=target.port)
-            await proxy.start()
-        added = [
-            self._add(REGISTRY_ID, lambda _: self._command("registry"), self._link(REGISTRY_ID)),
-            self._add(ROUTER_ID, lambda _: self._command("router"), self._link(ROUTER_ID)),
+        if plan.brokers > 1:
+            await asyncio.to_thread(self._plan_cluster)
+        servers = [
+            self._add(name, partial(self._broker_command, seat), "")
+            for seat, name in enumerate(plan.broker_names, 1)
         ]
-        for name, path in files.items():
-            command = self._command("node", str(path), "--id", name)
-            added.append(self._add(name, partial(_fixed, command), self._link(name)))
+        self._url = ",".join([str((await server.wait_ready())["url"]) for server in servers])
+        await asyncio.to_thread(self._write_record)
+        for name in (*plan.registry_names, *plan.router_names, *plan.node_names):
+            await self.add_link(name)
+        for name in plan.device_names:
+            await self.add_link(name)
+        commands = {
+            **{name: ("registry", "--id", name) for name in plan.registry_names},
+            **{name: ("router", "--id", name) for name in plan.router_names},
+            **{name: ("node", file, "--id", name) for name in plan.node_names},
+        }
+        added = [
+            self._add(name, partial(_fixed, self._command(*arguments)), self._link(name))
+            for name, arguments in commands.items()
+        ]
         for child in added:
             await child.wait_ready()
-        await self._wait_served(len(files))
-        for name in self._plan.device_names:
+        async with MeshClient.at(
+            await asyncio.to_thread(self._admin_address), connect_timeout_s=None
+        ) as client:
+            await self._wait_served(client, plan.nodes)
+            if plan.model:
+                self.words = [await _learnt(client, text) for text in _ASKED]
+        for name in plan.device_names:
             await self._start_device(name)
 
     async def _on_stop(self) -> None:
@@ -191,15 +259,19 @@ class ChaosMesh(Service):
         await self._supervisor.stop()
 
     async def _on_stopped(self) -> None:
-        for proxy in self.proxies.values():
-            await proxy.stop()
+        for link in self.links.values():
+            await link.stop()
 
-    def _enroll(self, nodes: Sequence[str]) -> None:
+    def _on_twisted(self, topic: str) -> None:
+        with contextlib.suppress(InvalidTopic):
+            self.twisted[self._topics.parse(topic).kind] += 1
+
+    def _enroll(self) -> None:
         wanted = {
-            REGISTRY_ID: Role.REGISTRY,
-            ROUTER_ID: Role.ROUTER,
+            **dict.fromkeys(self._plan.registry_names, Role.REGISTRY),
+            **dict.fromkeys(self._plan.router_names, Role.ROUTER),
             ADMIN_ID: Role.ADMIN,
-            **dict.fromkeys(nodes, Role.NODE),
+            **dict.fromkeys(self._plan.node_names, Role.NODE),
             **dict.fromkeys(self._plan.device_names, Role.DEVICE),
         }
         for name, role in wanted.items():
@@ -226,38 +298,45 @@ class ChaosMesh(Service):
         )
         return child
 
-    def _broker_command(self, facts: Facts | None) -> Sequence[str]:
+    def _plan_cluster(self) -> None:
+        servers = tuple(
+            ClusterServer(name=f"foam-{seat}", host=_LOOPBACK, port=free_port(_LOOPBACK))
+            for seat in range(1, self._plan.brokers + 1)
+        )
+        ClusterPlan.of(servers).write(self._folder.cluster_plan)
+
+    def _broker_command(self, seat: int, facts: Facts | None) -> Sequence[str]:
         port = 0 if facts is None else BrokerUrl.parse(str(facts["url"])).port
-        return self._command("broker", "--engine", self._plan.engine, "--port", str(port))
+        seated = ("--seat", str(seat)) if self._plan.brokers > 1 else ()
+        engine = ("--engine", self._plan.engine, "--port", str(port))
+        return self._command("broker", *engine, *seated)
 
     def _command(self, *arguments: str) -> Sequence[str]:
         data = ("--data", str(self._folder.path), "--supervised")
         return (sys.executable, "-m", "foam", *arguments, *data)
 
     def _link(self, name: str) -> str:
-        return self.proxies[name].url
+        return self.links[name].url
 
     def _admin_address(self) -> MeshAddress:
         return find_mesh(Settings(data=self._folder.path), admin=True)
 
-    async def _wait_served(self, nodes: int) -> None:
-        address = await asyncio.to_thread(self._admin_address)
-        async with MeshClient.at(address, connect_timeout_s=None) as mesh:
-            while True:
-                try:
-                    live = {node for node, _ in await mesh.live_functions()}
-                except FoamError:
-                    live = set()
-                if len(live) == nodes:
-                    return
-                await asyncio.sleep(_POLL_S)
+    async def _wait_served(self, client: MeshClient, nodes: int) -> None:
+        while True:
+            try:
+                live = {node for node, _ in await client.live_functions()}
+            except FoamError:
+                live = set()
+            if len(live) == nodes:
+                return
+            await asyncio.sleep(_POLL_S)
 
     async def _start_device(self, name: str) -> None:
         session = self._session(self._folder.identity(name), self._link(name))
         client = self.clients[name] = DeviceClient(
             client=name,
             session=session,
-            topics=Topics(),
+            topics=self._topics,
             judge=self._judge,
             clock=self._clock,
             chance=random.Random(f"{self._seed}/{name}"),  # noqa: S311  # a test, no secret
@@ -271,7 +350,7 @@ class ChaosMesh(Service):
     def _session(self, identity: Identity, url: str) -> MqttSession:
         return MqttSession(
             settings=SessionSettings(
-                urls=(url,),
+                urls=BrokerUrl.parse_all(url),
                 client_id=f"{identity.id}-chaos",
                 username=identity.username,
                 password=identity.password,
@@ -281,3 +360,12 @@ class ChaosMesh(Service):
 
 def _fixed(command: Sequence[str], _facts: Facts | None) -> Sequence[str]:
     return command
+
+
+async def _learnt(client: MeshClient, text: str) -> Words:
+    """Ask the model, and keep its answer."""
+    function = "list"
+    handle = await client.submit(text, function=function)
+    shown = [str(event.data) async for event in handle if isinstance(event, Chunk)]
+    result = await handle.result()
+    return Words(text=text, function=function, shown="".join(shown), output=result.output)

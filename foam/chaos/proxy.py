@@ -18,6 +18,7 @@ import asyncio
 from typing import Final
 
 from broker.lifecycle import Service
+from foam.chaos.twist import Twist
 
 __all__ = ["TcpProxy"]
 
@@ -30,10 +31,12 @@ class TcpProxy(Service):
     Args:
         host: Where to forward to.
         port: Where to forward to.
+        twist: What may happen to the messages for the client, where the bytes are MQTT's.
     """
 
-    def __init__(self, *, host: str, port: int) -> None:
+    def __init__(self, *, host: str, port: int, twist: Twist | None = None) -> None:
         super().__init__(service_id=f"{host}:{port}")
+        self.twist = twist
         self._target = (host, port)
         self._writers: set[asyncio.StreamWriter] = set()
         self._flowing = asyncio.Event()
@@ -114,6 +117,9 @@ class TcpProxy(Service):
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, upstream: bool
     ) -> None:
+        twisted = None
+        if self.twist is not None and not upstream:
+            twisted = self.twist.connection(writer.write)
         try:
             while piece := await reader.read(_PIECE_BYTES):
                 await self._flowing.wait()
@@ -122,10 +128,16 @@ class TcpProxy(Service):
                 if upstream and self._budget is not None:
                     piece = piece[: self._budget]
                     self._budget -= len(piece)
-                writer.write(piece)
+                if twisted is None:
+                    writer.write(piece)
+                else:
+                    twisted.feed(piece)
                 await writer.drain()
                 if self._budget == 0:
                     self._budget = None
                     self.cut()
         except OSError:
             return
+        finally:
+            if twisted is not None:
+                twisted.end()

@@ -8,7 +8,7 @@ from typing import Any, Final
 from foam.chaos.functions import answer_of
 from foam.chaos.judge import Ask
 
-__all__ = ["Fault", "Kind", "Load", "draw_faults", "draw_load"]
+__all__ = ["Fault", "Kind", "Load", "Words", "draw_faults", "draw_load"]
 
 _LONGEST_MS: Final = 60_000
 _SHORTEST_MS: Final = 200
@@ -104,6 +104,23 @@ class Load:
     repeated_at_ms: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Words:
+    """A task in words for a language model that answers the same whenever it is asked.
+
+    Attributes:
+        text: What is asked.
+        function: Who answers it.
+        shown: The text that it shows.
+        output: Its output.
+    """
+
+    text: str
+    function: str
+    shown: str
+    output: Any
+
+
 _FUNCTIONS: Final = {"look_up": 4, "count": 3, "recite": 3}
 _QUICK_MS: Final = 200
 _STREAM_MS: Final = 2_000
@@ -112,6 +129,9 @@ _CANCELLED: Final = 0.04
 _REPEATED: Final = 0.08
 _FAILING: Final = 0.04
 _UNSTREAMED: Final = 0.1
+_WORDED: Final = 0.1
+_NAMED: Final = 0.5
+"""Share of the tasks in words that say which function is meant."""
 
 
 def draw_load(
@@ -120,8 +140,9 @@ def draw_load(
     seed: str,
     span_ms: int,
     count: int,
-    worded: Sequence[str] = (),
-    worded_share: float = 0.1,
+    words: Sequence[Words] = (),
+    pace: float = 1.0,
+    name: str = "t",
 ) -> list[Load]:
     """Draw tasks for `foam.chaos.functions`, in the order in which they are sent.
 
@@ -130,18 +151,18 @@ def draw_load(
         seed: The same seed draws the same.
         span_ms: Time in which they are sent, milliseconds.
         count: How many.
-        worded: Tasks in words for a language model, whose answers are not known; none when empty.
-        worded_share: Their share, 0 to 1.
+        words: Tasks in words, of which a tenth of the load is made, if there are any.
+        pace: How long they take, compared with the usual 2 s of a stream.
+        name: What their ids begin with.
     """
     chance = random.Random(f"{seed}/load")  # noqa: S311  # a test, no secret
     loads = []
     for number in range(1, count + 1):
-        client, task = chance.choice(clients), f"t-{number}"
-        in_words = chance.random() < worded_share and bool(worded)
+        client, task = chance.choice(clients), f"{name}-{number}"
         ask, body = (
-            _in_words(client, task, chance.choice(worded))
-            if in_words
-            else _computed(client, task, chance)
+            _in_words(client, task, chance.choice(words), named=chance.random() < _NAMED)
+            if chance.random() < _WORDED and words
+            else _computed(client, task, chance, pace)
         )
         at_ms = round(chance.uniform(0, span_ms))
         later_ms = at_ms + round(chance.expovariate(1 / 1_000))
@@ -157,18 +178,28 @@ def draw_load(
     return sorted(loads, key=lambda load: load.at_ms)
 
 
-def _in_words(client: str, task: str, text: str) -> tuple[Ask, dict[str, Any]]:
-    ask = Ask(client=client, task=task, function="", timeout_ms=30_000)
-    return ask, {"id": task, "text": text, "timeout_ms": ask.timeout_ms}
+def _in_words(client: str, task: str, words: Words, *, named: bool) -> tuple[Ask, dict[str, Any]]:
+    ask = Ask(
+        client=client,
+        task=task,
+        function=words.function,
+        pieces=(words.shown,),
+        output=words.output,
+        timeout_ms=30_000,
+    )
+    body = {"id": task, "text": words.text, "timeout_ms": ask.timeout_ms}
+    return ask, body | ({"function": words.function} if named else {})
 
 
-def _computed(client: str, task: str, chance: random.Random) -> tuple[Ask, dict[str, Any]]:
+def _computed(
+    client: str, task: str, chance: random.Random, pace: float
+) -> tuple[Ask, dict[str, Any]]:
     function = chance.choices(list(_FUNCTIONS), list(_FUNCTIONS.values()))[0]
     mean_ms = _QUICK_MS if function == "look_up" else _STREAM_MS
     request: dict[str, Any] = {
         "key": task,
         "pieces": 0 if function == "look_up" else chance.randint(1, 30),
-        "ms": round(min(_SLOWEST_MS, chance.expovariate(1 / mean_ms))),
+        "ms": round(pace * min(_SLOWEST_MS, chance.expovariate(1 / mean_ms))),
         "fails": chance.random() < _FAILING,
     }
     timeout_ms, streams = chance.choice([5_000, 30_000, 60_000]), chance.random() >= _UNSTREAMED

@@ -1,4 +1,4 @@
-"""``foam admin``: orders to the router; ``foam quotas``: what clients may have, and use."""
+"""``foam admin``: orders to the router; ``foam quotas``, ``foam waiting``: clients and tasks."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from foam.cli.connection import connected
 from foam.cli.look import JsonOption, new_table, print_rich, show
 from foam.settings import Settings
 
-__all__ = ["admin", "quotas"]
+__all__ = ["admin", "quotas", "waiting"]
 
 admin = typer.Typer(
     help="Steer the mesh: nodes, stats, task, reputation, encoder.",
@@ -122,6 +122,9 @@ def encoder(
     show(settings, "encoder", _draw, target=target, **args)
 
 
+_SHOWN: Final = 5
+
+
 def _limit(name: str, value: float | None) -> str:
     if value is None:
         return ""
@@ -174,3 +177,39 @@ def quotas(
     """
     args: dict[str, Any] = {} if client is None else {"client": client}
     show(settings, "quotas", _draw_quotas, target=target, as_json=as_json, **args)
+
+
+def _draw_waiting(answer: dict[str, Any]) -> None:
+    table = new_table("function", "waiting", "longest", "leave/s", "priorities", "clients")
+    for row in answer["functions"]:
+        table.add_row(
+            row["function"],
+            str(row["waiting"]),
+            f"{row['longest_ms'] / 1000:.1f} s",
+            f"{row['leave_per_s']:g}",
+            _counts(row["priorities"]),
+            _counts(row["clients"]),
+        )
+    print_rich(table)
+    share = answer["bytes"] / max(1, answer["limit_bytes"])
+    sys.stderr.write(
+        f"{answer['waiting']} of {answer['limit']} tasks wait, {share:.0%} of the bytes\n"
+    )
+
+
+def _counts(counted: dict[str, int]) -> str:
+    shown = [f"{name}: {count}" for name, count in list(counted.items())[:_SHOWN]]
+    more = len(counted) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+@app.command(epilog=CODES_EPILOG)
+@connected()
+def waiting(
+    settings: Settings,
+    *,
+    target: TargetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show which accepted tasks wait for a node with room: by function, priority and client."""
+    show(settings, "waiting", _draw_waiting, target=target, as_json=as_json)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from broker.replies import AnswerText
 from capability_schemas.errors import FoamError, InvalidTask, TaskCancelled
 from capability_schemas.reply import Chunk, ErrorEvent, Result, Routed, Step
 from foam.cli.app import app, complain, drop_output, run_async
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from broker.lifecycle import ProcessEnd
     from capability_schemas.reply import ReplyEvent
     from foam.sdk.client import TaskHandle
+    from foam.sdk.direct import Direct
 
 __all__ = ["EventPrinter", "ask", "read_json_option", "read_numbers"]
 
@@ -98,6 +100,7 @@ class EventPrinter:
         self._quiet = quiet
         self._text_open = False
         self._shown = False
+        self._answer = AnswerText()
 
     def show(self, event: "ReplyEvent") -> None:
         """Show one event."""
@@ -106,11 +109,8 @@ class EventPrinter:
             sys.stdout.flush()
             return
         match event:
-            case Chunk(data=str() as text):
-                sys.stdout.write(text)
-                sys.stdout.flush()
-                self._text_open = not text.endswith("\n")
-                self._shown = True
+            case Chunk(data=str()):
+                self._say_text(self._answer.add(event))
             case Chunk(data=data):
                 self._say_json(data)
             case Routed():
@@ -131,12 +131,23 @@ class EventPrinter:
             case _:
                 pass
 
+    def show_direct(self, direct: "Direct") -> None:
+        """Say that a node was asked itself, and what nobody sees to then."""
+        self._close_text()
+        self._note(str(direct))
+
+    def show_wait(self, why: str) -> None:
+        """Say what the task waits for."""
+        self._note(why)
+
     def _close(self, event: Result) -> None:
-        if not self._shown:
-            if isinstance(event.output, str):
-                sys.stdout.write(event.output.rstrip("\n") + "\n")
-            else:
-                self._say_json(event.output)
+        if self._shown:
+            if self._answer.begun:
+                self._say_text(self._answer.add(event))
+        elif isinstance(event.output, str):
+            sys.stdout.write(event.output.rstrip("\n") + "\n")
+        else:
+            self._say_json(event.output)
         self._close_text()
         facts = []
         if event.timing is not None:
@@ -151,6 +162,13 @@ class EventPrinter:
             self._note("   " + ", ".join(facts))
         for line in _cascade_lines(event):
             self._note(line, dim=True)
+
+    def _say_text(self, text: str) -> None:
+        if text:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            self._text_open = not text.endswith("\n")
+            self._shown = True
 
     def _say_json(self, data: Any) -> None:
         self._close_text()
@@ -216,8 +234,12 @@ def _short(value: Any) -> str:
 
 async def _follow(handle: "TaskHandle", printer: EventPrinter) -> FoamError | None:
     failure: FoamError | None = None
+    told: Direct | None = None
     try:
         async for event in handle:
+            if handle.direct is not None and handle.direct != told:
+                told = handle.direct
+                printer.show_direct(told)
             printer.show(event)
             if isinstance(event, ErrorEvent):
                 failure = event.to_error()
@@ -236,12 +258,16 @@ async def _cancel_when_asked(handle: "TaskHandle", end: "ProcessEnd") -> None:
     await handle.cancel()
 
 
-async def _run(settings: Settings, *, printer: EventPrinter, task: dict[str, Any]) -> int:
+async def _run(
+    settings: Settings, *, printer: EventPrinter, task: dict[str, Any], direct: bool
+) -> int:
     from broker.lifecycle import ProcessEnd
     from foam.sdk.address import find_mesh
     from foam.sdk.client import MeshClient
 
-    async with ProcessEnd() as end, MeshClient.at(find_mesh(settings)) as mesh:
+    address = find_mesh(settings)
+    mesh = MeshClient.at(address, direct=direct, on_wait=printer.show_wait)
+    async with ProcessEnd() as end, mesh:
         handle = await mesh.submit(**task)
         async with asyncio.TaskGroup() as group:
             following = group.create_task(_follow(handle, printer), name="foam.cli.ask.follow")
@@ -318,6 +344,12 @@ def ask(
             "--verify", help="Take a result only with the signature of the node that it names."
         ),
     ] = False,
+    direct: Annotated[
+        bool,
+        typer.Option(
+            "--direct/--no-direct", help="Ask a node itself when every router is gone, or wait."
+        ),
+    ] = True,
     as_json: Annotated[
         bool, typer.Option("--json", help="Write every reply event as a JSON line.")
     ] = False,
@@ -341,4 +373,4 @@ def ask(
         "verify": verify,
     }
     printer = EventPrinter(as_json=as_json, quiet=quiet)
-    run_async(_run(settings, printer=printer, task=task))
+    run_async(_run(settings, printer=printer, task=task, direct=direct))

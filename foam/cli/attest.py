@@ -12,9 +12,9 @@ from capability_schemas.errors import ConfigurationError, Conflict
 from foam.cli.app import app, run_async
 from foam.cli.codes import CODES_EPILOG
 from foam.cli.connection import DataOption, client_settings, connected
-from foam.cli.look import JsonOption, ask_admin, new_table, print_rich
+from foam.cli.look import LEADING_REGISTRY, JsonOption, ask_admin, new_table, print_rich
 from foam.cli.look import show as ask
-from foam.mesh import REGISTRY_ID, MeshFolder
+from foam.mesh import MeshFolder
 from foam.settings import Settings
 
 __all__ = ["attest", "check", "reference", "show"]
@@ -52,7 +52,7 @@ def show(
             _draw_evidence(answer["nodes"][0].get("evidence") or {})
 
     args: dict[str, Any] = {} if node is None else {"node": node}
-    ask(settings, "attestation", draw, target=REGISTRY_ID, as_json=as_json, **args)
+    ask(settings, "attestation", draw, target=LEADING_REGISTRY, as_json=as_json, **args)
 
 
 def _draw_evidence(evidence: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ def reference(
 
     async def main() -> None:
         args: dict[str, Any] = {"node": node} if name is None else {"node": node, "name": name}
-        answer = await ask_admin(settings, "attestation_reference", target=REGISTRY_ID, **args)
+        answer = await ask_admin(settings, "attestation_reference", target=LEADING_REGISTRY, **args)
         text = str(answer["toml"])
         if add:
             _add(MeshFolder(settings.data).attestation_file, name or node, text)

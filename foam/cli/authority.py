@@ -9,9 +9,8 @@ import typer
 from foam.cli.app import app
 from foam.cli.codes import CODES_EPILOG
 from foam.cli.connection import connected
-from foam.cli.look import JsonOption, new_table, print_rich
+from foam.cli.look import LEADING_REGISTRY, JsonOption, new_table, print_rich
 from foam.cli.look import show as ask
-from foam.mesh import REGISTRY_ID
 from foam.settings import Settings
 
 __all__ = ["authority", "retire", "rotate", "show"]
@@ -75,7 +74,7 @@ def show(
 ) -> None:
     """Show the roots, and during a rotation who has not renewed yet."""
     draw = _write_pem if pem else _draw
-    ask(settings, "authority", draw, target=REGISTRY_ID, as_json=as_json)
+    ask(settings, "authority", draw, target=LEADING_REGISTRY, as_json=as_json)
 
 
 def _write_pem(answer: dict[str, Any]) -> None:
@@ -86,7 +85,7 @@ def _write_pem(answer: dict[str, Any]) -> None:
 @connected()
 def rotate(settings: Settings, *, as_json: JsonOption = False) -> None:
     """Make a new root. Both are trusted from now on, and running members renew by themselves."""
-    ask(settings, "authority_rotate", _draw, target=REGISTRY_ID, as_json=as_json)
+    ask(settings, "authority_rotate", _draw, target=LEADING_REGISTRY, as_json=as_json)
 
 
 @authority.command(epilog=CODES_EPILOG)
@@ -104,7 +103,7 @@ def retire(
         settings,
         "authority_retire",
         _draw,
-        target=REGISTRY_ID,
+        target=LEADING_REGISTRY,
         as_json=as_json,
         **({"force": True} if force else {}),
     )

@@ -3,6 +3,7 @@
 import json
 import sys
 import tempfile
+from collections.abc import Collection
 from contextlib import aclosing
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from foam.cli.look import JsonOption
 __all__ = ["chaos"]
 
 _TRACE_LINES = 40
+_SIMULATED_TASKS = 200
 
 
 @app.command(epilog=CODES_EPILOG)
@@ -35,9 +37,29 @@ def chaos(
         bool, typer.Option("--model/--no-model", help="Have a language model answer, too.")
     ] = True,
     rate: Annotated[float, typer.Option("--rate", help="Tasks sent each second.", min=0.1)] = 4.0,
+    tasks: Annotated[
+        int | None,
+        typer.Option("--tasks", help="Number of tasks, in place of a rate.", min=1),
+    ] = None,
+    pace: Annotated[
+        float,
+        typer.Option("--pace", help="How long tasks take, 1 as usual (2 s a stream).", min=0.0),
+    ] = 1.0,
     faults: Annotated[
         float, typer.Option("--faults", help="Faults each second; 0: none.", min=0.0)
     ] = 0.25,
+    only: Annotated[
+        str, typer.Option("--only", help="Kinds of faults: kill_node,cut …; all when not said.")
+    ] = "",
+    routers: Annotated[
+        int, typer.Option("--routers", help="Routers that share the tasks.", min=1)
+    ] = 1,
+    registries: Annotated[
+        int, typer.Option("--registries", help="Registries, of which one leads.", min=1)
+    ] = 1,
+    brokers: Annotated[
+        int, typer.Option("--brokers", help="Servers of the broker: 1, or 3 or 5 of nats.", min=1)
+    ] = 1,
     data: Annotated[
         Path | None,
         typer.Option("--data", help="Empty folder for the mesh and its logs; kept. Default: none."),
@@ -49,8 +71,6 @@ def chaos(
     seeds: Annotated[
         int, typer.Option("--seeds", help="Simulations, of one seed each from --seed on.", min=1)
     ] = 10,
-    tasks: Annotated[int, typer.Option("--tasks", help="Tasks of a simulation.", min=1)] = 200,
-    routers: Annotated[int, typer.Option("--routers", help="Routers of a simulation.", min=1)] = 1,
     jobs: Annotated[
         int | None, typer.Option("--jobs", help="Simulations at a time; all processors.", min=1)
     ] = None,
@@ -67,34 +87,60 @@ def chaos(
         arguments = {
             "nodes": nodes,
             "devices": devices,
-            "tasks": tasks,
+            "tasks": tasks or _SIMULATED_TASKS,
             "routers": routers,
             "seconds": max(1, round(60 * minutes)),
             "fault-rate": faults,
         }
         run_async(_simulate(range(seed, seed + seeds), arguments, jobs=jobs, as_json=as_json))
         return
+    from foam.chaos.hand import kinds_of
     from foam.chaos.mesh import MeshPlan
-    from foam.chaos.run import ChaosPlan
-    from foam.demo import PLANT_NODES
+    from foam.chaos.report import ChaosPlan
     from foam.up import choose_engine
 
-    engine, _ = choose_engine(broker)
+    engine, _ = choose_engine(broker, servers=brokers)
     with tempfile.TemporaryDirectory(prefix="foam-chaos-") as folder:
         mesh = MeshPlan(
             data=Path(folder) if data is None else data,
             engine=engine,
             nodes=nodes,
             devices=devices,
-            node_files=PLANT_NODES[:1] if model else (),
+            routers=routers,
+            registries=registries,
+            brokers=brokers,
+            model=model,
         )
         plan = ChaosPlan(
-            mesh=mesh, seed=seed, seconds=60 * minutes, task_rate=rate, fault_rate=faults
+            mesh=mesh,
+            seed=seed,
+            seconds=60 * minutes,
+            tasks=tasks or max(1, round(60 * minutes * rate)),
+            fault_rate=faults,
+            kinds=_known(only, kinds_of(mesh)),
+            pace=pace,
         )
         run_async(_break(plan, as_json=as_json))
 
 
+def _known(only: str, kinds: Collection[str]) -> tuple[str, ...]:
+    """Return the kinds of faults that were named.
+
+    Raises:
+        BadParameter: There is no such kind.
+    """
+    named = tuple(name.strip() for name in only.split(",") if name.strip())
+    unknown = [name for name in named if name not in kinds]
+    if unknown:
+        raise typer.BadParameter(
+            f"no fault is called {', '.join(unknown)}: there are {', '.join(kinds)}",
+            param_hint="--only",
+        )
+    return named
+
+
 async def _break(plan: Any, *, as_json: bool) -> int:
+    from foam.chaos.report import describe
     from foam.chaos.run import run_chaos
     from foam.logging import configure_logging
 
@@ -105,7 +151,7 @@ async def _break(plan: Any, *, as_json: bool) -> int:
     configure_logging("error", process="chaos", stream=sys.stderr)
     report = await run_chaos(plan, notify=say)
     summary = report.summary()
-    sys.stdout.write(json.dumps(summary) + "\n" if as_json else _table(summary))
+    sys.stdout.write(json.dumps(summary) + "\n" if as_json else describe(summary))
     return int(report.failed)
 
 
@@ -145,25 +191,3 @@ def _failure(report: Any, given: list[str]) -> str:
         *(f"    {line[:200]}" for line in report["trace"][-_TRACE_LINES:]),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _table(summary: dict[str, Any]) -> str:
-    """Return the report for people."""
-    lines = []
-    for name, value in summary.items():
-        if name == "breaches":
-            continue
-        shown = value
-        if isinstance(value, dict):
-            shown = ", ".join(f"{key} {_shown(part)}" for key, part in value.items()) or "none"
-        elif isinstance(value, list):
-            shown = "; ".join(map(str, value)) or "none"
-        lines.append(f"{name:<14} {shown}")
-    lines += [f"BROKEN {breach}" for breach in summary["breaches"]]
-    return "\n".join(lines) + "\n"
-
-
-def _shown(part: Any) -> str:
-    if isinstance(part, dict):
-        return "(" + ", ".join(f"{key} {value}" for key, value in part.items()) + ")"
-    return str(part)

@@ -12,9 +12,12 @@ from foam.logging import configure_logging
 from foam.settings import Settings, load_settings
 
 __all__ = [
+    "DataClassOption",
     "DataOption",
+    "GrantOption",
     "SiteOption",
     "TenantOption",
+    "ZoneOption",
     "client_settings",
     "connected",
     "process_settings",
@@ -31,6 +34,19 @@ TenantOption = Annotated[
     typer.Option(
         "--tenant",
         help="Whose the device or node is, apart from all others; * for a node that serves all.",
+    ),
+]
+ZoneOption = Annotated[
+    list[str] | None, typer.Option("--zone", help="Zone a node stands in; may be repeated.")
+]
+GrantOption = Annotated[
+    list[str] | None, typer.Option("--grant", help="Right a node holds; may be repeated.")
+]
+DataClassOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data-class",
+        help="Class of data a node may see: public, internal, private; all when not given.",
     ),
 ]
 SiteOption = Annotated[

@@ -13,7 +13,14 @@ from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.errors import AccessDenied, ConfigurationError, FoamError, NotFound
 from foam.cli.app import app, run_async
 from foam.cli.codes import CODES_EPILOG
-from foam.cli.connection import DataOption, TenantOption, client_settings
+from foam.cli.connection import (
+    DataClassOption,
+    DataOption,
+    GrantOption,
+    TenantOption,
+    ZoneOption,
+    client_settings,
+)
 
 if TYPE_CHECKING:
     from broker.access.policy import Role
@@ -23,6 +30,7 @@ __all__ = ["device"]
 
 _LIVE_TRIES: Final = 20
 _LIVE_PAUSE_S: Final = 0.25
+_CONNECT_S: Final = 3.0
 
 device = typer.Typer(
     help="Add, list and remove members of the mesh: devices, nodes, administrators.",
@@ -40,19 +48,9 @@ def add(
         str,
         typer.Option("--role", help="device, node, router, registry, admin, operator or observer."),
     ] = "device",
-    zone: Annotated[
-        list[str] | None, typer.Option("--zone", help="Zone a node stands in; may be repeated.")
-    ] = None,
-    grant: Annotated[
-        list[str] | None, typer.Option("--grant", help="Right a node holds; may be repeated.")
-    ] = None,
-    data_class: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data-class",
-            help="Class of data a node may see: public, internal, private; all when not given.",
-        ),
-    ] = None,
+    zone: ZoneOption = None,
+    grant: GrantOption = None,
+    data_class: DataClassOption = None,
     tenant: TenantOption = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder to copy the identity file and its key to.")
@@ -139,16 +137,18 @@ async def _report_live(folder: "MeshFolder", made: "Identity") -> None:
         return
     for _ in range(_LIVE_TRIES):
         try:
-            async with MeshClient.at(address, connect_timeout_s=_LIVE_PAUSE_S):
+            async with MeshClient.at(address, connect_timeout_s=_CONNECT_S):
                 sys.stderr.write(f"{made.id} may log on at {made.broker} now\n")
                 return
         except AccessDenied:
             await asyncio.sleep(_LIVE_PAUSE_S)
         except FoamError:
-            break
-    sys.stderr.write(
-        f"the broker {made.broker} does not run now; it will know {made.id} when it starts\n"
-    )
+            sys.stderr.write(
+                f"the broker {made.broker} does not run now; it will know {made.id} when it "
+                "starts\n"
+            )
+            return
+    sys.stderr.write(f"the broker {made.broker} does not let {made.id} in yet: see its log\n")
 
 
 @device.command("list", epilog=CODES_EPILOG)

@@ -14,9 +14,17 @@ from capability_schemas.ids import now_ms
 from foam.cli.admin import admin
 from foam.cli.app import app, run_async
 from foam.cli.codes import CODES_EPILOG
-from foam.cli.connection import DataOption, TenantOption, client_settings, connected
-from foam.cli.look import JsonOption, new_table, print_rich, show
-from foam.mesh import REGISTRY_ID, Identity, MeshFolder
+from foam.cli.connection import (
+    DataClassOption,
+    DataOption,
+    GrantOption,
+    TenantOption,
+    ZoneOption,
+    client_settings,
+    connected,
+)
+from foam.cli.look import LEADING_REGISTRY, JsonOption, new_table, print_rich, show
+from foam.mesh import Identity, MeshFolder
 from foam.settings import Settings
 
 __all__ = ["audit", "enroll", "token"]
@@ -59,19 +67,9 @@ def create(
         list[str] | None,
         typer.Option("--name", help="Identity it is good for; may be repeated. Default: any."),
     ] = None,
-    zone: Annotated[
-        list[str] | None, typer.Option("--zone", help="Zone a node stands in; may be repeated.")
-    ] = None,
-    grant: Annotated[
-        list[str] | None, typer.Option("--grant", help="Right a node holds; may be repeated.")
-    ] = None,
-    data_class: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data-class",
-            help="Class of data a node may see: public, internal, private; all when not given.",
-        ),
-    ] = None,
+    zone: ZoneOption = None,
+    grant: GrantOption = None,
+    data_class: DataClassOption = None,
     tenant: TenantOption = None,
     approve: Annotated[
         bool, typer.Option("--approve", help="An operator decides on each newcomer.")
@@ -101,7 +99,7 @@ def create(
         settings,
         "token_create",
         draw,
-        target=REGISTRY_ID,
+        target=LEADING_REGISTRY,
         as_json=as_json,
         role=role,
         ttl_ms=_token_life(ttl),
@@ -145,7 +143,7 @@ def list_tokens(settings: Settings, *, as_json: JsonOption = False) -> None:
             )
         print_rich(table)
 
-    show(settings, "tokens", draw, target=REGISTRY_ID, as_json=as_json)
+    show(settings, "tokens", draw, target=LEADING_REGISTRY, as_json=as_json)
 
 
 @token.command("revoke", epilog=CODES_EPILOG)
@@ -158,7 +156,7 @@ def revoke_token(
         settings,
         "token_revoke",
         _say_revoked,
-        target=REGISTRY_ID,
+        target=LEADING_REGISTRY,
         token=token_id,
     )
 
@@ -170,7 +168,12 @@ def revoke_token(
 def enroll(
     *,
     broker: Annotated[
-        str, typer.Option("--broker", help="Broker, mqtts://host:port (or wss://host:port/mqtt).")
+        str,
+        typer.Option(
+            "--broker",
+            help="Broker, mqtts://host:port (or wss://host:port/mqtt); several of one cluster, "
+            "separated by commas.",
+        ),
     ],
     identity: Annotated[str, typer.Option("--id", help="Identity wanted.")],
     token_file: Annotated[
@@ -292,7 +295,7 @@ def enrollments(settings: Settings, *, as_json: JsonOption = False) -> None:
             )
         print_rich(table)
 
-    show(settings, "enrollments", draw, target=REGISTRY_ID, as_json=as_json)
+    show(settings, "enrollments", draw, target=LEADING_REGISTRY, as_json=as_json)
 
 
 IdentityArgument = Annotated[str, typer.Argument(help="The identity.")]
@@ -302,7 +305,7 @@ IdentityArgument = Annotated[str, typer.Argument(help="The identity.")]
 @connected()
 def approve(settings: Settings, identity: IdentityArgument) -> None:
     """Let a newcomer in."""
-    show(settings, "approve", _say_decision, target=REGISTRY_ID, id=identity)
+    show(settings, "approve", _say_decision, target=LEADING_REGISTRY, id=identity)
 
 
 @admin.command(epilog=CODES_EPILOG)
@@ -315,7 +318,7 @@ def deny(
 ) -> None:
     """Keep a newcomer out."""
     args: dict[str, Any] = {"reason": reason} if reason else {}
-    show(settings, "deny", _say_decision, target=REGISTRY_ID, id=identity, **args)
+    show(settings, "deny", _say_decision, target=LEADING_REGISTRY, id=identity, **args)
 
 
 @admin.command(epilog=CODES_EPILOG)
@@ -337,7 +340,7 @@ def revoke(
         settings,
         "revoke",
         _say_revoked,
-        target=REGISTRY_ID,
+        target=LEADING_REGISTRY,
         id=identity,
         **({"force": True} if force else {}),
     )
@@ -396,21 +399,28 @@ def show_audit(
             )
         print_rich(table)
 
-    show(settings, "audit", draw, target=REGISTRY_ID, as_json=as_json, limit=limit, **args)
+    show(settings, "audit", draw, target=LEADING_REGISTRY, as_json=as_json, limit=limit, **args)
 
 
 @audit.command(epilog=CODES_EPILOG)
 def verify(*, data: DataOption = None) -> None:
-    """Check that nobody has touched the trail of the registry of this data folder."""
+    """Check that nobody has touched the trails of the registries of this data folder."""
     from registry.store.audit import verify_trail
 
     settings = client_settings(data=data)
     folder = MeshFolder(settings.data)
-    public = folder.signing_key(folder.identity(REGISTRY_ID)).public
-    found = verify_trail(folder.audit_trail, public)
-    if found.problem:
-        raise ConfigurationError(
-            f"the audit trail {folder.audit_trail} was touched: {found.problem}",
-            number=found.broken_at,
-        )
-    sys.stdout.write(f"{found.entries} entries, whole; the last one is {found.head}\n")
+    keys = folder.registry_keys()
+    if not keys:
+        raise ConfigurationError(f"there is no registry in {settings.data}: name its data folder")
+    trails = {name: folder.registry_files(name)[1] for name in keys}
+    # One that was never started has no trail; of the first one that would be a loss.
+    written = [name for name in keys if trails[name].exists()] or [min(keys)]
+    for name in written:
+        found = verify_trail(trails[name], keys[name].public)
+        if found.problem:
+            raise ConfigurationError(
+                f"the audit trail {trails[name]} was touched: {found.problem}",
+                number=found.broken_at,
+            )
+        of = f"{name}: " if len(written) > 1 else ""
+        sys.stdout.write(f"{of}{found.entries} entries, whole; the last one is {found.head}\n")

@@ -1,33 +1,47 @@
-"""Looking at a mesh: ``foam nodes``, ``foam functions``, ``foam routers``."""
+"""Looking at a mesh: ``foam nodes``, ``functions``, ``routers``, ``registries``."""
 
+import asyncio
 import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Final
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from capability_schemas.errors import NotFound
+from capability_schemas.errors import DeadlineExceeded, FoamError, NotFound
 from capability_schemas.topics import TopicKind
 from foam.cli.app import app, run_async
 from foam.cli.codes import CODES_EPILOG
 from foam.cli.connection import connected
+from foam.mesh import REGISTRY_ID
 from foam.settings import Settings
 
+if TYPE_CHECKING:
+    from foam.sdk.client import MeshClient
+
 __all__ = [
+    "LEADING_REGISTRY",
     "JsonOption",
     "ask_admin",
     "functions",
     "new_table",
     "nodes",
     "print_rich",
+    "registries",
     "routers",
     "show",
 ]
 
 _PIPE_COLUMNS: Final = 160
 """Width of tables that no terminal limits."""
+
+LEADING_REGISTRY: Final = "registry:leading"
+"""Asks the registry that leads; no identity has such a name."""
+
+_ATTEMPTS: Final = 8
+_AGAIN_S: Final = 0.5
 
 ANSWER_S: Final = 10.0
 """How long a router may take to answer, seconds."""
@@ -48,7 +62,8 @@ async def ask_admin(
     Args:
         settings: Which mesh.
         verb: What to do.
-        target: Who shall do it; the router when None.
+        target: Who shall do it; the router when None, and the registry that leads when it is
+            `LEADING_REGISTRY`.
         timeout_s: How long an answer may take, seconds.
         args: Arguments of the verb.
 
@@ -63,10 +78,30 @@ async def ask_admin(
     address.require(TopicKind.ADMIN)
     async with MeshClient.at(address) as mesh:
         try:
+            if target == LEADING_REGISTRY:
+                return await _ask_leader(mesh, verb, timeout_s=timeout_s, **args)
             return await mesh.admin_pages(verb, target=target, timeout_s=timeout_s, **args)
         except NotFound as error:
             # Its code on the wire is that of a task nobody can do, and nobody asked for that.
             raise NotFound(error.message, **error.detail) from error
+
+
+async def _ask_leader(
+    mesh: "MeshClient", verb: str, *, timeout_s: float, **args: Any
+) -> dict[str, Any]:
+    """Ask the registry that leads; another one, should that change in between."""
+    left = _ATTEMPTS
+    while True:
+        leader = await mesh.registries.leader() or REGISTRY_ID
+        left -= 1
+        try:
+            return await mesh.admin_pages(verb, target=leader, timeout_s=timeout_s, **args)
+        except (NotFound, DeadlineExceeded):
+            raise
+        except FoamError as error:  # it refused, and so nothing was done
+            if not (error.retryable and left):
+                raise
+        await asyncio.sleep(_AGAIN_S)
 
 
 def show(
@@ -128,8 +163,10 @@ def _draw_nodes(answer: dict[str, Any]) -> None:
         state = "cordoned" if row.get("cordoned") else str(row.get("state", ""))
         if row.get("revoked"):
             state = "revoked"
-        elif not row.get("live") and state == "birth":
-            state = "silent"
+        elif row.get("asleep"):
+            state = _asleep_until(row.get("wake_at"))
+        elif not row.get("live") and state in {"birth", "sleeping"}:
+            state = "silent" if state == "birth" else "did not wake"
         seen = row.get("seen_ms_ago")
         degraded = row.get("degraded", ())
         offered = [
@@ -160,6 +197,18 @@ def _draw_routers(answer: dict[str, Any]) -> None:
     print_rich(table)
 
 
+def _draw_registries(rows: list[dict[str, Any]]) -> None:
+    table = new_table("registry", "state", "term", "lets members in")
+    for row in rows:
+        state = "leads" if row["leads"] else "follows"
+        if row["state"] != "birth" or row["reason"]:
+            state = row["reason"] or str(row["state"])
+        table.add_row(
+            row["registry"], state, str(row["term"] or ""), "yes" if row["enrolls"] else "no"
+        )
+    print_rich(table)
+
+
 def _draw_functions(answer: dict[str, Any]) -> None:
     table = new_table("function", "version", "node", "live", "description")
     for row in answer.get("functions", ()):
@@ -173,7 +222,15 @@ def _draw_functions(answer: dict[str, Any]) -> None:
     print_rich(table)
 
 
+def _asleep_until(wake_at: int | None) -> str:
+    if wake_at is None:
+        return "asleep"
+    return f"asleep until {datetime.fromtimestamp(wake_at / 1000):%H:%M:%S}"  # noqa: DTZ006  # theirs
+
+
 def _liveness(row: Mapping[str, Any]) -> str:
+    if row.get("wake_at") is not None:
+        return _asleep_until(row["wake_at"])
     if not row.get("live"):
         return "no"
     # Its instances crashed in a row; it still gets a task now and then, to see whether it recovers.
@@ -200,6 +257,37 @@ def routers(
 ) -> None:
     """List the routers that share the tasks of the mesh."""
     show(settings, "routers", _draw_routers, as_json=as_json)
+
+
+@app.command(epilog=CODES_EPILOG)
+@connected()
+def registries(
+    settings: Settings,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """List the registries, and which of them leads: it admits, lets in and revokes."""
+
+    async def main() -> None:
+        from foam.sdk.address import find_mesh
+        from foam.sdk.client import MeshClient
+
+        address = find_mesh(settings, admin=True)
+        address.require(TopicKind.ADMIN)
+        async with MeshClient.at(address) as mesh:
+            states = await mesh.registries.states()
+        rows = [
+            state.model_dump(
+                mode="json", include={"registry", "state", "reason", "leads", "term", "enrolls"}
+            )
+            for state in states
+        ]
+        if as_json:
+            sys.stdout.write(json.dumps({"registries": rows}, indent=2) + "\n")
+        else:
+            _draw_registries(rows)
+
+    run_async(main())
 
 
 @app.command(epilog=CODES_EPILOG)

@@ -124,6 +124,16 @@ def up(
             "Default: mosquitto where its program is installed, else embedded.",
         ),
     ] = None,
+    brokers: Annotated[
+        int,
+        typer.Option(
+            "--brokers",
+            help="How many servers the broker is: 3 or 5 of nats, each with everything, one of "
+            "which may be lost; their ports follow --port.",
+            min=1,
+            max=5,
+        ),
+    ] = 1,
     access: AccessOption = None,
     site: SiteOption = None,
     nodes: Annotated[
@@ -138,6 +148,15 @@ def up(
     ] = None,
     routers: Annotated[
         int, typer.Option("--routers", help="How many routers share the tasks.", min=1, max=16)
+    ] = 1,
+    registries: Annotated[
+        int,
+        typer.Option(
+            "--registries",
+            help="How many registries; one leads, and the next takes over when it is gone.",
+            min=1,
+            max=8,
+        ),
     ] = 1,
     unsigned_admin: Annotated[
         str | None,
@@ -171,10 +190,12 @@ def up(
             websocket_port=ws_port,
             websocket_origins=tuple(ws_origin or ()),
         ),
+        brokers=brokers,
         access=_access(access),
         site=settings.site or "local",
         nodes=tuple(path.absolute() for path in node) if node else _named_nodes(nodes),
         routers=routers,
+        registries=registries,
         unsigned_admin=settings.unsigned_admin,
         supervised=supervised,
     )
@@ -216,6 +237,7 @@ def broker(
     ws_port: WebSocketPortOption = None,
     ws_origin: WebSocketOriginOption = None,
     access: AccessOption = None,
+    seat: Annotated[int | None, typer.Option("--seat", hidden=True)] = None,
     data: DataOption = None,
     site: SiteOption = None,
     supervised: SupervisedOption = False,
@@ -245,6 +267,7 @@ def broker(
             listeners=listeners,
             status=status,
             access=_access(access),
+            seat=seat,
         )
 
     run_reporting(main(), status)
@@ -255,14 +278,19 @@ def broker(
 def registry(
     settings: Settings,
     *,
+    registry_id: Annotated[
+        str | None,
+        typer.Option("--id", help="Its id, to run one beside others (default: registry-1)."),
+    ] = None,
     identity: IdentityOption = None,
     supervised: SupervisedOption = False,
 ) -> None:
-    """Run the registry alone."""
+    """Run a registry alone, or one more beside others: one of them leads, the rest follow it."""
     from foam.wiring import run_registry
 
     status = ProcessStatus(title="registry", supervised=supervised)
-    run_reporting(run_registry(settings, identity_file=identity, status=status), status)
+    main = run_registry(settings, registry_id=registry_id, identity_file=identity, status=status)
+    run_reporting(main, status)
 
 
 @app.command(epilog=CODES_EPILOG)

@@ -303,7 +303,7 @@ def _logins(
     folder = MeshFolder(data).prepare()
     person = None
     if broker is not None and "://" in broker:
-        person = external_person(BrokerUrl.parse(broker))
+        person = external_person(BrokerUrl.parse_all(broker)[0])
     logins: dict[str, dict[str, str | None]] = {}
     for device in recording.devices:
         identity = folder.ensure(device, Role.DEVICE, external=person)

@@ -46,6 +46,7 @@ class MeshAddress:
         signer: Signs what it asks of routers and registries; None: it goes unsigned.
         registries: Public keys of the site's registries by id, for checking results.
         role: What the identity is in the mesh; None where only the broker knows.
+        logins: The brokers of ``url`` with credentials of their own, where they have some.
     """
 
     url: str
@@ -58,11 +59,12 @@ class MeshAddress:
     signer: Signer | None = None
     registries: Mapping[str, str] = field(default_factory=dict)
     role: Role | None = None
+    logins: tuple[BrokerUrl, ...] = ()
 
     @property
-    def urls(self) -> tuple[str, ...]:
+    def urls(self) -> tuple[BrokerUrl, ...]:
         """The broker, or the brokers of the cluster, one by one."""
-        return tuple(str(url) for url in BrokerUrl.parse_all(self.url))
+        return self.logins or BrokerUrl.parse_all(self.url)
 
     def require(self, kind: TopicKind) -> None:
         """Refuse what the broker would not let this identity publish.
@@ -169,6 +171,7 @@ def find_mesh(settings: Settings, *, admin: bool = False) -> MeshAddress:
         registries=identity.registries if identity is not None else {},
         # At a broker of others the folder knows who signs, and not what its name there may do.
         role=identity.role if identity is not None and identity.id == person_id else None,
+        logins=given if settings.username is None else (),
     )
 
 
@@ -204,9 +207,9 @@ def _as_identity(settings: Settings, path: Path) -> MeshAddress:
     url = settings.url or identity.broker
     if url is None:
         raise ConfigurationError(f"{path} names no broker: give --url")
-    tls = tls_files(where, identity)
+    tls, brokers = tls_files(where, identity), BrokerUrl.parse_all(url)
     return MeshAddress(
-        url=",".join(map(str, BrokerUrl.parse_all(url))),
+        url=",".join(map(str, brokers)),
         site=settings.site or identity.site or DEFAULT_SITE,
         client=identity.id,
         username=settings.username or identity.username,

@@ -11,6 +11,8 @@ from typing import Any, Final, Self
 
 from pydantic import SecretStr, ValidationError
 
+from broker.presence import RouterPresence
+from broker.replies import AnswerText
 from broker.rpc import ReplyInbox, TaskStream, call_admin
 from broker.session.mqtt import MqttSession
 from broker.session.settings import SessionSettings
@@ -39,17 +41,29 @@ from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode, first_problem
 from foam.logging import configure_library_logging
 from foam.sdk.address import MeshAddress, find_mesh
-from foam.sdk.routers import RouterWatch
+from foam.sdk.direct import PATIENCE_S, Direct, DirectRoad, DirectStream, RoutersAreBack
+from foam.sdk.registries import RegistryWatch
+from foam.sdk.retries import Retries
 from foam.settings import load_settings
 
 __all__ = ["MeshClient", "TaskHandle"]
 
 _CONNECT_S: Final = 10.0
+_TIMEOUT_S: Final = 60.0
 _EVERYWHERE: Final = frozenset({"cordon", "uncordon"})
 """Orders that every router keeps for itself."""
 
 _SILENCE_S: Final = 2.0
 """Silence after which a task is published again, seconds; doubles each time."""
+
+_LOOK_S: Final = 1.0
+"""How often it is looked whether a node has to be asked instead, seconds."""
+
+_HEAR_S: Final = 0.5
+"""How long routers are listened for before the first task, where none says anything, seconds."""
+
+Detour = Callable[[], Awaitable[DirectStream | None]]
+"""Finds a node to ask in place of routers that do not answer; None: not now."""
 
 
 class TaskHandle:
@@ -58,8 +72,9 @@ class TaskHandle:
     Iterating yields every reply event in order and ends after the terminal one, be it a result or
     an error. `text` and `result` raise the error instead. Leaving the client closes every handle.
 
+    While no router lives a node is asked itself (`direct`), from which there is no fail-over.
+
     Attributes:
-        id: Id of the task.
         routed: The latest choice of a node; None before the first.
         outcome: The terminal event; None before it has arrived.
     """
@@ -67,19 +82,30 @@ class TaskHandle:
     def __init__(
         self,
         *,
-        stream: TaskStream,
+        stream: TaskStream | DirectStream,
         client: "MeshClient",
         publish: Callable[[], Awaitable[None]],
         book: PassportBook | None = None,
+        detour: Detour | None = None,
     ) -> None:
-        self.id = stream.task
         self.routed: Routed | None = None
         self.outcome: Result | ErrorEvent | None = None
         self._stream = stream
         self._client = client
         self._publish = publish
         self._book = book
+        self._detour = detour
         self._heard = False
+
+    @property
+    def id(self) -> str:
+        """Id of the task: another one from when it was taken back, or a node refused it."""
+        return self._stream.task
+
+    @property
+    def direct(self) -> Direct | None:
+        """Who was asked itself because no router lives; None where routers have the task."""
+        return self._stream.direct if isinstance(self._stream, DirectStream) else None
 
     def __aiter__(self) -> AsyncIterator[ReplyEvent]:
         return self
@@ -92,6 +118,7 @@ class TaskHandle:
             BadSignature, AccessDenied: The result is not one of the node that it names, where that
                 was to be checked.
             DeadlineExceeded: Nobody ended the task in time.
+            NodeLost: The node that was asked itself is gone.
             BrokerUnavailable: The session cannot go on.
         """
         event = await (anext(self._stream) if self._heard else self._first())
@@ -110,15 +137,35 @@ class TaskHandle:
         A broker that was killed and started again confirms tasks before the router is back, and
         forgets them. The id makes the repetition harmless.
         """
+        loop = asyncio.get_running_loop()
         patience_s = _SILENCE_S
+        again_at = loop.time() + patience_s
         while True:
-            try:
-                async with asyncio.timeout(patience_s):
+            if isinstance(self._stream, DirectStream):
+                try:
                     return await anext(self._stream)
-            except TimeoutError:
+                except RoutersAreBack:
+                    await self._go_back(self._stream)
+                    again_at = loop.time() + patience_s
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(_LOOK_S, max(0.0, again_at - loop.time()))):
+                    return await anext(self._stream)
+            if self._detour is not None and (stream := await self._detour()) is not None:
+                self._stream.close()
+                self._stream = stream
+            elif loop.time() >= again_at:
                 patience_s *= 2
-            with contextlib.suppress(BrokerUnavailable, Overloaded):  # then the next turn may do
-                await self._publish()
+                again_at = loop.time() + patience_s
+                with contextlib.suppress(BrokerUnavailable, Overloaded):  # the next turn may do
+                    await self._publish()
+
+    async def _go_back(self, stream: DirectStream) -> None:
+        """Give the task to the routers after all: no node has run it."""
+        stream.close()
+        self._detour = None
+        self._stream, self._publish = self._client.return_to_routers(stream)
+        with contextlib.suppress(BrokerUnavailable, Overloaded):  # published again in a moment
+            await self._publish()
 
     async def text(self) -> AsyncIterator[str]:
         """Yield the answer as text, piece by piece; an answer without chunks comes as one piece.
@@ -126,15 +173,12 @@ class TaskHandle:
         Raises:
             FoamError: The task ended with an error; its class tells the code.
         """
-        seen = False
+        answer = AnswerText()
         async for event in self:
-            if isinstance(event, Chunk) and isinstance(event.data, str):
-                seen = True
-                yield event.data
-            elif isinstance(event, ErrorEvent):
+            if isinstance(event, ErrorEvent):
                 raise event.to_error()
-            elif isinstance(event, Result) and not seen and isinstance(event.output, str):
-                yield event.output
+            if isinstance(event, Chunk | Result) and (text := answer.add(event)):
+                yield text
 
     async def result(self) -> Result:
         """Wait for the end and return the result event.
@@ -158,7 +202,10 @@ class TaskHandle:
         Raises:
             BrokerUnavailable: The broker did not confirm the request in time.
         """
-        await self._client.cancel(self.id)
+        if isinstance(self._stream, DirectStream):
+            await self._stream.cancel()
+        else:
+            await self._client.cancel(self.id)
 
     def close(self) -> None:
         """Stop listening; the task itself goes on. Idempotent."""
@@ -184,6 +231,8 @@ class MeshClient:
         site: Site level of the topics.
         admin: Take the administrator of the data folder rather than its device.
         connect_timeout_s: How long entering waits for the broker, seconds; None: without end.
+        direct: Whether nodes are asked themselves while no router lives.
+        on_wait: Told what a task waits for, in words, while no router lives.
     """
 
     def __init__(
@@ -196,27 +245,54 @@ class MeshClient:
         site: str | None = None,
         admin: bool = False,
         connect_timeout_s: float | None = _CONNECT_S,
+        direct: bool = True,
+        on_wait: Callable[[str], None] = lambda _: None,
     ) -> None:
         settings = load_settings(url=url, username=username, password=password, site=site)
         address = find_mesh(settings, admin=admin)
-        self._setup(address, client=client, connect_timeout_s=connect_timeout_s)
+        self._setup(
+            address,
+            client=client,
+            connect_timeout_s=connect_timeout_s,
+            direct=direct,
+            on_wait=on_wait,
+        )
 
     @classmethod
-    def at(cls, address: MeshAddress, *, connect_timeout_s: float | None = _CONNECT_S) -> Self:
+    def at(
+        cls,
+        address: MeshAddress,
+        *,
+        connect_timeout_s: float | None = _CONNECT_S,
+        direct: bool = True,
+        on_wait: Callable[[str], None] = lambda _: None,
+    ) -> Self:
         """Make a client for an address that is known already.
 
         Args:
             address: The mesh and the identity.
             connect_timeout_s: As for the class.
+            direct: As for the class.
+            on_wait: As for the class.
         """
         made = cls.__new__(cls)
         made._setup(  # noqa: SLF001 - our own second constructor
-            address, client=None, connect_timeout_s=connect_timeout_s
+            address,
+            client=None,
+            connect_timeout_s=connect_timeout_s,
+            direct=direct,
+            on_wait=on_wait,
         )
         return made
 
     def _setup(
-        self, address: MeshAddress, *, client: str | None, connect_timeout_s: float | None
+        self,
+        address: MeshAddress,
+        *,
+        client: str | None,
+        connect_timeout_s: float | None,
+        direct: bool,
+        on_wait: Callable[[str], None],
     ) -> None:
         configure_library_logging()
         self.address = address
@@ -238,8 +314,25 @@ class MeshClient:
             else None
         )
         self._inbox = ReplyInbox(session=self._session, topics=self._topics, client=self.client)
-        self._routers = RouterWatch(session=self._session, topics=self._topics)
+        self._routers = RouterPresence(session=self._session, topics=self._topics)
+        self.registries = RegistryWatch(session=self._session, topics=self._topics)
+        self._road = DirectRoad(
+            session=self._session,
+            inbox=self._inbox,
+            topics=self._topics,
+            registries=address.registries,
+            presence=self._routers,
+            patience_s=PATIENCE_S,
+            told=on_wait,
+        )
+        self._goes_past = direct
         self._stack = AsyncExitStack()
+
+    @property
+    def broker(self) -> str:
+        """The broker that is in use, without credentials; the whole list where none is."""
+        used = (one.url for one in self._session.brokers if one.state == "in use")
+        return next(used, self.address.url)
 
     async def __aenter__(self) -> Self:
         """Connect.
@@ -267,6 +360,8 @@ class MeshClient:
                     f"{error.message}: check the name ({self.address.username}) and the password",
                     url=self.address.url,
                 ) from error
+            if self._goes_past:
+                await self._routers.listen()
             await stack.enter_async_context(self._inbox)
             self._stack = stack.pop_all()
         return self
@@ -280,6 +375,11 @@ class MeshClient:
         """Disconnect; open handles end."""
         await self._stack.__aexit__(kind, error, trace)
 
+    @property
+    def bereft(self) -> bool:
+        """Whether this mesh had routers, and none of them lives as far as this client knows."""
+        return self._routers.bereft
+
     async def submit(
         self,
         text: str | None = None,
@@ -287,7 +387,7 @@ class MeshClient:
         function: str | None = None,
         input: Any = None,  # noqa: A002 - the field's name in PROTOCOL section 2
         skills: Sequence[str] = (),
-        timeout_s: float = 60.0,
+        timeout_s: float = _TIMEOUT_S,
         priority: int = 5,
         policy: TaskPolicy | Mapping[str, Any] | None = None,
         stream: bool = True,
@@ -302,7 +402,8 @@ class MeshClient:
         """Publish a task and return the handle on its events.
 
         The task carries an id, so that publishing it again after a lost connection runs nothing
-        twice.
+        twice. Where all routers are known to be gone, one is waited for, a few seconds; then a
+        node is asked itself, and the task is not published.
 
         Args:
             text: What is wanted, in words; needed unless ``function`` is given.
@@ -364,28 +465,88 @@ class MeshClient:
         payload = encode(task)
         if len(payload) > TASK_LIMIT_BYTES:
             raise TooLarge("task", size_bytes=len(payload), limit_bytes=TASK_LIMIT_BYTES)
+        return await self._send(
+            task, given_id=task_id is not None, book=self._book if verify else None
+        )
+
+    async def _send(self, task: Task, *, given_id: bool, book: PassportBook | None) -> TaskHandle:
+        """Give a task to the routers, or find a node where none lives.
+
+        Args:
+            task: The task.
+            given_id: Whether its id is the caller's: then it is never taken back from routers.
+            book: What its result is checked with.
+        """
         deadline = now_ms() + task.timeout_ms
+        publish = self._publisher(task)
+        if self._goes_past:
+            await self._routers.hear(_HEAR_S)
+            found = await self._road.instead(task, deadline=deadline, given_id=given_id)
+            if found is not None:
+                return TaskHandle(stream=found, client=self, publish=publish, book=book)
         opened = self._inbox.open(str(task.id), deadline=deadline)
-        topic = self._topics.build(TopicKind.TASK, client=self.client)
-        publish = partial(self._session.publish, topic, payload)
         try:
             await publish()
         except BaseException:
             opened.close()
             raise
-        book = self._book if verify else None
-        return TaskHandle(stream=opened, client=self, publish=publish, book=book)
+        detour = None
+        if self._goes_past and not given_id:
+            since = asyncio.get_running_loop().time()
+            detour = partial(self._road.after, task, deadline=deadline, since=since)
+        return TaskHandle(stream=opened, client=self, publish=publish, book=book, detour=detour)
 
-    async def ask(self, text: str | None = None, **options: Any) -> Result:
+    def return_to_routers(
+        self, stream: DirectStream
+    ) -> tuple[TaskStream, Callable[[], Awaitable[None]]]:
+        """Listen to routers for a task that no node has run, for one of them lives again.
+
+        Args:
+            stream: The closed events of the node that said so.
+
+        Returns:
+            The events to be, and what publishes the task.
+        """
+        task = stream.asked
+        if not stream.given_id:  # which has ended, by the refusal
+            task = task.model_copy(update={"id": new_uuid7()})
+        opened = self._inbox.open(str(task.id), deadline=stream.deadline)
+        return opened, self._publisher(task)
+
+    def _publisher(self, task: Task) -> Callable[[], Awaitable[None]]:
+        topic = self._topics.build(TopicKind.TASK, client=self.client)
+        return partial(self._session.publish, topic, encode(task))
+
+    async def ask(self, text: str | None = None, *, retries: int = 0, **options: Any) -> Result:
         """Submit a task and wait for its result.
 
         Args:
             text: What is wanted, in words.
+            retries: How often to ask again, each time with an id of its own, when there is no room
+                for the task (`Overloaded`): not before ``retry_after_ms`` is over, and all tries
+                together within ``timeout_s``.
             options: As for `submit`.
 
         Raises:
+            InvalidTask: Retries of a task whose id is given: the same id has the same outcome.
             FoamError: The task ended with an error; its class tells the code.
         """
+        if retries and options.get("task_id") is not None:
+            raise InvalidTask("a task with an id of its own is not tried again", field="task_id")
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + options.get("timeout_s", _TIMEOUT_S)
+        tries = Retries(most=retries, deadline=deadline)
+        while True:
+            try:
+                return await self._ask(text, **options)
+            except Overloaded as error:
+                pause_s = tries.pause_s(error, clock())
+                if pause_s is None:
+                    raise
+            await asyncio.sleep(pause_s)
+            options["timeout_s"] = deadline - clock()
+
+    async def _ask(self, text: str | None, **options: Any) -> Result:
         handle = await self.submit(text, **options)
         try:
             return await handle.result()
@@ -471,7 +632,7 @@ class MeshClient:
         return answer
 
     async def live_functions(self) -> set[tuple[str, str]]:
-        """Return the pairs (node, function) that the router would route to now.
+        """Return the pairs (node, function) that the router routes to: now, or when they wake.
 
         Raises:
             FoamError: As for `admin`.
@@ -480,5 +641,5 @@ class MeshClient:
         return {
             (str(row["node"]), str(row["function"]))
             for row in answer.get("functions", ())
-            if row.get("live")
+            if row.get("live") or row.get("wake_at") is not None
         }

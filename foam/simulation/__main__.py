@@ -27,6 +27,7 @@ def main() -> int:
     scenario = Scenario(
         seed=options.seed,
         nodes=options.nodes,
+        sleepers=options.sleepers,
         routers=options.routers,
         devices=options.devices,
         tasks=options.tasks,
@@ -54,7 +55,7 @@ def _options() -> argparse.Namespace:
     defaults = Scenario(seed=0)
     parser = argparse.ArgumentParser(prog="python -m foam.simulation")
     parser.add_argument("--seed", type=int, required=True)
-    for name in ("nodes", "routers", "devices", "tasks", "seconds", "trace"):
+    for name in ("nodes", "sleepers", "routers", "devices", "tasks", "seconds", "trace"):
         parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name))
     parser.add_argument("--fault-rate", type=float, default=defaults.fault_rate)
     parser.add_argument("--faults", type=Path, help="a schedule, as a failure printed it")

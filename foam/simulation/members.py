@@ -30,7 +30,7 @@ from foam.simulation.network import SimulatedBroker, SimulatedSession
 from foam.simulation.runtime import FUNCTIONS, RUNTIME, SimulatedRuntime
 from foam.simulation.words import WordEncoder
 from node_agent.agent import NodeAgent
-from node_agent.settings import NodeSettings
+from node_agent.settings import NodeSettings, Sleep
 from registry.search import CapabilitySearch
 from registry.vectors import capability_texts, record_vectors
 from router import Ledger, RouterService, RouterSettings, router_will
@@ -118,6 +118,7 @@ class Member(ABC):
         self.crash: BaseException | None = None
         self._life: asyncio.Task[None] | None = None
         self._leave = asyncio.Event()
+        self._epoch = 0
 
     @property
     def alive(self) -> bool:
@@ -127,6 +128,14 @@ class Member(ABC):
     def clock(self) -> int:
         """Return the time by its own clock, UTC milliseconds."""
         return self.place.now_ms() + self.offset_ms
+
+    def next_epoch(self) -> int:
+        """Return the epoch of a new life, later than that of the last one, whatever the clock says.
+
+        The lock file of an identity (`foam.identity_lock`) does so for a real member.
+        """
+        self._epoch = max(self.clock(), self._epoch + 1)
+        return self._epoch
 
     def start(self) -> None:
         """Begin to live; nothing when it lives."""
@@ -176,10 +185,11 @@ class LoopLedger(Ledger):
 
     Args:
         path: The SQLite file.
+        clock: The router's, UTC milliseconds.
     """
 
-    def __init__(self, *, path: Path) -> None:
-        super().__init__(path=path)
+    def __init__(self, *, path: Path, clock: Callable[[], int]) -> None:
+        super().__init__(path=path, clock=clock)
         self._db: Any = None
         self._due = False
 
@@ -241,8 +251,8 @@ class Router(Member):
         self._signer = place.vouch(name, Role.ROUTER)
 
     async def _enter(self, stack: AsyncExitStack) -> None:
-        place, epoch = self.place, self.clock()
-        self.ledger = LoopLedger(path=place.folder / f"{self.name}.sqlite")
+        place, epoch = self.place, self.next_epoch()
+        self.ledger = LoopLedger(path=place.folder / f"{self.name}.sqlite", clock=self.clock)
         await stack.enter_async_context(self.ledger)
         encoder = WordEncoder()
         self.session = SimulatedSession(
@@ -281,7 +291,9 @@ class Node(Member):
         agent: The agent of its present life; None before.
     """
 
-    def __init__(self, name: str, place: Place, *, load_interval_s: float) -> None:
+    def __init__(
+        self, name: str, place: Place, *, load_interval_s: float, sleep: Sleep | None = None
+    ) -> None:
         super().__init__(name, place)
         self.agent: NodeAgent | None = None
         self.session: SimulatedSession | None = None
@@ -290,6 +302,7 @@ class Node(Member):
             load_interval_s=load_interval_s,
             cut_off_s=2 * load_interval_s,
             memory_reserve_bytes=0,
+            sleep=sleep,
         )
         self._signer = place.vouch(name, Role.NODE)
 
@@ -308,6 +321,7 @@ class Node(Member):
             signer=self._signer,
             book=place.book(self.clock),
             runtimes={RUNTIME: SimulatedRuntime()},
+            epoch=self.next_epoch(),
             clock=self.clock,
         )
         agents.append(self.agent)

@@ -30,6 +30,8 @@ from capability_schemas.topics import matches
 __all__ = ["Network", "Quality", "SimulatedBroker", "SimulatedSession"]
 
 _ROUTES: Final = 50_000
+_STEM: Final = 4
+"""Levels of a topic up to its kind: prefix, version, site, kind."""
 _KEPT_MESSAGES: Final = 100_000
 """Messages kept for one absent session; further ones are dropped and counted."""
 _KEEPALIVE_S: Final = 22.5
@@ -111,7 +113,7 @@ class SimulatedBroker:
         self._links: dict[str, SimulatedLink] = {}
         self._away: dict[str, tuple[dict[str, int], deque[Message]]] = {}
         self._exact: dict[str, dict[SimulatedLink, int]] = {}
-        self._wild: dict[SimulatedLink, dict[str, int]] = {}
+        self._wild: dict[str, dict[str, dict[SimulatedLink, int]]] = {}
         self._routes: dict[str, list[tuple[SimulatedLink, int]]] = {}
 
     @property
@@ -224,10 +226,11 @@ class SimulatedBroker:
             if len(self._routes) >= _ROUTES:
                 self._routes.clear()
             found = dict(self._exact.get(topic, {}))
-            for link, filters in self._wild.items():
-                qos = _granted(filters, topic)
-                if qos is not None:
-                    found[link] = max(qos, found.get(link, 0))
+            for stem in ("", _stem(topic)):
+                for topic_filter, links in self._wild.get(stem, {}).items():
+                    if matches(topic_filter, topic):
+                        for link, qos in links.items():
+                            found[link] = max(qos, found.get(link, 0))
             takers = self._routes[topic] = list(found.items())
         return takers
 
@@ -235,14 +238,15 @@ class SimulatedBroker:
         link.filters[topic_filter] = qos
         self._routes.clear()
         if _is_wild(topic_filter):
-            self._wild.setdefault(link, {})[topic_filter] = qos
+            alike = self._wild.setdefault(_stem(topic_filter), {})
+            alike.setdefault(topic_filter, {})[link] = qos
         else:
             self._exact.setdefault(topic_filter, {})[link] = qos
 
     def _forget(self, link: "SimulatedLink", topic_filter: str) -> None:
         self._routes.clear()
         if _is_wild(topic_filter):
-            self._wild.get(link, {}).pop(topic_filter, None)
+            self._wild.get(_stem(topic_filter), {}).get(topic_filter, {}).pop(link, None)
         else:
             self._exact.get(topic_filter, {}).pop(link, None)
 
@@ -252,7 +256,6 @@ class SimulatedBroker:
         del self._links[link.client_id]
         for topic_filter in link.filters:
             self._forget(link, topic_filter)
-        self._wild.pop(link, None)
         if not link.clean:
             self._away[link.client_id] = (dict(link.filters), deque(link.unconfirmed()))
 
@@ -265,6 +268,12 @@ class SimulatedBroker:
 
 def _is_wild(topic_filter: str) -> bool:
     return "+" in topic_filter or topic_filter.endswith("#")
+
+
+def _stem(topic: str) -> str:
+    """Return the levels that filters are sorted by; empty where a wildcard is among them."""
+    levels = topic.split("/", _STEM)[:_STEM]
+    return "" if any(level in {"+", "#"} for level in levels) else "/".join(levels)
 
 
 def _granted(filters: dict[str, int], topic: str) -> int | None:

@@ -23,6 +23,7 @@ class Scenario:
     Attributes:
         seed: Everything that is drawn comes from it.
         nodes: Number of nodes.
+        sleepers: How many of them sleep when they have nothing to do.
         routers: Number of routers.
         devices: Number of clients.
         tasks: Number of tasks.
@@ -35,6 +36,7 @@ class Scenario:
 
     seed: int
     nodes: int = 8
+    sleepers: int = 0
     routers: int = 1
     devices: int = 4
     tasks: int = 200
@@ -48,6 +50,11 @@ class Scenario:
     def node_names(self) -> list[str]:
         """The nodes."""
         return [f"node-{number}" for number in range(1, self.nodes + 1)]
+
+    @property
+    def sleeper_names(self) -> list[str]:
+        """The nodes that sleep."""
+        return self.node_names[: self.sleepers]
 
     @property
     def router_names(self) -> list[str]:

@@ -11,6 +11,7 @@ from capability_schemas.errors import BrokerUnavailable, ConfigurationError, Una
 from capability_schemas.ids import now_ms
 from capability_schemas.topics import DEFAULT_SITE, Topics
 from foam.listening import BrokerPapers, Listeners, own_names
+from foam.log_files import keep_small
 from foam.mesh import MeshFolder
 from foam.process import Process, run_process
 from foam.settings import Settings
@@ -19,7 +20,7 @@ from foam.wiring.member import ACCESS_POLL_S
 
 if TYPE_CHECKING:
     from broker.access.credentials import CredentialStore
-    from broker.engine import BrokerEngine
+    from broker.engine import BrokerEngine, ChildEngine
 
 ENGINES: Final = ("embedded", "mosquitto", "nats")
 _PAPERS_POLL_S: Final = 60.0
@@ -33,6 +34,7 @@ async def run_broker(
     listeners: Listeners,
     status: ProcessStatus,
     access: str | None = None,
+    seat: int | None = None,
 ) -> int:
     """Run a broker over the identities of the data folder until told to end.
 
@@ -43,9 +45,11 @@ async def run_broker(
         status: Where readiness is reported.
         access: How Mosquitto learns of rights, ``static`` or ``dynamic``; None: by plugin where
             that is installed.
+        seat: Which server of the cluster that ``foam up`` planned; None: it stands alone.
 
     Raises:
-        ConfigurationError: The port is in use, the program is missing, the folder unusable.
+        ConfigurationError: It shall be one of a cluster, and is no ``nats``; the port is in use,
+            the program is missing, the folder unusable.
         Unavailable: The broker ended by itself.
     """
     from broker.access.credentials import CredentialStore
@@ -70,9 +74,11 @@ async def run_broker(
             site=site,
             passwords=passwords,
             access=access,
+            seat=seat,
         )
         runner = await process.enter(_EngineRunner(made))
         process.spawn(_follow_access(store, made, passwords, folder, papers), name="access")
+        process.spawn(keep_small(made.settings.data_dir), name="logs")  # of the program it runs
         names = papers.names if papers is not None else ()
         certificates = papers is not None and made.traits.certificates
         return {
@@ -146,8 +152,12 @@ def _engine(
     site: str,
     passwords: Mapping[str, str],
     access: str | None,
-) -> "BrokerEngine":
+    seat: int | None,
+) -> "ChildEngine":
     from broker.engine import EngineSettings
+
+    if seat is not None and name != "nats":
+        raise ConfigurationError(f"{name} does not run as a cluster: use --broker nats")
 
     tls = None
     if papers is not None and listeners.tls_host is not None:
@@ -156,7 +166,7 @@ def _engine(
         )
     settings = EngineSettings.model_validate(
         {
-            "data_dir": folder.broker_data,
+            "data_dir": folder.broker_data if seat is None else folder.broker_data / f"nats-{seat}",
             "host": listeners.host,
             "port": listeners.port,
             "tls": tls,
@@ -171,9 +181,14 @@ def _engine(
         return MosquittoBroker(settings=settings, credentials=credentials, topics=topics)
     if name == "nats":
         from broker.nats import NatsBroker
+        from broker.nats_cluster import ClusterPlan
 
         return NatsBroker(
-            settings=settings, credentials=credentials, topics=topics, passwords=passwords
+            settings=settings,
+            credentials=credentials,
+            topics=topics,
+            passwords=passwords,
+            seat=None if seat is None else ClusterPlan.read(folder.cluster_plan).seat(seat),
         )
     from broker.embedded import EmbeddedBroker
 

@@ -31,7 +31,7 @@ def member_session(
     """Make a member's session; its MQTT client id is the identity (PROTOCOL section 6)."""
     return MqttSession(
         settings=SessionSettings(
-            urls=member.urls,
+            urls=member.brokers,
             client_id=member.identity.id,
             username=member.username,
             password=member.password,
@@ -89,6 +89,7 @@ def keep_papers(
         session=session,
         topics=Topics(site=member.site),
         home=member.home,
+        book=member.book,
         shown=take,
     )
     process.spawn(renewal.keep(), name="papers")

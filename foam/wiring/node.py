@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from broker.access.policy import Role
+from broker.tenure import Tenant, Tenure
 from capability_schemas.errors import Conflict
 from capability_schemas.topics import Topics
+from foam.identity_lock import IdentityLock
 from foam.member import Member
 from foam.mesh import MeshFolder, load_key
 from foam.nodefile import NodeHead, place_problems, placed
@@ -88,6 +90,7 @@ async def run_node(
         )
 
     functions = offered(declaration, head)
+    lock = IdentityLock(member.folder, member.identity.id).take()
     agents: list[NodeAgent] = []
     session = member_session(member, will=lambda: agents[0].last_will() if agents else None)
     topics = Topics(site=member.site)
@@ -106,6 +109,8 @@ async def run_node(
                 model_path=models.resolve, mesh=mesh, mcp_servers=declaration.mcp
             ),
             model_digest=models.digest,
+            epoch=lock.tenant.epoch,
+            place=lock.tenant.place,
         )
     )
 
@@ -127,7 +132,11 @@ async def run_node(
             await wait_for_access(member)
         await connect(process, session, member.url)
         keep_papers(process, member, session, shown=agents[0].show_passport)
-        for part in (mesh, agents[0], _attester(settings, member, agents[0], session)):
+        for part in (
+            _tenure(agents[0], session, topics, lock.tenant),
+            *(mesh, agents[0]),
+            _attester(settings, member, agents[0], session),
+        ):
             await process.enter(part)
         if not await agents[0].wait_warm(_WARM_S):
             _log.warning("node.still_warming", node=member.identity.id)
@@ -150,8 +159,19 @@ async def run_node(
         status=status,
         stop_s=agents[0].stop_timeout_s + 5.0,
     )
-    with models:
+    with lock, models:
         return await run_process(process)
+
+
+def _tenure(agent: "NodeAgent", session: "Session", topics: Topics, tenant: Tenant) -> Tenure:
+    """Make what keeps two processes from being this node at once."""
+    return Tenure(
+        session=session,
+        topics=topics,
+        tenant=tenant,
+        show=agent.show_passport,
+        give_up=agent.give_up,
+    )
 
 
 def _attester(
@@ -168,7 +188,7 @@ def _attester(
         key=load_key(member.identity, member.folder),
         offer=agent.offer,
         sources=evidence_sources(tpm_key=settings.tpm_key, tpm_registers=settings.tpm_registers),
-        registries=member.identity.registries,
+        registries=lambda: member.book.registries if member.book is not None else {},
     )
 
 

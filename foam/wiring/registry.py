@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,29 +13,45 @@ from capability_schemas.errors import ConfigurationError
 from capability_schemas.ids import now_ms
 from capability_schemas.signing import SigningKey
 from capability_schemas.topics import Topics
+from foam.identity_lock import IdentityLock
 from foam.member import Member
 from foam.mesh import REGISTRY_ID, MeshFolder, load_key
 from foam.process import Process, run_process
 from foam.settings import Settings
 from foam.status import ProcessStatus
-from foam.wiring.member import connect, encoder_thread, member_session, takes_unsigned
+from foam.wiring.member import (
+    connect,
+    encoder_thread,
+    keep_papers,
+    member_session,
+    takes_unsigned,
+    wait_for_access,
+)
 
 if TYPE_CHECKING:
     from broker.access.credentials import Credential
+    from broker.session.mqtt import MqttSession
     from registry.admission import Identity
+    from registry.attestation import AttestationFile
     from registry.enrollment import EnrollmentDesk
+    from registry.leadership import Leadership
     from registry.store.audit import AuditLog
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 async def run_registry(
-    settings: Settings, *, identity_file: Path | None, status: ProcessStatus
+    settings: Settings,
+    *,
+    registry_id: str | None = None,
+    identity_file: Path | None,
+    status: ProcessStatus,
 ) -> int:
-    """Run the registry until told to end.
+    """Run a registry until told to end.
 
     Args:
         settings: Data folder, broker, site, encoder.
+        registry_id: Its id; ``registry-1`` when None. Each registry of a data folder has its own.
         identity_file: Its identity; that of the data folder when None.
         status: Where readiness is reported.
 
@@ -42,7 +59,7 @@ async def run_registry(
         FoamError: It cannot start or go on.
     """
     from broker.events import EventSource
-    from registry.attestation import AttestationFile, AttestationService
+    from registry.attestation import AttestationService
     from registry.auditor import Auditor
     from registry.enrollment import EnrollmentService
     from registry.enrollment.members import MemberWatch
@@ -55,21 +72,24 @@ async def run_registry(
         Member.resolve,
         settings,
         role=Role.REGISTRY,
-        default_id=REGISTRY_ID,
+        default_id=registry_id or REGISTRY_ID,
         identity_file=identity_file,
     )
-    key = load_key(member.identity, member.folder)
-    books = _Books(MeshFolder(settings.data).prepare(), member=member, key=key)
-    asked = AttestationFile(books.folder.attestation_file)
-    await asyncio.to_thread(asked.load)
+    books = _Books(
+        MeshFolder(settings.data).prepare(),
+        member=member,
+        key=load_key(member.identity, member.folder),
+    )
+    asked = await asyncio.to_thread(books.open)
+    database, audit_trail = books.folder.registry_files(member.identity.id)
+    lock = IdentityLock(member.folder, member.identity.id)
 
     async def assemble(process: Process) -> Mapping[str, Any]:
         encoder = await encoder_thread(process, settings)
-        store = await process.enter(SqliteStore(path=books.folder.registry_database))
-        trail = await process.hold(_AuditTrail(AuditLog(books.folder.audit_trail, key=key)))
-        session = member_session(member)
-        await connect(process, session, member.url)
+        store = await process.enter(SqliteStore(path=database))
+        trail = await process.hold(_AuditTrail(AuditLog(audit_trail, key=books.key)))
         own, topics = member.identity.id, Topics(site=member.site)
+        session, lead = await _join(process, member, epoch=lock.tenant.epoch, books=books)
         events = EventSource(
             session=session, topics=topics, source=own, component="registry", clock=now_ms
         )
@@ -80,16 +100,20 @@ async def run_registry(
             emit=events.emit,
             role_of=books.role_of,
             registry_id=own,
+            registries=books.registries,
         )
+        lead.on_change(partial(auditor.note_lead, lead))
         desk = await asyncio.to_thread(books.desk)
         board = TrustBoard(
             session=session,
             topics=topics,
-            key=key,
+            key=books.key,
             registry_id=own,
             voided=lambda: desk.revoked,
             members=books.members,
             due=desk.rotation.due,
+            lead=lead,
+            registries=lambda: member.book.registries if member.book is not None else {},
         )
 
         def forget_voided() -> None:
@@ -114,12 +138,12 @@ async def run_registry(
             session=session,
             topics=topics,
             file=asked,
-            key=key,
+            key=books.challenge_key(),
             identities=books.enrolled,
             nodes=books.nodes,
             books=books.members,
             board=board,
-            emit=events.emit,
+            emit=lead.only_leading(events.emit),
             changed=lambda node: registry.readmit(node),  # noqa: PLW0108 - it is made below
         )
         enrollment = EnrollmentService(
@@ -132,25 +156,54 @@ async def run_registry(
             changed=books_changed,
             runs_here=books.folder.runs,
             forget=books.folder.forget,
+            lead=lead,
         )
         registry = RegistryService(
             session=session,
             topics=topics,
             store=store,
             encoder=encoder,
-            key=key,
+            key=books.key,
             identities=attestation.narrowed,
             registry_id=own,
-            verbs={**enrollment.verbs, **attestation.verbs},
+            verbs={**enrollment.verbs, **attestation.verbs, **lead.verbs},
             book=member.book,
             unsigned_admin=takes_unsigned(settings, member.url),
             auditor=auditor,
+            lead=lead,
         )
-        for part in (auditor, board, watch, enrollment, attestation, registry):
+        for part in (lead, auditor, board, watch, enrollment, attestation, registry):
             await process.enter(part)
         return {"id": own}
 
-    return await run_process(Process(name=member.identity.id, assemble=assemble, status=status))
+    with lock:
+        return await run_process(Process(name=member.identity.id, assemble=assemble, status=status))
+
+
+async def _join(
+    process: Process, member: Member, *, epoch: int, books: "_Books"
+) -> "tuple[MqttSession, Leadership]":
+    """Connect, and take a place among the registries; the place is entered by the caller."""
+    from registry.leadership import Leadership, registry_will
+
+    own, topics = member.identity.id, Topics(site=member.site)
+    session = member_session(
+        member, will=lambda: registry_will(topics, own, epoch=epoch, at=now_ms())
+    )
+    if member.is_new:
+        await wait_for_access(member)
+    await connect(process, session, member.url)
+    lead = Leadership(
+        session=session,
+        topics=topics,
+        registry_id=own,
+        epoch=epoch,
+        others=books.registries,
+        signer=member.signer,
+        book=member.book,
+    )
+    keep_papers(process, member, session, shown=lead.show_passport)
+    return session, lead
 
 
 class _Books:
@@ -165,7 +218,7 @@ class _Books:
     def __init__(self, folder: MeshFolder, *, member: Member, key: SigningKey) -> None:
         self.folder = folder
         self._member = member
-        self._key = key
+        self.key = key
         self._credentials = folder.credentials()
         self._problem = ""
 
@@ -180,13 +233,38 @@ class _Books:
             path=folder.enrollment_file,
             site=member.site,
             registry_id=member.identity.id,
-            key=self._key,
+            key=self.key,
             credentials=self._credentials,
             authority=Authority(folder.authority, site=member.site) if with_tls else None,
             brokers=lambda: folder.public_brokers() or member.urls,
             member_brokers=folder.member_brokers,
             certificates=folder.takes_certificates(),
+            registries=lambda: {
+                name: known.public_key
+                for name in self.registries()
+                if (known := self._credentials.identities()[name]).public_key is not None
+            },
         )
+
+    def open(self) -> "AttestationFile":
+        """Make sure that these are the books of the mesh, and read what is asked of nodes; blocks.
+
+        Raises:
+            ConfigurationError: The folder does not know the registry: it would take every node for
+                a stranger, and throw out what they offer.
+        """
+        from registry.attestation import AttestationFile
+
+        own = self._member.identity.id
+        if own not in self.members():
+            raise ConfigurationError(
+                f"{self.folder.path} does not hold the members of the mesh that {own} is of: run "
+                "it on the data folder of that mesh (--data), or on one that is shared with it",
+                id=own,
+            )
+        found = AttestationFile(self.folder.attestation_file)
+        found.load()
+        return found
 
     def members(self) -> "Mapping[str, Credential]":
         """Return all credentials by name, as they are now.
@@ -206,6 +284,15 @@ class _Books:
     def nodes(self) -> list[str]:
         """Return the names of the nodes that are members."""
         return [name for name, one in self.members().items() if one.role is Role.NODE]
+
+    def registries(self) -> list[str]:
+        """Return the names of the registries that are members."""
+        found = self._credentials.identities().items()
+        return [name for name, one in found if one.role is Role.REGISTRY and not one.disabled]
+
+    def challenge_key(self) -> SigningKey:
+        """Return the key that makes challenges: one for all registries of the folder."""
+        return next(iter(self.folder.registry_keys().values()), self.key)
 
     def enrolled(self, node: str) -> "Identity | None":
         """Return what the directory knows of a node."""

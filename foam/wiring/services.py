@@ -9,6 +9,7 @@ from typing import Any
 from broker.access.policy import Role
 from capability_schemas.ids import now_ms
 from capability_schemas.topics import Topics
+from foam.identity_lock import IdentityLock
 from foam.member import Member
 from foam.mesh import ROUTER_ID, MeshFolder
 from foam.process import Process, run_process
@@ -64,7 +65,7 @@ async def run_router(
     from router.ledger import Ledger
     from router.quota import QuotaFile
     from router.rules import RuleFile
-    from router.service import RouterService, router_will
+    from router.service import RouterService, lets_past, router_will
 
     member = await asyncio.to_thread(
         Member.resolve,
@@ -76,7 +77,7 @@ async def run_router(
     folder = MeshFolder(settings.data).prepare()
     topics = Topics(site=member.site)
     database, index = folder.router_files(member.identity.id)
-    epoch = now_ms()
+    lock = IdentityLock(member.folder, member.identity.id)
     rules = RuleFile(settings.rules_file, required=settings.rules is not None)
     await asyncio.to_thread(rules.load)
     quotas = QuotaFile(folder.path / "quotas.toml")
@@ -91,7 +92,13 @@ async def run_router(
         background = await process.hold(_IndexThread())
         session = member_session(
             member,
-            will=lambda: router_will(topics, member.identity.id, epoch=epoch, at=now_ms()),
+            will=lambda: router_will(
+                topics,
+                member.identity.id,
+                epoch=lock.tenant.epoch,
+                at=now_ms(),
+                direct=lets_past(rules, quotas),
+            ),
             clean=False,  # tasks and answers that arrive while it restarts wait at the broker
         )
         router = RouterService(
@@ -110,7 +117,7 @@ async def run_router(
             signer=member.signer,
             book=member.book,
             unsigned_admin=takes_unsigned(settings, member.url),
-            epoch=epoch,
+            epoch=lock.tenant.epoch,
         )
         # First the subscriptions: a kept session hands over what waited for it as it connects.
         await router.listen()
@@ -121,4 +128,5 @@ async def run_router(
         await process.enter(router)
         return {"id": member.identity.id}
 
-    return await run_process(Process(name=member.identity.id, assemble=assemble, status=status))
+    with lock:
+        return await run_process(Process(name=member.identity.id, assemble=assemble, status=status))

@@ -122,7 +122,7 @@ class _Line:
         mean_x, mean_y = self._x / self._n, self._y / self._n
         spread = self._xx / self._n - mean_x * mean_x
         if (
-            self._n < _LEAST_POINTS or spread < 1e-3 * mean_x * mean_x
+            self._n < _LEAST_POINTS or spread <= 1e-3 * mean_x * mean_x
         ):  # inputs of one size have no slope
             return mean_y
         slope = max(0.0, (self._xy / self._n - mean_x * mean_y) / spread)

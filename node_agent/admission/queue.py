@@ -1,8 +1,10 @@
 """The admission queue: what waits, what runs, what runs next, how long a new entry waits. Pure.
 
-Among those that wait, the higher priority goes first, then the earlier deadline, then the earlier
-arrival (earliest deadline first: Liu and Layland, JACM 1973, within a priority). So that nothing
-starves, an entry rises by one priority for every `AGING_MS` it has waited, up to the highest.
+Among those that wait, the higher priority goes first, then what has a deadline within `URGENT_MS`
+by that (earliest deadline first: Liu and Layland, JACM 1973), the rest as it came: routers send
+tasks in the order in which they are due and fair, which deadlines that are far away must not upset,
+nor what was predicted for those that are here. So that nothing starves, an entry rises by one
+priority for every `AGING_MS` it has waited, up to the highest.
 
 Two limits hold at a time: places of a *group* (the instances that several functions may share) and
 the concurrency of each function in it. Time comes from outside, in UTC milliseconds.
@@ -18,6 +20,9 @@ from capability_schemas.errors import DeadlineExceeded, Overloaded
 
 AGING_MS: Final = 10_000
 """Wait after which an entry counts as one priority higher, milliseconds."""
+
+URGENT_MS: Final = 1_000
+"""Time left at arrival below which a deadline is a reason to go before others, milliseconds."""
 
 _HIGHEST: Final = 9
 _SMOOTHING: Final = 0.2
@@ -67,10 +72,11 @@ class _Waiter:
     entry: Entry
     number: int
     level: int
+    due: int
 
     @property
     def rank(self) -> tuple[int, int, int]:
-        return (-self.level, self.entry.deadline, self.number)
+        return (-self.level, self.due, self.number)
 
 
 @dataclass(slots=True)
@@ -217,7 +223,7 @@ class AdmissionQueue:
         lane = group.lanes[entry.function]
         if self.is_free(entry.group, entry.function):  # the common case, which needs no list
             return 0.0
-        rank = (-entry.priority, entry.deadline, self._arrivals + 1)
+        rank = (-entry.priority, _due(entry, now), self._arrivals + 1)
         ahead = (
             sorted(
                 (waiter.rank, waiter.entry)
@@ -274,7 +280,7 @@ class AdmissionQueue:
                 retry_after_ms=self.retry_ms(entry.group, wait_ms),
             )
         self._arrivals += 1
-        waiter = _Waiter(entry, self._arrivals, entry.priority)
+        waiter = _Waiter(entry, self._arrivals, entry.priority, _due(entry, now))
         self._waiting[entry.key] = waiter
         self._count(entry, 1)
         heapq.heappush(lane.heap, (waiter.rank, entry.key))
@@ -405,6 +411,11 @@ class AdmissionQueue:
         group = self._groups[name]
         if not group.offered and not group.running and not group.waiting:
             del self._groups[name]
+
+
+def _due(entry: Entry, now: int) -> int:
+    """Return by when an entry that comes now should have begun, as far as the order goes."""
+    return min(entry.deadline, now + URGENT_MS)
 
 
 def _line_ms(running: Iterable[float], ahead: Iterable[float], places: int) -> float:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from capability_schemas.errors import ConfigurationError, InvalidTask
-from capability_schemas.functions import FunctionSpec, check_schema
+from capability_schemas.functions import FunctionSpec, JsonSchema
 from capability_schemas.ids import Identifier
 from capability_schemas.task import FunctionRef, TaskPolicy
 from node_agent.agents.loop import Approval, LoopLimits, tool_name
@@ -38,20 +38,10 @@ class ToolOptions(BaseModel):
     use: Annotated[str, Field(min_length=1, max_length=256)]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
     description: Annotated[str, Field(min_length=1, max_length=2000)] | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonSchema | None = None
     approve: Approval | None = None
     max_calls: Annotated[int, Field(ge=1)] | None = None
     policy: TaskPolicy | None = None
-
-    @field_validator("parameters")
-    @classmethod
-    def _is_schema(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
-        if schema is not None:
-            try:
-                check_schema(schema)
-            except ConfigurationError as exc:
-                raise ValueError(exc.message) from exc
-        return schema
 
     @model_validator(mode="after")
     def _is_known(self) -> Self:

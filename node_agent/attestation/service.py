@@ -66,7 +66,7 @@ class Attester(Service):
         key: Signs the evidence.
         offer: Returns what the node offers; asked every two seconds.
         sources: Further sources; the functions and models are measured here.
-        registries: Public keys of the registries by id, whose challenges count; with none known,
+        registries: Returns public keys of the registries by id, whose challenges count; with none,
             the broker's word has to do, for a challenge can do no harm.
         clock: UTC milliseconds.
     """
@@ -81,7 +81,7 @@ class Attester(Service):
         key: SigningKey,
         offer: Callable[[], Offer],
         sources: Sequence[EvidenceSource],
-        registries: Mapping[str, str],
+        registries: Callable[[], Mapping[str, str]],
         clock: Callable[[], int] = now_ms,
     ) -> None:
         super().__init__(service_id=node)
@@ -92,7 +92,7 @@ class Attester(Service):
         self._key = key
         self._offer = offer
         self._sources = tuple(sources)
-        self._registries = dict(registries)
+        self._registries = registries
         self._clock = clock
         self._challenge: str | None = None
         self._wake = asyncio.Event()
@@ -120,8 +120,8 @@ class Attester(Service):
             self._wake.set()
 
     def _read(self, payload: bytes) -> TrustState:
-        if self._registries:
-            return read_trust(payload, member=self._node, registries=self._registries)
+        if registries := self._registries():
+            return read_trust(payload, member=self._node, registries=registries)
         return decode(TrustState, payload, limit_bytes=TRUST_LIMIT_BYTES)
 
     async def _show(self) -> None:

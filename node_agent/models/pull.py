@@ -218,12 +218,12 @@ class Puller:
         before = self._store.from_source(origin.source)
         while (held := disk.lock(partial, create=True)) is None:
             self._wait(partial, origin)
+        try:
             after = self._store.from_source(origin.source)
-            if after is not None and after != before:
+            if after is not None and after != before:  # whoever held the partial has fetched it
                 same = replace(origin, etag=after.etag, modified=after.modified)
                 if stored := self._store.name_stored(after.digest, same):
                     return stored
-        try:
             for again in (True, False):
                 stored = self._once(remote, origin, partial, again=again)
                 if stored is not None:

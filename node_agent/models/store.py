@@ -234,8 +234,12 @@ class ModelStore:
         return next((r for r in records.values() if r.reference == reference), None)
 
     def from_source(self, source: str) -> ModelRecord | None:
-        """Return the latest model that came from a source (`source_key`)."""
-        found = [record for record in self._records().values() if record.source == source]
+        """Return the latest model that came from a source (`source_key`).
+
+        A file that is just being taken in counts: its partial is gone before its name is there.
+        """
+        with self._changing():
+            found = [record for record in self._records().values() if record.source == source]
         return max(found, key=lambda record: record.added_at_ms, default=None)
 
     def list(self) -> tuple[StoredModel, ...]:

@@ -24,9 +24,9 @@ from node_agent.worker.engines.base import fill_template
 _SITE_SUFFIXES = (".local", ".lan", ".internal", ".home.arpa", ".localhost")
 """Ends of names that mean the own site (RFC 6762, RFC 8375, RFC 6761; ``.lan`` by custom)."""
 
-_GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
-"""What makes vLLM and its kin go on behind the last message; llama-server does so by itself. That a
-server does it at all is what ``continues`` in the declaration of a function says."""
+GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
+"""What makes vLLM and its kin go on behind the last message; llama-server does so by itself, others
+do not (`openai_instance.OpenAIInstance`)."""
 
 _OWN_FIELDS = ("model", "messages", "stream", "stream_options", "input")
 
@@ -219,8 +219,22 @@ def read_key(path: Path | None, where: str) -> SecretStr | None:
     return SecretStr(key)
 
 
-def request_body(request: base.Request) -> dict[str, Any]:
+def can_go_on(request: base.Request) -> bool:
+    """Tell whether an answer that was begun can be asked for from where it is.
+
+    A form (``response_format``) is held against what the server writes, which has to begin at the
+    beginning for that; and a given conversation is passed on as it is.
+    """
+    options = request.options
+    return not options.get("messages") and "response_format" not in options["body"]
+
+
+def request_body(request: base.Request, *, go_on: bool = False) -> dict[str, Any]:
     """Return the body of the request that a call becomes.
+
+    Args:
+        request: The call.
+        go_on: Whether to hand over what was shown as the beginning of the answer.
 
     Raises:
         InvalidTask: There is nothing to say to the model.
@@ -243,9 +257,9 @@ def request_body(request: base.Request) -> dict[str, Any]:
     if options.get("system"):
         system = fill_template(options["system"], values)
         messages.insert(0, {"role": "system", "content": system})
-    if request.shown is not None:
-        messages.append({"role": "assistant", "content": request.shown})
-        body |= _GO_ON
+    if go_on:
+        messages.append({"role": "assistant", "content": request.shown or ""})
+        body |= GO_ON
     return {**body, "messages": messages}
 
 

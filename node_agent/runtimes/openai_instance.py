@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from capability_schemas.errors import ExecutionFailed, FoamError, InvalidTask, Overloaded
 from node_agent.runtimes import base
 from node_agent.runtimes.inloop import InLoopInstance, Put
-from node_agent.runtimes.openai import request_body
+from node_agent.runtimes.openai import GO_ON, can_go_on, request_body
 from node_agent.runtimes.openai_stream import (
     ChatAnswer,
     EventStream,
@@ -32,6 +32,9 @@ _BODY_LIMIT_BYTES: Final = 64 * 1024 * 1024
 _RETRY_LIMIT_MS: Final = 3_600_000
 _KEPT_OPEN_S: Final = 4.0
 """How long an idle connection is kept, seconds: less than common servers keep it (uvicorn: 5)."""
+
+_SAID: Final = "a a a a"
+"""Words that most tokenizers cut alike, at the beginning of a message and further on."""
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -54,6 +57,11 @@ class OpenAIInstance(InLoopInstance):
     It dies when its server cannot be reached or cuts an answer short: the next one, started on
     demand, looks whether the server is back.
 
+    An answer that another node has begun is gone on with where the server can do that: some take a
+    last message of the assistant for the beginning of the answer, others close it and begin anew.
+    No field of the API tells; the number of tokens does, for a closed message takes more. From
+    those that begin anew, the whole answer is asked for and what was shown passed over.
+
     Args:
         name: For logs and task names.
         server: The server.
@@ -64,6 +72,7 @@ class OpenAIInstance(InLoopInstance):
     def __init__(self, *, name: str, server: Server, slots: int, died: base.Died) -> None:
         super().__init__(name=name, slots=slots, died=died, info={"engine": "openai"})
         self._server = server
+        self._goes_on: bool | None = None
         headers = {"accept": "text/event-stream, application/json"}
         if server.api_key is not None:
             headers["authorization"] = f"Bearer {server.api_key.get_secret_value()}"
@@ -122,7 +131,8 @@ class OpenAIInstance(InLoopInstance):
 
     async def _answer(self, request: base.Request, put: Put) -> None:
         loop = asyncio.get_running_loop()
-        body = request_body(request)
+        go_on = bool(request.shown) and can_go_on(request) and await self._can_go_on()
+        body = request_body(request, go_on=go_on)
         started = loop.time()
         if "input" in body:
             await put(await self._embeddings(body))
@@ -130,8 +140,9 @@ class OpenAIInstance(InLoopInstance):
         answer = ChatAnswer(
             tools=bool(request.options.get("tools")),
             parse=bool(request.options.get("parse")),
-            shown=request.shown or "",
+            shown=request.shown or "" if go_on else "",
         )
+        again = _Again("" if go_on else request.shown or "", self._server.base_url)
         first: float | None = None
         try:
             async with contextlib.aclosing(self._events(body)) as events:
@@ -139,8 +150,8 @@ class OpenAIInstance(InLoopInstance):
                     text = answer.add(event)
                     if first is None and (text or answer.finish):
                         first = loop.time()
-                    if text:
-                        await put(base.Piece(text))
+                    if fresh := again.fresh(text):
+                        await put(base.Piece(fresh))
         except base.InstanceDied:
             if not answer.finish:  # else it is whole, and only its [DONE] is missing
                 raise
@@ -149,12 +160,41 @@ class OpenAIInstance(InLoopInstance):
                 "the server ended its answer without saying why; some do when the prompt is longer"
                 " than their context"
             )
+        again.end()
         first = loop.time() if first is None else first
         await put(
             answer.final(
                 prefill_ms=(first - started) * 1000, decode_ms=(loop.time() - first) * 1000
             )
         )
+
+    async def _can_go_on(self) -> bool:
+        """Tell whether the server goes on behind a last message of the assistant; asked once."""
+        if self._goes_on is None:
+            try:
+                none, once = await self._prompt_tokens(""), await self._prompt_tokens(_SAID)
+                twice = await self._prompt_tokens(f"{_SAID} {_SAID}")
+                self._goes_on = once - none <= twice - once
+            except Garbage:
+                self._goes_on = True  # it does not count: what the function declares holds
+            except InvalidTask:
+                self._goes_on = False  # it takes no such message
+            _log.info("openai.probed", server=self._server.base_url, goes_on=self._goes_on)
+        return self._goes_on
+
+    async def _prompt_tokens(self, said: str) -> int:
+        """Return how many tokens a prompt has behind which the model has said something."""
+        messages = [{"role": "user", "content": _SAID}]
+        body: dict[str, Any] = {"model": self._server.model, "max_tokens": 1, "messages": messages}
+        if said:
+            messages.append({"role": "assistant", "content": said})
+            body |= GO_ON
+        async with self._response("chat/completions", body) as (_, chunks):
+            data = await _read(chunks, _ERROR_LIMIT_BYTES)
+        try:
+            return int(json.loads(data)["usage"]["prompt_tokens"])
+        except (ValueError, KeyError, TypeError, RecursionError) as exc:
+            raise Garbage("the server does not say how many tokens a prompt has") from exc
 
     async def _events(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         async with self._response("chat/completions", body) as (response, chunks):
@@ -224,6 +264,32 @@ class OpenAIInstance(InLoopInstance):
         """Say that an answer stopped; the server may be well, so that other calls go on."""
         return base.InstanceDied(
             f"{self._server.base_url} said nothing for {limit_s:g} s", status=None
+        )
+
+
+class _Again:
+    """Passes over what was shown of an answer that is given again from its beginning."""
+
+    def __init__(self, shown: str, url: str) -> None:
+        self._left = shown
+        self._url = url
+
+    def fresh(self, text: str) -> str:
+        common = min(len(text), len(self._left))
+        if text[:common] != self._left[:common]:
+            raise self._differs()
+        self._left = self._left[common:]
+        return text[common:]
+
+    def end(self) -> None:
+        if self._left:
+            raise self._differs()
+
+    def _differs(self) -> ExecutionFailed:
+        return ExecutionFailed(
+            f"the server at {self._url} does not go on with an answer but gives it again, and gave"
+            " another one than was shown before its node was lost: make it repeatable"
+            ' (temperature = 0, or a seed), or declare continues = "restart"'
         )
 
 

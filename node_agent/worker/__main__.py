@@ -121,14 +121,8 @@ def run(channel: FrameSocket, load: Frame) -> int:
     try:
         host = make_host(load, channel, confinement)
         info = host.load()
-    except InvocationError as exc:
-        channel.send({"t": "failed", "code": exc.code, "message": exc.message})
-        return 1
     except BaseException as exc:  # noqa: BLE001 - supervision boundary: user code runs when it is imported
-        traceback.print_exc()
-        message = _say(exc, confinement)
-        channel.send({"t": "failed", "code": "execution_failed", "message": message})
-        return 1
+        return _failed(channel, exc, confinement)
     threading.Thread(target=read_frames, args=(channel, host, confinement), daemon=True).start()
     channel.send({"t": "ready", "info": {**info, "network": network}})
     host.serve()
@@ -141,21 +135,20 @@ def _describe(channel: FrameSocket, load: Frame, describe: Any, confinement: Con
             str(load["where"]), load["names"], everything=bool(load["everything"])
         )
         channel.send({"t": "described", "functions": fields, "problems": problems})
-    except InvocationError as exc:
-        channel.send({"t": "failed", "code": exc.code, "message": exc.message})
-        return 1
     except BaseException as exc:  # noqa: BLE001 - supervision boundary: user code runs when it is imported
-        traceback.print_exc()
-        message = _say(exc, confinement)
-        channel.send({"t": "failed", "code": "execution_failed", "message": message})
-        return 1
+        return _failed(channel, exc, confinement)
     return 0
 
 
-def _say(exc: BaseException, confinement: Confinement) -> str:
-    hint = confinement.explain(exc).get("hint")
-    said = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
-    return f"{said} ({hint})" if hint else said
+def _failed(channel: FrameSocket, exc: BaseException, confinement: Confinement) -> int:
+    """Tell the agent why there will be no instance; returns the exit status."""
+    if not isinstance(exc, InvocationError):
+        traceback.print_exception(exc)
+        hint = confinement.explain(exc).get("hint")
+        said = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+        exc = InvocationError("execution_failed", f"{said} ({hint})" if hint else said)
+    channel.send({"t": "failed", "code": exc.code, "message": exc.message})
+    return 1
 
 
 def main(arguments: list[str]) -> int:

@@ -4,9 +4,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from node_agent.worker.frames import Frame
+
+_MESSAGE: Final = 2_000
 
 
 class InvocationError(Exception):
@@ -23,6 +25,16 @@ class InvocationError(Exception):
         self.code = code
         self.message = message
         self.detail = detail
+
+    def frame(self, request: "Request") -> Frame:
+        """Return the frame that ends an invocation with it; a long message is cut."""
+        return {
+            "t": "error",
+            "id": request.id,
+            "code": self.code,
+            "message": self.message[:_MESSAGE],
+            "detail": self.detail,
+        }
 
 
 @dataclass

@@ -84,6 +84,8 @@ def _fields(where: str, attribute: str, target: Any) -> dict[str, Any]:
             "examples": list(declaration.examples) or None,
             "skills": list(declaration.skills) or None,
             "concurrency": declaration.concurrency,
+            "continues": declaration.continues,
+            "idempotent": declaration.idempotent,
             **declaration.extra,
         }
         if declaration.timeout_s is not None:

@@ -89,15 +89,7 @@ class EmbeddingHost:
         }
 
     def _fail(self, request: Request, error: InvocationError) -> None:
-        self._emit(
-            {
-                "t": "error",
-                "id": request.id,
-                "code": error.code,
-                "message": error.message,
-                "detail": error.detail,
-            }
-        )
+        self._emit(error.frame(request))
 
 
 def texts_of(request: Request) -> list[str]:

@@ -245,15 +245,7 @@ class EngineHost:
             self._fail(request, InvocationError("execution_failed", why[:2000]))
 
     def _fail(self, request: Request, error: InvocationError) -> None:
-        self._emit(
-            {
-                "t": "error",
-                "id": request.id,
-                "code": error.code,
-                "message": error.message,
-                "detail": error.detail,
-            }
-        )
+        self._emit(error.frame(request))
 
 
 def _final(request: Request, stream: TokenStream, how: Completion | Exception) -> dict[str, Any]:

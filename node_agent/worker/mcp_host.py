@@ -157,12 +157,4 @@ class McpHost:
         return await session.call(str(request.options["tool"]), request.input, left_s)
 
     def _fail(self, request: Request, error: InvocationError) -> None:
-        self._emit(
-            {
-                "t": "error",
-                "id": request.id,
-                "code": error.code,
-                "message": error.message[:2000],
-                "detail": error.detail,
-            }
-        )
+        self._emit(error.frame(request))

@@ -318,24 +318,15 @@ class PythonHost:
             raise exc
         if isinstance(exc, NotJsonError | FrameError):
             exc = InvocationError("execution_failed", f"the function's output is not JSON: {exc}")
-        if isinstance(exc, InvocationError):
-            code, message, detail = exc.code, exc.message, exc.detail
-        else:
+        if not isinstance(exc, InvocationError):
             traceback.print_exception(exc)  # to the log; the wire gets type and message only
             kind = type(exc).__name__
-            code, message = "execution_failed", f"{kind}: {exc}" if str(exc) else kind
+            message = f"{kind}: {exc}" if str(exc) else kind
             detail = {"type": kind, **self._explain(exc)}
             if hint := detail.pop("hint", ""):
                 message = f"{message[:1800]} ({hint})"
-        self._emit(
-            {
-                "t": "error",
-                "id": request.id,
-                "code": code,
-                "message": message[:2000],
-                "detail": detail,
-            }
-        )
+            exc = InvocationError("execution_failed", message, **detail)
+        self._emit(exc.frame(request))
 
     # ---- async functions: everything below runs on the loop of serve()
 

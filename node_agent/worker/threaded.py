@@ -104,10 +104,4 @@ class ThreadedHost:
     def _failure(request: Request, error: InvocationError) -> dict[str, Any]:
         if request.cancelled.is_set():  # however it ended, this is why
             error = InvocationError("cancelled", "cancelled before it ended")
-        return {
-            "t": "error",
-            "id": request.id,
-            "code": error.code,
-            "message": error.message[:2000],
-            "detail": error.detail,
-        }
+        return error.frame(request)

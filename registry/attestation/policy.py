@@ -27,7 +27,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-import structlog
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -39,6 +38,7 @@ from pydantic import (
     model_validator,
 )
 
+from broker.followed import FollowedFile
 from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.ids import Identifier
@@ -52,8 +52,6 @@ _MOST_BYTES: Final = 4 * 1024 * 1024
 _LEAST_MS: Final = 10_000
 _MOST_MS: Final = 30 * 86_400_000
 _UNITS: Final = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
-_Stamp = tuple[int, int, int]
-_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 def _milliseconds(value: Any) -> Any:
@@ -196,9 +194,6 @@ class AttestationPolicy(_Table):
         return tuple(rule for rule in self.rules if rule.concerns(node, attested))
 
 
-NOTHING_ASKED: Final = AttestationPolicy()
-
-
 def parse_policy(text: str, name: str) -> AttestationPolicy:
     """Read the text of a file.
 
@@ -233,77 +228,20 @@ def reference_toml(name: str, measurements: Mapping[str, str]) -> str:
     return "\n".join([f'[references."{name}"]', *lines]) + "\n"
 
 
-class AttestationFile:
-    """Keeps the policy of a file, and takes up its edits.
+class AttestationFile(FollowedFile[AttestationPolicy]):
+    """Keeps the policy of a file, and takes up its edits as ``FollowedFile`` says.
 
-    An edit counts when the file looks the same at two looks running, so that one still being
-    written is left alone. An edit with a mistake is logged, and what was asked before it is asked
-    on. A file that was removed means that nothing is asked.
-
-    ``load`` and ``refresh`` block and are for one thread at a time; ``policy`` and ``problem`` may
-    be read from any.
+    A file that was removed means that nothing is asked. A registry must not start where ``load``
+    raises: rights would be given that somebody meant to hold back.
 
     Args:
         path: The file.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.policy = NOTHING_ASKED
-        self.problem: str | None = None
-        """What keeps the file as it is now from being in force."""
-        self._known: _Stamp | None = None
-        self._last: _Stamp | None = None
+        super().__init__(path, what="attestation", parse=parse_policy, most_bytes=_MOST_BYTES)
 
-    def load(self) -> None:
-        """Read the file for the first time.
-
-        Raises:
-            ConfigurationError: It cannot be used; the registry must not start without it, for
-                rights would be given that somebody meant to hold back.
-        """
-        self._known = self._last = self._stamp()
-        self.policy = self._read()
-
-    def refresh(self) -> bool:
-        """Look at the file, and take up a change of it that has lasted since the look before.
-
-        Returns:
-            Whether something else is asked now.
-        """
-        now = self._stamp()
-        settled, self._last = now == self._last, now
-        if now == self._known or not settled:
-            return False
-        self._known = now
-        before = self.policy
-        try:
-            self.policy = self._read()
-        except ConfigurationError as exc:
-            self.problem = exc.message
-            _log.error("attestation.refused", file=str(self.path), error=exc.message)
-            return False
-        self.problem = None
-        _log.info("attestation.changed", file=str(self.path), rules=len(self.policy.rules))
-        return self.policy != before
-
-    def _stamp(self) -> _Stamp | None:
-        try:
-            found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
-
-    def _read(self) -> AttestationPolicy:
-        try:
-            with self.path.open("rb") as file:
-                content = file.read(_MOST_BYTES + 1)
-            if len(content) > _MOST_BYTES:
-                raise ConfigurationError(f"{self.path} has over {_MOST_BYTES} bytes")
-            return parse_policy(content.decode("utf-8-sig"), str(self.path))
-        except FileNotFoundError:
-            return NOTHING_ASKED
-        except OSError as exc:
-            raise ConfigurationError(f"{self.path} cannot be read: {exc.strerror or exc}") from exc
-        except UnicodeDecodeError as exc:
-            raise ConfigurationError(f"{self.path} is no UTF-8 text: {exc}") from exc
+    @property
+    def policy(self) -> AttestationPolicy:
+        """What is asked."""
+        return self.value

@@ -81,7 +81,8 @@ class AttestationService(Service):
         session: Connection of the registry.
         topics: The site's topics.
         file: What is asked; loaded by the caller.
-        key: Makes the challenges.
+        key: Makes the challenges; the same at all registries that judge by the same file, so that
+            evidence counts with the next one too.
         identities: Looks nodes up.
         nodes: Returns the names of the nodes that are members.
         books: Returns what ``identities`` looks into; another object when anything has changed

@@ -5,7 +5,8 @@
 """
 
 from registry.enrollment.book import Token, Waiting
-from registry.enrollment.desk import Answer, EnrollmentDesk
+from registry.enrollment.desk import EnrollmentDesk
+from registry.enrollment.grants import Answer
 from registry.enrollment.service import EnrollmentService
 
 __all__ = ["Answer", "EnrollmentDesk", "EnrollmentService", "Token", "Waiting"]

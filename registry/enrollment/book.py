@@ -1,18 +1,24 @@
 """What the registry remembers of enrollment: one private file, replaced atomically."""
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from broker.access.credentials import write_private
 from broker.access.policy import Role
 from capability_schemas.capability import CapabilityPolicy
-from capability_schemas.errors import ConfigurationError
+from capability_schemas.errors import ConfigurationError, Unavailable
 from capability_schemas.ids import Identifier
 from capability_schemas.wire import first_problem
+
+_LOCK_S: Final = 2.0
+_LOCK_AGAIN_S: Final = 0.02
 
 
 class Token(BaseModel):
@@ -61,6 +67,44 @@ class Waiting(BaseModel):
     asked_at: int
 
 
+class Granting(BaseModel):
+    """A grant that was begun: its credential may be there already, its answer is not.
+
+    Attributes:
+        level: Level of the request.
+        digest: SHA-256 of the request, hexadecimal.
+        at: When, UTC milliseconds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    level: str
+    digest: str
+    at: int
+
+
+class Answered(BaseModel):
+    """A grant that was given, kept for a while: whoever asks the same again gets the same.
+
+    Attributes:
+        level: Level of the request.
+        digest: SHA-256 of the request, hexadecimal.
+        identity: Who was granted something.
+        happened: ``granted`` or ``renewed``.
+        reply: The reply, as signed.
+        at: When, UTC milliseconds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    level: str
+    digest: str
+    identity: str
+    happened: str
+    reply: str
+    at: int
+
+
 class _File(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -70,10 +114,12 @@ class _File(BaseModel):
     revoked: dict[Identifier, int] = {}
     asked: dict[Identifier, int] = {}
     members: tuple[Identifier, ...] = ()
+    granting: dict[Identifier, Granting] = {}
+    answered: tuple[Answered, ...] = ()
 
 
 class EnrollmentBook:
-    """The file. Blocking; one writer.
+    """The file. Blocking; whoever writes holds it (``held``), for two registries may share it.
 
     Args:
         path: Where it is; made on the first change.
@@ -84,7 +130,41 @@ class EnrollmentBook:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._stamp: tuple[int, int, int] | None = None
         self._state = self._read()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the file for one change of several steps, and read it anew before.
+
+        A registry that was stopped in the middle of a change keeps others waiting, and ends the
+        change when it goes on: nothing is half done that somebody else relies on.
+
+        Raises:
+            Unavailable: Another registry has held it for two seconds.
+            ConfigurationError: It cannot be read, or is damaged.
+        """
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            lock = self._path.with_suffix(".lock").open("a")
+        except OSError as exc:
+            raise ConfigurationError(f"{self._path} cannot be locked: {exc}") from exc
+        with lock:
+            give_up_at = time.monotonic() + _LOCK_S
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as exc:
+                    if time.monotonic() >= give_up_at:
+                        raise Unavailable(
+                            f"another registry works on {self._path}: ask again"
+                        ) from exc
+                    time.sleep(_LOCK_AGAIN_S)
+                else:
+                    break
+            if self._found() != self._stamp:
+                self._state = self._read()
+            yield
 
     @property
     def tokens(self) -> Mapping[str, Token]:
@@ -111,6 +191,16 @@ class EnrollmentBook:
         """Who was a member when that was looked at last."""
         return frozenset(self._state.members)
 
+    @property
+    def granting(self) -> Mapping[str, Granting]:
+        """Grants that were begun, by identity."""
+        return self._state.granting
+
+    @property
+    def answered(self) -> Sequence[Answered]:
+        """The latest grants, oldest first."""
+        return self._state.answered
+
     def write(
         self,
         *,
@@ -119,6 +209,8 @@ class EnrollmentBook:
         revoked: Mapping[str, int] | None = None,
         asked: Mapping[str, int] | None = None,
         members: Iterable[str] | None = None,
+        granting: Mapping[str, Granting] | None = None,
+        answered: Sequence[Answered] | None = None,
     ) -> None:
         """Replace what is given; the rest stays.
 
@@ -132,15 +224,26 @@ class EnrollmentBook:
             revoked=dict(state.revoked if revoked is None else revoked),
             asked=dict(state.asked if asked is None else asked),
             members=state.members if members is None else tuple(sorted(members)),
+            granting=dict(state.granting if granting is None else granting),
+            answered=tuple(state.answered if answered is None else answered),
         )
         document = made.model_dump(mode="json", exclude_none=True)
         try:
             write_private(self._path, json.dumps(document, indent=1) + "\n")
         except OSError as exc:
             raise ConfigurationError(f"{self._path} cannot be written: {exc}") from exc
-        self._state = made
+        self._state, self._stamp = made, self._found()
+
+    def _found(self) -> tuple[int, int, int] | None:
+        """Return what tells whether somebody else has written the file."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_ino, found.st_size
 
     def _read(self) -> _File:
+        self._stamp = self._found()
         try:
             return _File.model_validate_json(self._path.read_bytes())
         except FileNotFoundError:

@@ -5,13 +5,17 @@ keys it brings (signatures over them). It gets exactly what the token says: role
 data classes are attested here and never taken from the newcomer. A member renews by signing with
 the key that is known of it. Every request is answered once: the same one again gets the same
 answer, and an old one none.
+
+Two registries may share the files: one at a time works on them, a grant is begun and ended there in
+writing, and the answer is kept with it. So the next registry undoes what one began that was killed,
+and repeats what it had granted.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from broker.access.authority import Authority, Certificate
 from broker.access.credentials import Credential, CredentialStore
@@ -19,7 +23,6 @@ from broker.access.policy import Role
 from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.enrollment import (
     ENROLL_LIMIT_BYTES,
-    EnrollReply,
     EnrollRequest,
     JoinToken,
     check_proof,
@@ -40,6 +43,7 @@ from capability_schemas.passport import CLOCK_SKEW_MS
 from capability_schemas.signing import SigningKey, sign, verify
 from capability_schemas.wire import decode
 from registry.enrollment.book import EnrollmentBook, Token, Waiting
+from registry.enrollment.grants import Answer, GrantLog
 from registry.enrollment.papers import PaperOffice
 from registry.enrollment.rotation import Rotation
 
@@ -52,26 +56,6 @@ _WAITING: Final = 1_000
 
 def _anybody(_role: Role) -> None:
     """Let everybody be decided over."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What to say, and what to write down.
-
-    Attributes:
-        level: Level of the reply topic: the token, or the member that renews.
-        reply: What to publish there; None: nothing (the sender proved nothing).
-        happened: For the audit trail: ``granted``, ``renewed``, ``pending``, ``refused``,
-            ``ignored``.
-        identity: Who asked, as far as that could be read.
-        reason: Why.
-    """
-
-    level: str
-    reply: EnrollReply | None
-    happened: str
-    identity: str = ""
-    reason: str = ""
 
 
 class EnrollmentDesk:
@@ -89,6 +73,7 @@ class EnrollmentDesk:
         brokers: Tells where members connect to.
         member_brokers: Tells where those with a certificate do, if elsewhere.
         certificates: Whether the broker takes certificates; else everybody gets a password.
+        registries: Returns the public keys of all registries that members may believe.
         clock: UTC milliseconds.
 
     Raises:
@@ -107,6 +92,7 @@ class EnrollmentDesk:
         brokers: Callable[[], Sequence[str]],
         member_brokers: Callable[[], Sequence[str]] = tuple,
         certificates: bool = True,
+        registries: Callable[[], Mapping[str, str]] = dict,
         clock: Callable[[], int] = now_ms,
     ) -> None:
         self._site = site
@@ -122,9 +108,11 @@ class EnrollmentDesk:
             brokers=brokers,
             member_brokers=member_brokers,
             certificates=certificates,
+            registries=registries,
             clock=clock,
         )
         self._book = EnrollmentBook(path)
+        self._grants = GrantLog(book=self._book, credentials=credentials, clock=clock)
         self.rotation = Rotation(
             authority=authority, credentials=credentials, tokens=self.tokens, clock=clock
         )
@@ -170,19 +158,10 @@ class EnrollmentDesk:
             raise ConfigurationError("a token that replaces members has to name them")
         for name in names:
             check_identifier(name, "identity")
-        self._drop_old()
-        if len(self._book.tokens) >= _TOKENS:
-            raise Overloaded("there are 10,000 tokens: revoke some", retry_after_ms=60_000)
         token = JoinToken.make(
             authority=self._authority.server_root() if self._authority is not None else b""
         )
         now = self._clock()
-        self._credentials.add(
-            token.id,
-            Role.ENROLLEE,
-            password=token.password.get_secret_value(),
-            expires_at=now + ttl_ms,
-        )
         made = Token(
             role=role,
             proof_key=token.proof_key.hex(),
@@ -195,7 +174,17 @@ class EnrollmentDesk:
             created_at=now,
             created_by=by,
         )
-        self._book.write(tokens={**self._book.tokens, token.id: made})
+        with self._grants.alone():
+            self._drop_old()
+            if len(self._book.tokens) >= _TOKENS:
+                raise Overloaded("there are 10,000 tokens: revoke some", retry_after_ms=60_000)
+            self._credentials.add(
+                token.id,
+                Role.ENROLLEE,
+                password=token.password.get_secret_value(),
+                expires_at=now + ttl_ms,
+            )
+            self._book.write(tokens={**self._book.tokens, token.id: made})
         return token
 
     def tokens(self) -> Mapping[str, Token]:
@@ -218,11 +207,12 @@ class EnrollmentDesk:
             NotFound: It is not known.
             AccessDenied: As ``allow`` says.
         """
-        known = self._book.tokens.get(token)
-        if known is None:
-            raise NotFound(f"token {token!r} is not known", token=token)
-        allow(known.role)
-        self._drop_tokens({token})
+        with self._grants.alone():
+            known = self._book.tokens.get(token)
+            if known is None:
+                raise NotFound(f"token {token!r} is not known", token=token)
+            allow(known.role)
+            self._drop_tokens({token})
 
     # ---- requests
 
@@ -240,12 +230,13 @@ class EnrollmentDesk:
             request: EnrollRequest = decode(EnrollRequest, payload, limit_bytes=ENROLL_LIMIT_BYTES)
         except ProtocolError as error:
             return Answer(level, None, "ignored", reason=error.message)
+        with self._grants.alone():
+            return self._consider(level, request, payload)
+
+    def _consider(self, level: str, request: EnrollRequest, payload: bytes) -> Answer:
         known = self._answered.get((level, request.nonce))
         if known is not None:
-            before, answer = known
-            if before == payload:
-                return answer
-            return Answer(level, None, "ignored", request.id, "the nonce was used before")
+            return self._again(level, request, payload, known)
         token = self._book.tokens.get(level)
         try:
             if token is None:
@@ -257,21 +248,46 @@ class EnrollmentDesk:
         except FoamError as error:
             # Whoever proves nothing learns nothing, not even that the token exists.
             return Answer(level, None, "ignored", request.id, error.message)
+        if (granted := self._grants.before(level, payload)) is not None:
+            return granted
+        changes: dict[str, Any] = {}
         try:
             self._check_request(request, payload)
             if token is None:
-                answer = self._renew(level, request)
+                answer, changes = self._renew(level, request)
             else:
-                answer = self._join(level, token, request, payload)
+                answer, changes = self._join(level, token, request, payload)
         except ConfigurationError:
             raise
         except FoamError as error:
             answer = self._refusal(level, request, error)
         finished = self._finished(answer, proof_key)
+        if changes:
+            self._grants.end(finished, payload, changes)
         self._answered[(level, request.nonce)] = (payload, finished)
         if len(self._answered) > _REMEMBERED:
             self._answered.popitem(last=False)
         return finished
+
+    @staticmethod
+    def _again(
+        level: str, request: EnrollRequest, payload: bytes, known: tuple[bytes, Answer]
+    ) -> Answer:
+        before, answer = known
+        if before != payload:
+            return Answer(level, None, "ignored", request.id, "the nonce was used before")
+        given = answer.happened in {"granted", "renewed"}
+        return replace(answer, happened="repeated") if given else answer
+
+    def refresh(self) -> None:
+        """Read what another registry has written.
+
+        Raises:
+            Unavailable: It is at it now.
+            ConfigurationError: A file cannot be read or is damaged.
+        """
+        with self._grants.alone():
+            self._credentials.refresh()
 
     @property
     def waiting(self) -> Mapping[str, Waiting]:
@@ -290,15 +306,21 @@ class EnrollmentDesk:
             NotFound: Nobody of that name waits.
             ConfigurationError: The files cannot be written.
         """
+        with self._grants.alone():
+            return self._decide(identity, granted=granted, reason=reason)
+
+    def _decide(self, identity: str, *, granted: bool, reason: str) -> Answer:
         waiting = self._book.waiting.get(identity)
         token = self._book.tokens.get(waiting.token) if waiting is not None else None
         if waiting is None or token is None:
             raise NotFound(f"no {identity!r} waits to be enrolled", identity=identity)
         request: EnrollRequest = decode(EnrollRequest, waiting.request.encode())
         left = {name: one for name, one in self._book.waiting.items() if name != identity}
+        payload = waiting.request.encode()
+        changes: dict[str, Any] = {}
         if granted:
             try:
-                answer = self._grant(waiting.token, token, request)
+                answer, changes = self._grant(waiting.token, token, request, payload)
             except ConfigurationError:
                 raise
             except FoamError as error:
@@ -306,8 +328,12 @@ class EnrollmentDesk:
         else:
             denial = AccessDenied(reason or "the operator refused it")
             answer = self._refusal(waiting.token, request, denial)
-        self._book.write(waiting=left)
-        return self._finished(answer, bytes.fromhex(token.proof_key))
+        finished = self._finished(answer, bytes.fromhex(token.proof_key))
+        if changes:
+            self._grants.end(finished, payload, {**changes, "waiting": left})
+        else:
+            self._book.write(waiting=left)
+        return finished
 
     def revoke(self, identity: str, *, allow: Callable[[Role], None] = _anybody) -> None:
         """Throw a member out: no password, no certificate, no passport of it counts any more.
@@ -322,14 +348,15 @@ class EnrollmentDesk:
             ConfigurationError: The files cannot be read or written; the same order, given again,
                 does what is left.
         """
-        self._credentials.refresh()  # commands on this machine make members too
-        role = self.role(identity)
-        if role is None or identity not in self._credentials.identities():
-            raise NotFound(f"identity {identity!r} is unknown", identity=identity)
-        allow(role)
-        # First what voids its papers: once the credential is gone, nobody can ask for that.
-        self._void({identity}, members=self._book.members - {identity})
-        self._credentials.remove(identity)
+        with self._grants.alone():
+            self._credentials.refresh()  # commands on this machine make members too
+            role = self.role(identity)
+            if role is None or identity not in self._credentials.identities():
+                raise NotFound(f"identity {identity!r} is unknown", identity=identity)
+            allow(role)
+            # First what voids its papers: once the credential is gone, nobody can ask for that.
+            self._void({identity}, members=self._book.members - {identity})
+            self._credentials.remove(identity)
 
     def follow_members(self) -> Sequence[str]:
         """Void the papers of those who have vanished from the credentials since the last look.
@@ -343,17 +370,18 @@ class EnrollmentDesk:
         Raises:
             ConfigurationError: The files cannot be read or written.
         """
-        self._credentials.refresh()
-        members = {
-            name
-            for name, known in self._credentials.identities().items()
-            if known.role is not Role.ENROLLEE
-        }
-        before = self._book.members
-        if not members or members == before:
-            return ()
-        self._void(before - members, members=members)
-        return sorted(before - members)
+        with self._grants.alone():
+            self._credentials.refresh()
+            members = {
+                name
+                for name, known in self._credentials.identities().items()
+                if known.role is not Role.ENROLLEE
+            }
+            before = self._book.members
+            if not members or members == before:
+                return ()
+            self._void(before - members, members=members)
+            return sorted(before - members)
 
     def _void(self, names: Collection[str], *, members: Collection[str]) -> None:
         self._book.write(
@@ -403,7 +431,9 @@ class EnrollmentDesk:
         if (request.id, request.role) != (level, known.role.value):
             raise AccessDenied(f"{level} may renew its own papers only")
 
-    def _join(self, level: str, token: Token, request: EnrollRequest, payload: bytes) -> Answer:
+    def _join(
+        self, level: str, token: Token, request: EnrollRequest, payload: bytes
+    ) -> tuple[Answer, dict[str, Any]]:
         if not token.uses:
             raise AccessDenied("the token is used up: ask for a new one")
         if self._clock() >= token.expires_at:
@@ -413,7 +443,7 @@ class EnrollmentDesk:
         if token.names and request.id not in token.names:
             raise AccessDenied(f"the token is not for {request.id}")
         if not token.approve:
-            return self._grant(level, token, request)
+            return self._grant(level, token, request, payload)
         self._check_name(token, request)
         if request.id in self._book.waiting:
             raise Conflict(f"somebody who wants to be {request.id} waits already")
@@ -423,7 +453,7 @@ class EnrollmentDesk:
         one = Waiting(token=level, request=payload.decode(), asked_at=self._clock())
         self._book.write(waiting={**self._book.waiting, request.id: one})
         reply = self._office.reply(request, "pending", reason="an operator has to approve it")
-        return Answer(level, reply, "pending", request.id)
+        return Answer(level, reply, "pending", request.id), {}
 
     def _check_name(self, token: Token, request: EnrollRequest) -> Credential | None:
         known = self._credentials.identities().get(request.id)
@@ -445,9 +475,13 @@ class EnrollmentDesk:
             seal({}, request.seal_key, nonce=request.nonce)
         return certificate
 
-    def _grant(self, level: str, token: Token, request: EnrollRequest) -> Answer:
+    def _grant(
+        self, level: str, token: Token, request: EnrollRequest, payload: bytes
+    ) -> tuple[Answer, dict[str, Any]]:
+        """Make a member; what the book says of it then is written together with the answer."""
         known = self._check_name(token, request)
         certificate = self._certify(request, token.role)
+        self._grants.begin(request.id, level, payload)
         if known is not None:
             self._credentials.remove(request.id)
         password = self._credentials.add(
@@ -461,26 +495,29 @@ class EnrollmentDesk:
         revoked = dict(self._book.revoked)  # what was thrown out stays void: its keys are others
         if known is not None:
             revoked[request.id] = self._clock()
-        self._book.write(tokens={**self._book.tokens, level: left}, revoked=revoked)
         sealed = None
         if password and request.seal_key is not None:
             sealed = seal({"password": password}, request.seal_key, nonce=request.nonce)
         reply = self._office.granted(request, token.role, token.attested, certificate, sealed)
-        return Answer(level, reply, "granted", request.id, f"token {level} of {token.created_by}")
+        why = f"token {level} of {token.created_by}"
+        return Answer(level, reply, "granted", request.id, why), {
+            "tokens": {**self._book.tokens, level: left},
+            "revoked": revoked,
+        }
 
-    def _renew(self, level: str, request: EnrollRequest) -> Answer:
+    def _renew(self, level: str, request: EnrollRequest) -> tuple[Answer, dict[str, Any]]:
         known = self._credentials.identities()[level]
         if request.public_key != known.public_key:
             raise AccessDenied(f"{level} has another key on record: enroll anew to change it")
         if request.at <= self._book.asked.get(level, 0):
             raise AccessDenied("this was asked before: a later request was answered already")
         certificate = self._office.certify(request, known.role)
-        self._book.write(asked={**self._book.asked, level: request.at})
         if certificate is not None:
             # The one before stays good until the next renewal: the new one may not arrive.
             self._credentials.update(level, serials=(certificate.serial, *known.serials[:1]))
         reply = self._office.granted(request, known.role, known.attested, certificate, None)
-        return Answer(level, reply, "renewed", level)
+        asked = {**self._book.asked, level: request.at}
+        return Answer(level, reply, "renewed", level), {"asked": asked}
 
     def _refusal(self, level: str, request: EnrollRequest, error: FoamError) -> Answer:
         reply = self._office.reply(

@@ -1,6 +1,6 @@
 """Papers of members: certificate, passport, and the replies they travel in. Pure but for keys."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal
 
 from broker.access.authority import Authority, Certificate, read_request
@@ -32,6 +32,7 @@ class PaperOffice:
         brokers: Tells where members connect to.
         member_brokers: Tells where those with a certificate do; empty: at the same place.
         certificates: Whether the broker takes certificates; else everybody gets a password.
+        registries: Returns the public keys of all registries that members may believe.
         clock: UTC milliseconds.
     """
 
@@ -45,6 +46,7 @@ class PaperOffice:
         brokers: Callable[[], Sequence[str]],
         member_brokers: Callable[[], Sequence[str]] = tuple,
         certificates: bool = True,
+        registries: Callable[[], Mapping[str, str]] = dict,
         clock: Callable[[], int],
     ) -> None:
         self._site = site
@@ -54,6 +56,7 @@ class PaperOffice:
         self._brokers = brokers
         self._member_brokers = member_brokers
         self._certificates = certificates
+        self._registries = registries
         self._clock = clock
 
     def certify(self, request: EnrollRequest, role: Role) -> Certificate | None:
@@ -121,7 +124,7 @@ class PaperOffice:
                 "authority": self._authority.bundle if self._authority is not None else None,
                 "brokers": tuple(brokers),
                 "passport": passport,
-                "registries": {self._registry_id: self._key.public},
+                "registries": {**self._registries(), self._registry_id: self._key.public},
                 "sealed": sealed,
                 "renew_at": now + round((until - now) * RENEW_SHARE),
             }

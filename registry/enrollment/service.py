@@ -33,8 +33,10 @@ from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode, encode
 from registry.admin import Verb
 from registry.enrollment.departure import check_departure
-from registry.enrollment.desk import Answer, EnrollmentDesk
+from registry.enrollment.desk import EnrollmentDesk
+from registry.enrollment.grants import Answer
 from registry.enrollment.tenancy import ATTESTED, check_attested
+from registry.leadership import Lead, Sole
 from registry.store.audit import AuditLog
 
 _QUEUE: Final = 1_000
@@ -60,6 +62,7 @@ class EnrollmentService(Service):
         registry_id: Identity of the registry.
         changed: Told when members or their papers have changed.
         runs_here: Tells whether a registry, router or node is of the registry's own data folder.
+        lead: Whether the registry leads; None: it is the only one.
         forget: Deletes what that folder holds of a member that was thrown out; blocks.
     """
 
@@ -75,8 +78,10 @@ class EnrollmentService(Service):
         changed: Callable[[], None] = lambda: None,
         runs_here: Callable[[str], bool] = lambda _: False,
         forget: Callable[[str], object] = lambda _: None,
+        lead: Lead | None = None,
     ) -> None:
         super().__init__(service_id=registry_id)
+        self._lead = lead or Sole()
         self._session = session
         self._topics = topics
         self._desk = desk
@@ -89,6 +94,8 @@ class EnrollmentService(Service):
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="foam-enrollment")
         self._budget: Budget | None = None
         self._stirred = asyncio.Event()
+        self._unread = not self._lead.alone
+        """Whether another registry may have written since."""
         self.dropped = 0
 
     @property
@@ -121,8 +128,13 @@ class EnrollmentService(Service):
             queue_limit=_QUEUE,
             on_overflow=self._overflowed,
         )
-        self._stirred.set()  # who was removed while the registry was away
+        self._lead.on_change(self._lead_changed)
+        self._stirred.set()  # who was removed while the registry was away, or another one led
         self.spawn(self._follow_members(), name="follow")
+
+    def _lead_changed(self, _leads: bool) -> None:
+        self._unread = True
+        self._stirred.set()
 
     def follow_members(self) -> None:
         """Look who has vanished from the credentials; told when they have changed."""
@@ -132,8 +144,13 @@ class EnrollmentService(Service):
         gone: deque[str] = deque()  # and not written down yet
         while True:
             await self._stirred.wait()
+            await self._lead.until()
             self._stirred.clear()
             try:
+                if self._unread:
+                    await self._run(self._desk.refresh)
+                    self._unread = False
+                    self._changed()
                 gone.extend(await self._run(self._desk.follow_members))
                 if gone:
                     self._changed()
@@ -157,8 +174,8 @@ class EnrollmentService(Service):
         _log.warning("enrollment.overflow", topic=message.topic)
 
     async def _on_request(self, message: Message) -> None:
-        if message.retain or not message.payload:
-            return
+        if message.retain or not message.payload or not self._lead.leads:
+            return  # newcomers ask again until the registry that leads has answered
         try:
             level = self._topics.parse(message.topic).levels["request"]
         except InvalidTopic as error:
@@ -230,6 +247,7 @@ class EnrollmentService(Service):
 
     async def _tokens(self, args: dict[str, Any], _asker: Requester) -> Any:
         _only(args, set())
+        await self._run(self._desk.refresh)
         rows = [
             {"id": name, **token.model_dump(mode="json", exclude={"proof_key"})}
             for name, token in sorted(self._desk.tokens().items())
@@ -246,6 +264,7 @@ class EnrollmentService(Service):
 
     async def _enrollments(self, args: dict[str, Any], _asker: Requester) -> Any:
         _only(args, set())
+        await self._run(self._desk.refresh)
         rows = []
         for identity, waiting in sorted(self._desk.waiting.items()):
             request: EnrollRequest = decode(EnrollRequest, waiting.request.encode())
@@ -274,6 +293,7 @@ class EnrollmentService(Service):
     async def _decide(
         self, identity: str, asker: Requester, *, granted: bool, reason: str = ""
     ) -> dict[str, Any]:
+        await self._run(self._desk.refresh)
         waiting = self._desk.waiting.get(identity)
         if waiting is not None:
             request: EnrollRequest = decode(EnrollRequest, waiting.request.encode())

@@ -16,7 +16,12 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Final, Self
 
-from capability_schemas.errors import BadSignature, ConfigurationError, Unavailable
+from capability_schemas.errors import (
+    BadSignature,
+    ConfigurationError,
+    MalformedPayload,
+    Unavailable,
+)
 from capability_schemas.ids import now_ms
 from capability_schemas.signing import SigningKey, canonical_bytes, verify_bytes
 
@@ -336,7 +341,7 @@ def _writable(note: AuditNote) -> AuditNote:
             }
         )
         json.dumps(note.detail)
-    except (ValueError, TypeError, ArithmeticError, RecursionError):
+    except (MalformedPayload, ValueError, TypeError, ArithmeticError, RecursionError):
         action, actor, subject = (
             text.encode("utf-8", "replace").decode()
             for text in (note.action, note.actor, note.subject)

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from router.followed import FollowedFile
-from router.followed import read_text as read_any
+from broker.followed import FollowedFile
+from broker.followed import read_text as read_any
 from router.rules.book import RuleBook
 
 

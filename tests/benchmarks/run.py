@@ -6,9 +6,10 @@
     python tests/benchmarks/run.py routing --data FOLDER --semantic-router OTHER/bin/python
 
 Verbs: ``round_trip``, ``first_token``, ``throughput``, ``footprint``, ``fifty``; ``streams``,
-``cold_start``, ``runtimes``, ``prediction``, ``failover``, ``routing_scale``, ``rules``,
-``signed_messages``, ``signed_catalogue``, ``signed_tasks``, ``brokers`` and ``routing``, which
-need no mesh of theirs; ``all``. Tables go to stdout, the same numbers to ``--json``.
+``cold_start``, ``runtimes``, ``prediction``, ``failover``, ``recovery``, ``fairness``, ``moves``,
+``routing_scale``, ``rules``, ``signed_messages``, ``signed_catalogue``, ``signed_tasks``,
+``brokers`` and ``routing``, which need no mesh of theirs; ``all``. Tables go to stdout, the same
+numbers to ``--json``.
 """
 
 import argparse
@@ -28,11 +29,13 @@ from benchmarks import (  # noqa: E402 - the test folders are no installed packa
     broker_throughput,
     cold_start,
     fail_over,
+    fairness,
     finish_prediction,
     first_token,
     identities,
     idle_agent,
     quotas,
+    recovery,
     routing_quality,
     routing_scale,
     rule_matching,
@@ -62,6 +65,9 @@ WITHOUT_MESH: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "routing_scale": routing_scale.measure,
     "rules": rule_matching.measure,
     "failover": fail_over.measure,
+    "recovery": recovery.measure,
+    "fairness": fairness.measure,
+    "moves": fairness.measure_moves,
     "identities": identities.measure,
     "joining": identities.measure_joining,
     "quotas": quotas.measure,

@@ -538,7 +538,7 @@ asyncio.run(main())
             router = await Probe.open(engine.port, "router-1", clean=False, **logins["router-1"])
             await router.subscribe(STATES)
             assert router.session_present is engine.traits.survives_restart
-            if engine.traits.survives_restart:
+            if engine.traits.keeps_retained:
                 await eventually(
                     lambda: (b"kept", True) in [(m.payload, m.retain) for m in router.got]
                 )

@@ -391,6 +391,36 @@ class TestSession:
                 await router.abort()
             await eventually(got.has(b"vanished"))
 
+    async def test_a_session_at_rest_is_away_without_a_will_and_comes_back(self, world, eventually):
+        births = iter(range(100))
+        watcher = await world.session("watcher-1")
+        got, tasks = Got(), Got()
+        async with watcher:
+            await watcher.subscribe(STATES, got)
+            await watcher.wait_connected(CONNECT_S)
+            router = await world.session("router-1", will=Will(STATE, b"vanished", retain=False))
+            device = await world.session("pump-1")
+            async with router, device:
+                await router.subscribe(TASKS, tasks)
+                await router.wait_connected(CONNECT_S)
+                router.announce(STATE, lambda: b"birth %d" % next(births))
+                router.post(STATE, b"last words")
+                await router.rest()
+                await eventually(got.has(b"birth 0", b"last words"))
+                await eventually(lambda: not router.connected)
+                router.post(STATE, b"waits")
+                await device.publish(TASK, b"unheard", timeout_s=CONNECT_S)
+                assert router.outbox_size == 1
+                assert router.stats.connects == 1
+                router.wake()
+                await eventually(got.has(b"birth 1", b"waits"))
+                await eventually(lambda: router.connected)
+                await device.publish(TASK, b"heard", timeout_s=CONNECT_S)
+                await eventually(tasks.has(b"heard"))
+                assert b"unheard" not in tasks.payloads()
+                await router.publish(STATE, b"", retain=True, timeout_s=CONNECT_S)
+        assert b"vanished" not in got.payloads()
+
     async def test_the_will_is_silent_after_a_goodbye(self, world, eventually):
         got = Got()
         watcher = await world.session("watcher-1")

@@ -41,6 +41,18 @@ def test_without_stream_there_is_one_result(mesh: FoamUp) -> None:
     assert kinds == ["accepted", "routed", "result"]
 
 
+def test_the_same_id_goes_on_with_what_another_run_of_the_command_began(mesh: FoamUp) -> None:
+    counted = ("--function", "count", "--input", '{"n": 60, "pause_s": 0.1}')
+    asked = (*counted, "--id", "job-of-two", "--data", str(mesh.data))
+    whole = "".join(f"{n} " for n in range(60)).rstrip()
+    first = FoamProcess("ask", *asked, "--json")
+    first.wait_line('"event":"chunk"')
+    first.end(signal.SIGKILL)
+    for _ in range(2):  # while it runs, and when it has ended
+        done = mesh.ask(*asked)
+        assert (done.returncode, done.stdout.decode().strip()) == (0, whole), done.stderr
+
+
 def test_text_comes_from_standard_input(mesh: FoamUp) -> None:
     words = "größer als 14 mm/s"
     done = mesh.ask("-", "--function", "echo", "--quiet", stdin=words.encode())

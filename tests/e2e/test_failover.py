@@ -3,14 +3,19 @@
 import asyncio
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import pytest
 
+from broker.session.base import Message
+from broker.session.mqtt import MqttSession
+from broker.session.settings import SessionSettings
 from capability_schemas.reply import Chunk, ErrorEvent, ReplyEvent, Result, Routed
+from capability_schemas.topics import TopicKind, Topics
+from foam.chaos.judge import Ask, Judge
 from foam.sdk import MeshClient
 from support.foam_process import FoamProcess, FoamUp, foam_up
 from tcp_proxy import TcpProxy
@@ -68,18 +73,45 @@ def client_of(up: FoamUp) -> MeshClient:
     )
 
 
-def kill(up: FoamUp, node: str) -> None:
-    """Kill the process of a node, as the machine losing power does."""
+def process_of(up: FoamUp, node: str) -> psutil.Process:
+    """Return the process of a node."""
     for process in psutil.Process(up.process.pid).children(recursive=True):
         line = " ".join(process.cmdline())
         if f"{node}.toml" in line and " node " in line:
-            process.send_signal(signal.SIGKILL)
-            return
+            return process
     raise AssertionError(f"no process of node {node}")
 
 
-async def watched(up: FoamUp, mesh: MeshClient, **task: Any) -> list[ReplyEvent]:
-    """Ask, kill the node that answers after its second chunk, and return all events."""
+def kill(up: FoamUp, node: str) -> None:
+    """Kill the process of a node, as the machine losing power does."""
+    process_of(up, node).send_signal(signal.SIGKILL)
+
+
+class Stop:
+    """Stops a node and all it runs, once; lets it go on at the end of a ``with``."""
+
+    def __init__(self) -> None:
+        self.node = ""
+        self._stopped: list[psutil.Process] = []
+
+    def __call__(self, up: FoamUp, node: str) -> None:
+        process = process_of(up, node)
+        self.node, self._stopped = node, [process, *process.children(recursive=True)]
+        for one in self._stopped:
+            one.suspend()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self._stopped:
+            one.resume()
+
+
+async def watched(
+    up: FoamUp, mesh: MeshClient, hurt: Callable[[FoamUp, str], None] = kill, **task: Any
+) -> list[ReplyEvent]:
+    """Ask, hurt the node that answers after its second chunk, and return all events."""
     events: list[ReplyEvent] = []
     handle = await mesh.submit(timeout_s=60, **task)
     chunks = 0
@@ -87,7 +119,7 @@ async def watched(up: FoamUp, mesh: MeshClient, **task: Any) -> list[ReplyEvent]
         events.append(event)
         chunks += isinstance(event, Chunk)
         if isinstance(event, Chunk) and chunks == 2 and handle.routed is not None:
-            kill(up, handle.routed.node)
+            hurt(up, handle.routed.node)
     return events
 
 
@@ -137,6 +169,66 @@ async def test_a_function_that_promises_nothing_ends_honestly(pair: FoamUp) -> N
         assert end.code == "node_lost"
         shown = text_of(events)
         assert shown == "".join(f"line {number}\n" for number in range(shown.count("\n")))
+
+
+async def test_a_node_that_hangs_is_left_and_shows_nothing_when_it_goes_on(pair: FoamUp) -> None:
+    lines = 100
+    whole = tuple(f"line {number}\n" for number in range(lines))
+    judge, heard = Judge(), asyncio.Event()
+    ask = Ask(
+        client=pair.facts["device"]["id"],
+        task="hangs",
+        function="recite",
+        pieces=whole,
+        output="".join(whole),
+    )
+    judge.submitted(ask, at=0)
+    sources: list[str] = []
+
+    async def on_reply(message: Message) -> None:
+        client, _, source = message.topic.split("/")[-3:]
+        sources.append(source)
+        judge.heard(client, source, message.payload, at=0)
+        heard.set()
+
+    async with client_of(pair) as mesh, witness(pair) as session:
+        topics = Topics(site=pair.facts["site"])
+        await session.subscribe(topics.filter(TopicKind.REPLY, client=ask.client), on_reply)
+        with Stop() as stop:
+            asked = {"lines": lines, "pause_s": 0.03}
+            events = await watched(
+                pair, mesh, stop, function="recite", input=asked, task_id=ask.task
+            )
+        result = assert_no_seam(events)
+        assert result.attempt > 1
+        assert text_of(events) == result.output == ask.output
+        assert {event.node for event in events if isinstance(event, Routed)} == {"left", "right"}
+        # It is back when it answers something: what it said late has come before that.
+        async with asyncio.timeout(90):
+            while (await mesh.ask(function="recite", input={"lines": 1})).node != stop.node:
+                pass
+            while stop.node not in sources[sources.index(other_than(stop.node)) :]:
+                await heard.wait()
+                heard.clear()
+        assert judge.verdict(at=0).breaches == ()
+        assert judge.verdict(at=0).finished == 1
+
+
+def other_than(node: str) -> str:
+    return {"left": "right", "right": "left"}[node]
+
+
+def witness(up: FoamUp) -> MqttSession:
+    """Return a second connection of the device, which sees the bare wire."""
+    device = up.facts["device"]
+    return MqttSession(
+        settings=SessionSettings(
+            urls=(up.facts["broker"],),
+            client_id="witness",
+            username=device["username"],
+            password=device["password"],
+        )
+    )
 
 
 async def test_the_command_line_misses_nothing_of_a_link_that_is_cut(pair: FoamUp) -> None:

@@ -12,7 +12,7 @@ from broker.access import CredentialStore, Role
 from broker.access.authority import Authority
 from broker.access.orders import Requester
 from broker.embedded import EmbeddedBroker
-from broker.engine import EngineSettings
+from broker.engine import EngineSettings, free_port
 from broker.session.mqtt import MqttSession
 from broker.session.settings import SessionSettings
 from broker.tls import TlsListener, TlsSettings
@@ -53,6 +53,7 @@ class Mesh:
         self.desk = desk
         self.service = service
         self.events = events
+        self.desk_brokers = []
 
     @property
     def url(self):
@@ -99,6 +100,7 @@ async def mesh(tmp_path):
     )
     password = credentials.add("registry-1", Role.REGISTRY)
     events = []
+    brokers = ["mqtts://broker.test:8883"]
     async with contextlib.AsyncExitStack() as stack:
         engine = await stack.enter_async_context(
             EmbeddedBroker(
@@ -125,7 +127,7 @@ async def mesh(tmp_path):
             key=KEY,
             credentials=credentials,
             authority=authority,
-            brokers=lambda: ["mqtts://broker.test:8883"],
+            brokers=lambda: brokers,
         )
         trail = stack.enter_context(AuditLog(tmp_path / "audit.sqlite", key=KEY))
         service = EnrollmentService(
@@ -137,7 +139,9 @@ async def mesh(tmp_path):
             registry_id="registry-1",
         )
         await stack.enter_async_context(service)
-        yield Mesh(tmp_path, engine, credentials, authority, desk, service, events)
+        mesh = Mesh(tmp_path, engine, credentials, authority, desk, service, events)
+        mesh.desk_brokers = brokers
+        yield mesh
 
 
 async def test_a_node_joins_with_a_token_and_logs_on_with_its_certificate(mesh):
@@ -374,14 +378,31 @@ async def test_a_refusal_is_believed_in_the_end(monkeypatch):
     assert 1 < len(tries) <= 5
 
 
+LAN = "mqtts://10.0.0.5:8883"
+NAMED = "mqtts://broker.test:8883"
+LOOPBACK = "mqtts://127.0.0.1:8883"
+
+
 @pytest.mark.parametrize(
-    ("brokers", "host", "chosen"),
+    ("brokers", "reached", "known"),
     [
-        (["mqtts://a:1", "mqtts://b:2"], "b", "mqtts://b:2"),
-        (["mqtts://a:1", "mqtts://[::1]:2"], "::1", "mqtts://[::1]:2"),
-        (["mqtts://a:1", "mqtts://b:2"], "c", "mqtts://a:1"),
-        ([], "a", None),
+        ((NAMED, LOOPBACK, LAN), ["10.0.0.5"], [LAN, NAMED]),
+        ((NAMED, LOOPBACK, LAN), ["127.0.0.1"], [LOOPBACK, NAMED, LAN]),
+        ((f"{NAMED},{LAN}",), ["elsewhere.test"], [NAMED, LAN]),
+        ((LOOPBACK,), ["10.0.0.5"], [LOOPBACK]),
+        ((), ["10.0.0.5"], []),
     ],
 )
-async def test_a_newcomer_goes_on_with_the_broker_it_reached(brokers, host, chosen):
-    assert enrolling._near(brokers, host) == chosen
+def test_a_newcomer_knows_every_broker_that_it_can_reach(brokers, reached, known):
+    assert enrolling._nearest_first(brokers, reached) == (",".join(known) or None)
+
+
+async def test_a_newcomer_joins_by_whichever_broker_of_a_list_is_there(mesh, tmp_path):
+    down = f"mqtts://127.0.0.1:{free_port('127.0.0.1')}"
+    mesh.desk_brokers[:] = [down, mesh.url]
+    papers = await mesh.join(await mesh.token(role="node"), url=f"{down},{mesh.url}")
+    path = store_papers(papers, tmp_path / "newcomer")
+    assert Identity.read(path).broker == f"{down},{mesh.url}"
+    assert await enrolling.is_still_member(
+        Identity.read(path), path.parent, url=f"{down},{mesh.url}", site=SITE
+    )

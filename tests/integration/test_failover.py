@@ -77,6 +77,23 @@ async def test_another_node_goes_on_where_the_lost_one_was(mesh: Mesh, eventuall
     assert mesh.router.stats.continued == 1
 
 
+async def test_a_session_moves_to_the_node_that_went_on(mesh: Mesh, eventually: Any) -> None:
+    nodes = await two_nodes(mesh)
+    mesh.submit(id="t", function="echo", session="s")
+    await eventually(lambda: mesh.kinds("t").count("chunk") == 2)
+    lost = first_of(nodes)
+    lost.be("offline")
+    await eventually(lambda: mesh.final("t"))
+    (other,) = [node for node in nodes if node is not lost]
+    lost.be("birth", epoch=11)
+    for node in nodes:
+        node.behaviour = answer
+    await mesh.broker.settle()
+    mesh.submit(id="next", function="echo", session="s")
+    await eventually(lambda: mesh.final("next"))
+    assert [one.task for one in other.invocations] == ["t", "next"]
+
+
 async def test_a_router_that_was_restarted_knows_what_was_shown(
     mesh: Mesh, eventually: Any
 ) -> None:
@@ -87,7 +104,8 @@ async def test_a_router_that_was_restarted_knows_what_was_shown(
     first_of(nodes).be("offline")
     await mesh.start_router()
     await eventually(lambda: mesh.final("t"))
-    assert numbered(mesh, "t") == [("chunk", 0), ("chunk", 1), ("chunk", 2), ("result", 3)]
+    said = dict.fromkeys(numbered(mesh, "t"))  # the router may repeat the very same end
+    assert list(said) == [("chunk", 0), ("chunk", 1), ("chunk", 2), ("result", 3)]
     assert mesh.of("t")[-1]["output"] == "hello world"
 
 

@@ -8,7 +8,7 @@ import pytest
 from broker.session.memory import MemoryBroker, MemorySession
 from capability_schemas.functions import FunctionLimits, FunctionSpec
 from capability_schemas.ids import now_ms
-from capability_schemas.invocation import Invocation
+from capability_schemas.invocation import Control, Invocation
 from capability_schemas.node import FunctionLoad, NodeLoad
 from capability_schemas.topics import TopicKind
 from capability_schemas.wire import encode
@@ -158,6 +158,33 @@ async def test_a_refusal_names_the_neighbour_with_room(mesh, make_agent, topics,
         await mesh.end_of("t1")
     assert (report["status"], report["code"], report["peer"]) == ("refused", "overloaded", "n3")
     assert report["retry_after_ms"] >= 50
+
+
+async def test_what_has_not_begun_is_given_back_when_the_router_asks_and_nothing_else(
+    mesh, make_agent, topics, tmp_path
+):
+    gate = tmp_path / "gate"
+
+    def ask_back(task):
+        order = Control(verb="return", task=task, client="c", attempt=1, sender="r", node="n")
+        mesh.session.post(topics.build(TopicKind.CONTROL, node="n"), encode(order))
+
+    async with make_agent(("held", {})) as agent:
+        for task in ("runs", "waits"):
+            mesh.invoke(task, "held", str(gate))
+            await mesh.eventually(lambda task=task: mesh.reports.get(task))
+        await mesh.eventually(lambda: agent.load().running == 1 and agent.load().queued == 1)
+        ask_back("waits")
+        report = await mesh.last_report("waits")
+        assert (report["status"], report["code"]) == ("refused", "overloaded")
+        ask_back("runs")
+        await mesh.eventually(lambda: len(mesh.reports["runs"]) == 2)
+        assert [one["status"] for one in mesh.reports["runs"]] == ["admitted", "admitted"]
+        assert agent.load().queued == 0
+        gate.touch()
+        await mesh.end_of("runs")
+        assert agent.counters.given_back == 1
+    assert "waits" not in mesh.ends
 
 
 async def test_a_session_returns_to_its_process(mesh, make_agent, tmp_path):

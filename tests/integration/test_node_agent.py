@@ -438,6 +438,57 @@ async def test_a_higher_attempt_silences_a_lower_one(agent, router, tmp_path, ev
     assert len(router.of()) == 1
 
 
+def ask(router, attempt: int | None = 1, task="t1"):
+    router.control(verb="account", task=task, client="pump-7", attempt=attempt, sender="router-1")
+
+
+async def test_a_node_tells_once_more_how_an_attempt_ended(agent, router, eventually):
+    router.invoke("add", {"a": 1})
+    (result,) = await router.ended()
+    ask(router)
+    assert await router.ended(times=2) == [result, result]
+    ask(router, None)  # the latest one
+    assert await router.ended(times=3) == [result, result, result]
+    assert router.reports[-1]["seq"] == result["seq"] + 1
+    assert agent.counters.finished == 1
+
+
+async def test_a_node_says_what_it_runs_and_what_it_does_not_know(
+    agent, router, tmp_path, eventually
+):
+    marker = tmp_path / "pid"
+    ask(router)
+    await eventually(lambda: router.statuses() == ["unknown"])
+    router.invoke("polite", {"marker": str(marker)})
+    await eventually(marker.exists)
+    ask(router)
+    await eventually(lambda: router.statuses()[-1] == "running")
+    assert router.reports[-1]["seq"] == 0
+    ask(router, 2)
+    await eventually(lambda: router.statuses()[-1] == "unknown")
+    ask(router, None, task="t2")  # who has none does not answer
+    ask(router)
+    await eventually(lambda: router.statuses()[-1] == "running")
+    assert router.statuses("t2") == []
+    assert agent.counters.finished == 0
+
+
+async def test_who_asked_for_an_attempt_hears_that_it_was_superseded(
+    agent, router, tmp_path, eventually
+):
+    marker = tmp_path / "pid"
+    router.invoke("polite", {"marker": str(marker)})
+    await eventually(marker.exists)
+    ask(router)
+    await eventually(lambda: "running" in router.statuses())
+    router.control(verb="cancel", task="t1", attempt=1, reason="superseded", sender="router-2")
+    await eventually(lambda: router.statuses()[-1] == "failed")
+    assert router.reports[-1]["code"] == "node_lost"
+    ask(router)
+    await eventually(lambda: router.statuses().count("failed") == 2)
+    assert router.of() == []
+
+
 @pytest.mark.parametrize(
     "payload",
     [b"", b"nonsense", b'{"task": "t"}', b"\xff\xfe", b"x" * 3_000_000],

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from capability_schemas.topics import TopicKind, Topics
+from router.events import Phase
 from support.capabilities import make_record
 from support.scripted_mesh import (
     QUICK,
@@ -244,16 +245,11 @@ async def test_a_refusal_goes_to_the_next_node(mesh: Mesh, eventually: Any) -> N
     assert [event["attempt"] for event in mesh.of("t")[1:3]] == [1, 2]
 
 
-async def test_when_all_refuse_the_client_hears_when_to_retry(mesh: Mesh, eventually: Any) -> None:
-    await mesh.node("edge-1", refuse)
-    mesh.submit(id="t", text="echo this text")
-    await eventually(lambda: mesh.final("t"))
-    final = mesh.final("t")
-    assert final is not None
-    assert (final["code"], final["retry_after_ms"]) == ("overloaded", 700)
-
-
-async def test_a_full_node_is_not_asked(mesh: Mesh, eventually: Any) -> None:
+async def test_without_a_waiting_room_a_full_mesh_says_when_to_come_back(
+    mesh: Mesh, eventually: Any
+) -> None:
+    await mesh.stop_router()
+    await mesh.start_router(QUICK.model_copy(update={"waiting_limit": 0}))
     node = await mesh.node("edge-1")
     node.load(running=1, capacity=1, queued=2, queue_limit=2)
     await mesh.broker.settle()
@@ -382,7 +378,7 @@ async def test_a_full_ledger_refuses_tasks_aloud(mesh: Mesh, eventually: Any) ->
     await eventually(lambda: "accepted" in mesh.kinds("small"))
 
 
-async def test_a_restarted_router_runs_again_what_had_not_begun(
+async def test_a_restarted_router_runs_again_what_its_node_has_forgotten(
     mesh: Mesh, eventually: Any
 ) -> None:
     node = await mesh.node("edge-1", admit)
@@ -391,10 +387,66 @@ async def test_a_restarted_router_runs_again_what_had_not_begun(
     await mesh.broker.settle()
     await mesh.stop_router()
     node.behaviour = answer
+    node.forget()
     await mesh.start_router()
     await eventually(lambda: mesh.final("t"))
     assert mesh.of("t")[-1]["event"] == "result"
-    assert [invocation.attempt for invocation in node.invocations] == [1, 2]
+    first, second = node.invocations
+    assert first.attempt == 1
+    assert second.attempt > 1
+
+
+async def test_a_restarted_router_leaves_a_task_to_the_node_that_runs_it(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node = await mesh.node("edge-1", admit)
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: node.invocations)
+    await mesh.broker.settle()
+    await mesh.stop_router()
+    await mesh.start_router()
+    (live,) = mesh.router.dispatcher
+    await eventually(lambda: live.machine.phase is Phase.ADMITTED)
+    node.reply(node.invocations[0], event="result", seq=0, output="done")
+    await eventually(lambda: mesh.final("t"))
+    assert len(node.invocations) == 1
+    assert not node.orders
+
+
+async def test_a_router_whose_session_was_not_kept_asks_for_the_end_it_missed(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node = await mesh.node("edge-1", admit)
+    mesh.submit(id="t", function="echo", timeout_ms=400)
+    await eventually(lambda: node.invocations)
+    await mesh.kill_router("router-1")
+    node.reply(node.invocations[0], event="result", seq=0, output="done")
+    await eventually(lambda: mesh.final("t"))
+    mesh.broker.forget_absent()
+    await mesh.start_router(epoch=2)
+    await eventually(lambda: not len(mesh.router.dispatcher))
+    await mesh.broker.settle()
+    finals = [event for event in mesh.of("t") if event["event"] in {"result", "error"}]
+    assert {json.dumps(event) for event in finals} == {json.dumps(finals[0])}
+    assert len(node.invocations) == 1
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: mesh.router.stats.repeated)
+    assert len(node.invocations) == 1
+
+
+async def test_an_id_is_known_though_the_disk_is_full(mesh: Mesh, eventually: Any) -> None:
+    await mesh.stop_router()
+    small = {"ledger_bytes": 128 * 1024, "recent_bytes": 0}
+    await mesh.start_router(QUICK.model_copy(update=small))
+    node = await mesh.node("edge-1")
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: mesh.final("t"))
+    mesh.submit(id="big", function="echo", input={"x": "y" * 200_000})
+    await eventually(lambda: mesh.final("big"))
+    mesh.submit(id="t", function="echo", input={"x": "y" * 200_000})
+    await eventually(lambda: mesh.kinds("t").count("result") == 2)
+    assert "error" not in mesh.kinds("t")
+    assert len(node.invocations) == 1
 
 
 async def test_a_restarted_router_takes_what_was_said_meanwhile(
@@ -410,7 +462,9 @@ async def test_a_restarted_router_takes_what_was_said_meanwhile(
     await mesh.start_router()
     await eventually(lambda: len(mesh.router.dispatcher) == 0)
     await mesh.broker.settle()
-    assert mesh.kinds("t").count("result") == 1
+    await eventually(lambda: mesh.kinds("t").count("result") == 2)  # nobody has passed it over
+    ends = [json.dumps(event) for event in mesh.of("t") if event["event"] == "result"]
+    assert ends[0] == ends[1]
     assert len(node.invocations) == 1
 
 

@@ -364,3 +364,27 @@ async def test_every_message_is_acknowledged_once_whatever_is_sent(answering, ev
         await eventually(lambda: len(pushing.acknowledged()) == 20)
         assert pushing.acknowledged() == list(range(1, 21))
         assert pushing.heard.count(b"\x30\x04\x00\x01cx") == (20 if answering else 0)
+
+
+async def test_an_end_right_behind_the_acceptance_is_noticed(eventually):
+    """As when another client takes the client id over at that very moment."""
+    connections = 0
+
+    async def accept_and_end(reader, writer):
+        nonlocal connections
+        connections += 1
+        await reader.read(1024)
+        # CONNACK and DISCONNECT "session taken over" (MQTT 5, sections 3.2 and 3.14) in one piece.
+        writer.write(b"\x20\x03\x00\x00\x00" + b"\xe0\x02\x8e\x00")
+        writer.close()
+
+    async with await asyncio.start_server(accept_and_end, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        settings = SessionSettings(
+            urls=(f"mqtt://127.0.0.1:{port}",),
+            client_id="edge-1",
+            version="5",
+            reconnect_floor_s=0.05,
+        )
+        async with MqttSession(settings=settings):
+            await eventually(lambda: connections >= 3)

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from capability_schemas.errors import FoamError
 from node_agent.admission.forecast import Forecast, Work
-from node_agent.admission.queue import AGING_MS, AdmissionQueue, Entry
+from node_agent.admission.queue import AGING_MS, URGENT_MS, AdmissionQueue, Entry
 
 GROUPS = {"a": {"a1": 2, "a2": 1}, "b": {"b1": 3}}
 FUNCTIONS = st.sampled_from([("a", "a1"), ("a", "a2"), ("b", "b1")])
@@ -76,7 +76,8 @@ class QueueMachine(RuleBasedStateMachine):
         self.running[entry.key] = entry
 
     def rank(self, key: str) -> tuple[int, int, int]:
-        return (-self.level(key), self.waiting[key][0].deadline, int(key))
+        entry, since = self.waiting[key]
+        return (-self.level(key), min(entry.deadline, since + URGENT_MS), int(key))
 
     def has_place(self, entry: Entry) -> bool:
         inside = [one for one in self.running.values() if one.group == entry.group]

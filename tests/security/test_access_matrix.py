@@ -371,23 +371,23 @@ class TestPretenders:
 
     async def test_a_session_outlives_no_right(self, site):
         """What was subscribed to, or kept by the broker, before the right to it was lost."""
-        state = T.build(TopicKind.NODE_STATE, node=NAMES[Role.NODE])
+        told = T.build(TopicKind.EVENT, source=NAMES[Role.NODE], kind="lifecycle")
         own = T.build(TopicKind.REPLY, client="turncoat", task="t", source=NAMES[Role.ROUTER])
         await site.add("turncoat", Role.OBSERVER)
         watcher = await site.open("turncoat", clean=False)
-        await watcher.subscribe(T.filter(TopicKind.NODE_STATE), 1)
+        await watcher.subscribe(T.filter(TopicKind.EVENT), 1)
         node, router = await site.open(NAMES[Role.NODE]), await site.open(NAMES[Role.ROUTER])
-        await node.publish(state, b"kept", retain=True)
+        await node.publish(told, b"kept", retain=True)
         await watcher.expect(1)
         await watcher.disconnect()
-        await node.publish(state, b"kept as well", retain=True)
+        await node.publish(told, b"kept as well", retain=True)
         await site.remove("turncoat")
         await site.add("turncoat", Role.DEVICE)
         if node.lost.is_set() or router.lost.is_set():  # a reload may cost a connection (NATS)
             node, router = await site.open(NAMES[Role.NODE]), await site.open(NAMES[Role.ROUTER])
         device = await site.open("turncoat", clean=False)
-        await node.publish(state, b"kept too", retain=True)
-        for topic_filter in (T.filter(TopicKind.NODE_STATE), state):
+        await node.publish(told, b"kept too", retain=True)
+        for topic_filter in (T.filter(TopicKind.EVENT), told):
             await device.subscribe(topic_filter, 1)
         await device.subscribe(own, 1)
         await router.publish(own, b"own")
@@ -396,7 +396,7 @@ class TestPretenders:
             await node.ping()
             await device.ping()
         assert [message.payload for message in device.got] == [b"own"]
-        await node.publish(state, b"", retain=True)
+        await node.publish(told, b"", retain=True)
         await node.ping()
         for probe in (device, node, router):
             await probe.abort()

@@ -18,6 +18,7 @@ from broker.embedded import EmbeddedBroker
 from broker.embedded.gate import Admission, Gate
 from broker.embedded.hardened import HardenedBroker
 from broker.embedded.refusals import Refusals
+from broker.embedded.store import BrokerStore
 from broker.engine import EngineSettings, WebSocketListener
 from broker.session.base import Message
 from broker.session.mqtt import MqttSession
@@ -287,6 +288,7 @@ async def test_wrong_passwords_do_not_fill_the_broker(tmp_path, monkeypatch, eve
         settings=EngineSettings(data_dir=tmp_path, host="127.0.0.1", port=0, address_limit=10),
         gate=gate,
         refusals=Refusals(tally=Tally(lambda: 0), topics=TOPICS),
+        store=BrokerStore(tmp_path / "store"),
     )
     await broker.start()
     try:

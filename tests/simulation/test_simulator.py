@@ -13,6 +13,7 @@ from foam.chaos.schedule import Fault
 from foam.simulation import Scenario, run_seeds, simulate
 from foam.simulation.network import Quality
 from foam.simulation.shrink import shrink
+from node_agent.executor import Executor
 from router.entry import Entry
 from router.ledger import Ledger
 
@@ -34,6 +35,18 @@ def test_an_undisturbed_mesh_answers_everything() -> None:
     assert run.verdict.submitted == run.verdict.accepted == 60
     assert run.verdict.finished > 45
     assert run.verdict.moved == 0
+
+
+@pytest.mark.parametrize("fault_rate", [0.0, 0.4])
+def test_nodes_that_sleep_answer_when_they_wake(fault_rate: float) -> None:
+    run = simulate(
+        Scenario(
+            seed=4, nodes=4, sleepers=4, devices=2, tasks=60, seconds=30, fault_rate=fault_rate
+        )
+    )
+    assert not run.failed, run.summary()
+    assert run.verdict.submitted == 60
+    assert run.verdict.finished > 40
 
 
 def test_the_same_seed_gives_the_same_run_to_the_last_message() -> None:
@@ -65,6 +78,32 @@ def test_one_fault_breaks_no_promise(fault: Fault) -> None:
     run = simulate(SMALL.with_faults([fault]))
     assert not run.failed, run.summary()
     assert run.verdict.submitted == 40
+
+
+@pytest.mark.parametrize("seed", [4, 5, 11, 26, 28, 41])
+def test_seeds_that_once_had_two_ends(seed: int) -> None:
+    run = simulate(Scenario(seed=seed))
+    assert not run.failed, run.summary()
+    assert run.verdict.accepted > 150
+
+
+@pytest.mark.parametrize("seed", [1, 8, 11])
+def test_seeds_with_two_routers_that_once_failed(seed: int) -> None:
+    run = simulate(Scenario(seed=seed, routers=2))
+    assert not run.failed, run.summary()
+    assert run.verdict.accepted > 150
+
+
+def test_without_an_account_of_the_nodes_a_task_has_two_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def keep_silent(*_: object, **__: object) -> None:
+        """Answer no router that asks."""
+
+    monkeypatch.setattr(Executor, "account", keep_silent)
+    run = simulate(Scenario(seed=4))
+    assert run.verdict.broken["doubled"] > 0
+    assert not run.excused  # no node was killed that knew it
 
 
 @pytest.mark.slow

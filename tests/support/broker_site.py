@@ -26,6 +26,7 @@ IDENTITIES = {
     "router-1": Role.ROUTER,
     "router-2": Role.ROUTER,
     "registry-1": Role.REGISTRY,
+    "registry-2": Role.REGISTRY,
     "admin-1": Role.ADMIN,
     "watcher-1": Role.OBSERVER,
 }
@@ -82,11 +83,17 @@ def make_site(kind: str, folder: Path, *, port: int = 0) -> BrokerSite:
     return replace(site, engine=make_engine(site, store, folder, port))
 
 
-def make_engine(site: BrokerSite, store: CredentialStore, folder: Path, port: int) -> ChildEngine:
+def make_engine(
+    site: BrokerSite, store: CredentialStore, folder: Path, port: int, **more: Any
+) -> ChildEngine:
     """Make an engine over the credentials and the data of a site, not started."""
     access: Any = {"mosquitto": "dynamic", "mosquitto_static": "static"}.get(site.kind)
     settings = EngineSettings(
-        data_dir=folder / "broker", port=port, access=access, websocket=WebSocketListener()
+        data_dir=folder / "broker",
+        port=port,
+        access=access,
+        websocket=WebSocketListener(),
+        **more,
     )
     if site.kind == "embedded":
         return EmbeddedBroker(settings=settings, credentials=store, topics=site.topics)
@@ -106,8 +113,10 @@ async def run_site(kind: str, folder: Path, *, port: int = 0) -> AsyncIterator[B
 
 
 @contextlib.asynccontextmanager
-async def run_again(site: BrokerSite, folder: Path, *, port: int) -> AsyncIterator[BrokerSite]:
-    """Run a broker that has ended again: same port, same data, same identities."""
+async def run_again(
+    site: BrokerSite, folder: Path, *, port: int, **more: Any
+) -> AsyncIterator[BrokerSite]:
+    """Run a broker that has ended again: same data, same identities; more settings on demand."""
     store = CredentialStore(folder / "credentials.json")
-    async with make_engine(site, store, folder, port) as engine:
+    async with make_engine(site, store, folder, port, **more) as engine:
         yield replace(site, engine=engine)

@@ -18,8 +18,8 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 FOAM = (sys.executable, "-m", "foam")
 READY = "FOAM READY "
-_START_S = 60.0
-_STOP_S = 25.0
+_START_S = 120.0  # several meshes start at once where several workers run
+_STOP_S = 60.0
 
 
 def foam_environment(**extra: str) -> dict[str, str]:
@@ -34,7 +34,7 @@ def foam_environment(**extra: str) -> dict[str, str]:
 
 
 def run_foam(
-    *arguments: str, timeout_s: float = 60.0, stdin: bytes | None = None, **extra: str
+    *arguments: str, timeout_s: float = 120.0, stdin: bytes | None = None, **extra: str
 ) -> subprocess.CompletedProcess[bytes]:
     """Run one command to its end."""
     return subprocess.run(
@@ -56,11 +56,13 @@ class FoamProcess:
         extra: Environment variables to set.
     """
 
+    _stdin = subprocess.DEVNULL
+
     def __init__(self, *arguments: str, **extra: str) -> None:
         self.process = subprocess.Popen(
             [*FOAM, *arguments],
             env=foam_environment(**extra),
-            stdin=subprocess.DEVNULL,
+            stdin=self._stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -106,22 +108,25 @@ class FoamProcess:
         code = self.process.wait(timeout_s)
         for reader in self._readers:
             reader.join(5)
-        for stream in (self.process.stdout, self.process.stderr):
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             if stream is not None:
                 stream.close()
         return code
 
 
 class FoamUp(FoamProcess):
-    """A mesh started by ``foam up``.
+    """A mesh started by ``foam up``; it ends with the process of the tests, however that ends.
 
     Args:
         data: Its data folder.
         arguments: Further options.
     """
 
+    _stdin = subprocess.PIPE
+
     def __init__(self, data: Path, *arguments: str, **extra: str) -> None:
-        super().__init__("up", "--port", "0", "--data", str(data), *arguments, **extra)
+        options = ("--supervised", "--port", "0", "--data", str(data))
+        super().__init__("up", *options, *arguments, **extra)
         self.data = data
         self.facts: dict[str, Any] = {}
 
@@ -151,6 +156,12 @@ class FoamUp(FoamProcess):
     def ask(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
         """Run ``foam ask`` against it."""
         return run_foam("ask", "--data", str(self.data), *arguments, **options)
+
+
+def left_running(family: list[psutil.Process], *, within_s: float = 60.0) -> list[str]:
+    """Return the command lines of those that do not end in time."""
+    alive = psutil.wait_procs(family, timeout=within_s)[1]
+    return [" ".join(process.cmdline()) for process in alive]
 
 
 @contextmanager

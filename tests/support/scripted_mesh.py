@@ -27,6 +27,7 @@ QUICK = RouterSettings(
     finish_grace_ms=60,
     settle_ms=60,
     quiet_ms=10,
+    doubt_ms=300,
     sweep_s=0.05,
     calibration_delay_s=3_600,
 )
@@ -62,7 +63,7 @@ def say_nothing(node: "ScriptedNode", invocation: Invocation) -> None:
 
 
 class ScriptedNode:
-    """A node that answers invocations as told."""
+    """A node that answers invocations as told, and accounts for what it has said of them."""
 
     def __init__(self, session: MemorySession, topics: Topics, behaviour: Behaviour) -> None:
         self.session = session
@@ -71,6 +72,13 @@ class ScriptedNode:
         self.behaviour = behaviour
         self.invocations: list[Invocation] = []
         self.orders: list[dict[str, Any]] = []
+        self._said: dict[tuple[str, str, int], list[tuple[str, bytes]]] = {}
+        self._last: dict[tuple[str, str, int], dict[str, Any]] = {}
+
+    def forget(self) -> None:
+        """Know nothing any more, as after a start."""
+        self._said.clear()
+        self._last.clear()
 
     async def start(self) -> None:
         await self.session.subscribe(
@@ -100,19 +108,53 @@ class ScriptedNode:
             **fields,
         )
         topic = self.topics.build(TopicKind.REPORT, router=invocation.router, node=self.node)
+        if status != "admitted":
+            self._last[_key(invocation)] = {"status": status, **fields}
         self.session.post(topic, encode(message))
 
     def reply(self, invocation: Invocation, **fields: Any) -> None:
         event = {"v": 1, "task": invocation.task, "at": 1, "attempt": invocation.attempt} | fields
-        self.session.post(f"{invocation.reply}/{self.node}", json.dumps(event).encode())
+        topic, payload = f"{invocation.reply}/{self.node}", json.dumps(event).encode()
+        self._said.setdefault(_key(invocation), []).append((topic, payload))
+        self.session.post(topic, payload)
 
     async def _on_invoke(self, message: Message) -> None:
         invocation = Invocation.model_validate_json(message.payload)
         self.invocations.append(invocation)
+        self._said.setdefault(_key(invocation), [])
         self.behaviour(self, invocation)
 
     async def _on_control(self, message: Message) -> None:
-        self.orders.append(json.loads(message.payload))
+        order = json.loads(message.payload)
+        if order["verb"] == "account":
+            self._account(order)
+        else:
+            self.orders.append(order)
+
+    def _account(self, order: dict[str, Any]) -> None:
+        """Say how an attempt stands, as `node_agent.executor` does."""
+        whose = order["client"], order["task"]
+        attempts = [key[2] for key in self._said if key[:2] == whose]
+        attempt = order.get("attempt") or max(attempts, default=0)
+        if not attempt:
+            return
+        said = self._said.get((*whose, attempt))
+        answer: dict[str, Any] = {"status": "unknown"}
+        if said is not None:
+            events = [json.loads(payload) for _, payload in said]
+            numbers = [event["seq"] for event in events if "seq" in event]
+            answer = {"status": "running", "seq": max(numbers, default=-1) + 1}
+            answer = self._last.get((*whose, attempt), answer)
+            if events and events[-1]["event"] in {"result", "error"}:
+                self.session.post(*said[-1])
+                answer = {"status": "finished", "seq": events[-1]["seq"] + 1}
+        report = Report(client=whose[0], task=whose[1], attempt=attempt, node=self.node, **answer)
+        topic = self.topics.build(TopicKind.REPORT, router=order["sender"], node=self.node)
+        self.session.post(topic, encode(report))
+
+
+def _key(invocation: Invocation) -> tuple[str, str, int]:
+    return invocation.client, invocation.task, invocation.attempt
 
 
 class Mesh:

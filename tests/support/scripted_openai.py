@@ -158,7 +158,8 @@ class ScriptedOpenAI:
             await _send_json(writer, 200, _embeddings(answer), answer.headers)
             return True
         if not body.get("stream"):
-            await _send_json(writer, 200, _completion(answer, body), answer.headers)
+            said = json.loads(answer.raw) if answer.raw else _completion(answer, body)
+            await _send_json(writer, 200, said, answer.headers)
             return True
         return await self._stream(reader, writer, answer, body)
 

@@ -1,9 +1,10 @@
 """The order of reply events."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.replies import ReplyOrder
+from broker.replies import AnswerText, ReplyOrder
 from capability_schemas.reply import Accepted, Chunk, ErrorEvent, Result, Routed, Working
 
 TASK = "job-1"
@@ -84,3 +85,30 @@ def test_any_order_of_arrival_gives_one_order(arrival, again):
     for seq in [*arrival[:4], *again, *arrival[4:]]:
         out += order.push(events[seq], "edge-1")
     assert out == events
+
+
+def said(*pieces, output):
+    answer = AnswerText()
+    events: list[Chunk | Result] = [
+        Chunk(task="t", at=1, seq=seq, data=data) for seq, data in enumerate(pieces)
+    ]
+    events.append(Result(task="t", at=1, seq=len(pieces), output=output))
+    return [text for event in events if (text := answer.add(event))]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "output", "expected"),
+    [
+        (("a ", "b ", "c"), "a b c", ["a ", "b ", "c"]),
+        ((), "a b c", ["a b c"]),
+        (("a ", "", "", ""), "a b c d", ["a ", "b c d"]),
+        (("a ", "", "c"), "a b c", ["a ", "b c"]),
+        (("", "b"), "ab", ["ab"]),
+        (("a ", "b"), "in short: b", ["a ", "b"]),
+        (("a ", {"n": 1}, "b"), {"n": 1}, ["a ", "b"]),
+        (({"n": 1},), {"n": 1}, []),
+    ],
+    ids=["all", "none", "end", "middle", "beginning", "summary", "mixed", "objects"],
+)
+def test_the_result_makes_good_for_what_is_missing(pieces, output, expected):
+    assert said(*pieces, output=output) == expected

@@ -182,6 +182,57 @@ async def test_a_slow_reader_loses_nothing(client, far, topics, broker, clock):
         stream.close()
 
 
+async def test_a_slow_reader_of_large_events_keeps_few_of_them(
+    client, far, topics, broker, clock, eventually
+):
+    """Unread bytes are bounded, and what is missed comes again, also around a gap."""
+    async with ReplyInbox(session=client, topics=topics, client=CLIENT, clock=clock) as inbox:
+        await client.wait_connected()
+        stream = inbox.open(TASK, deadline=NOW + 60_000)
+        stream._limit_bytes = 3_000
+        large = [chunk(seq, data=str(seq) * 1_000) for seq in range(6)]
+        for event in (large[0], *large[2:]):
+            far.post(reply_topic(topics), encode(event))
+        await broker.settle()
+        assert await anext(stream) == large[0]
+        seen = []
+        async with asyncio.TaskGroup() as group:
+            following = group.create_task(anext(stream))
+            for round_ in range(1, 6):
+                await eventually(
+                    lambda to=round_, read=following: (
+                        read.done() or len(resumes(broker, topics)) >= to
+                    )
+                )
+                for event in large[stream.next_seq :]:
+                    far.post(reply_topic(topics, "router-1"), encode(event))
+                await broker.settle()
+                seen.append(await following)
+                held = [event for event, _ in stream._order._held.values()]
+                assert sum(len(encode(event)) for event in (*stream._unread, *held)) <= 3_000
+                following = group.create_task(anext(stream))
+            far.post(reply_topic(topics), encode(result(6)))
+            assert await following == result(6)
+        assert seen == large[1:]
+
+
+async def test_only_the_node_that_was_asked_is_heard_and_asked_again(
+    client, far, topics, broker, clock, eventually
+):
+    async with ReplyInbox(session=client, topics=topics, client=CLIENT, clock=clock) as inbox:
+        await client.wait_connected()
+        with contextlib.closing(inbox.open(TASK, deadline=NOW + 60_000, node="edge-1")) as stream:
+            far.post(reply_topic(topics, "edge-2"), encode(result(0)))
+            far.post(reply_topic(topics, "edge-1"), encode(chunk(1)))
+            await broker.settle()
+            reading = asyncio.ensure_future(anext(stream))
+            asked = topics.build(TopicKind.DIRECT_RESUME, node="edge-1", client=CLIENT)
+            await eventually(lambda: broker.published(asked))
+            assert resumes(broker, topics) == []
+            far.post(reply_topic(topics, "edge-1"), encode(chunk(0)))
+            assert await reading == chunk(0)
+
+
 async def test_a_refused_session_ends_its_streams(inbox, broker):
     with listening(inbox) as stream:
         broker.ban(CLIENT)

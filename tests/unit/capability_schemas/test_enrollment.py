@@ -70,6 +70,7 @@ def test_login_and_proof_do_not_tell_of_each_other():
         f"foam1.{TOKEN.id}.###",
         TOKEN.reveal() + ".x.y",
     ],
+    ids=lambda text: f"{len(text)}-characters",  # a token in a name would differ by process
 )
 def test_what_is_no_token_is_named_without_being_repeated(text):
     with pytest.raises(ConfigurationError) as caught:

@@ -164,3 +164,63 @@ def test_no_field_can_be_changed_by_its_owner(change):
     with pytest.raises(FoamError):
         book.admit(passport().model_copy(update={name: value}))
     assert book.passport("router-1") is None
+
+
+SECOND = SigningKey.generate()
+
+
+def second(key=REGISTRY, **changes):
+    """The passport of a registry that nobody's papers name."""
+    given = {"identity": "registry-2", "role": "registry", "public_key": SECOND.public}
+    return passport(key, **given | changes)
+
+
+def test_a_registry_is_believed_that_a_root_vouches_for(book, clock):
+    with pytest.raises(AccessDenied, match="no registry here"):
+        book.admit(passport(SECOND, registry="registry-2"))
+    book.admit(second())
+    assert book.registries == {"registry-1": REGISTRY.public, "registry-2": SECOND.public}
+    book.admit(passport(SECOND, registry="registry-2"))
+    book.verify(encode(sign(Order(verb="drain"), ROUTER)), "router-1", "router")
+    book.verify(encode(sign(Order(verb="drain"), SECOND)), "registry-2", "registry")
+    clock.now += CLOCK_SKEW_MS + 2_000
+    assert "registry-2" not in book.registries  # its passport has run out
+
+
+def test_a_registry_does_not_make_registries_unless_it_is_a_root(book):
+    book.admit(second())
+    third = SigningKey.generate()
+    with pytest.raises(AccessDenied, match="no registry here"):
+        book.admit(
+            second(SECOND, identity="registry-3", public_key=third.public, registry="registry-2")
+        )
+    with pytest.raises(AccessDenied, match="no registry here"):
+        book.admit(second(SECOND, registry="registry-2"))
+
+
+def test_a_router_is_no_registry_by_its_passport(book):
+    book.admit(passport())
+    assert set(book.registries) == {"registry-1"}
+
+
+def test_a_revoked_registry_is_believed_no_more(book):
+    book.admit(second())
+    book.revoke("registry-2", before=NOW)
+    assert set(book.registries) == {"registry-1"}
+    with pytest.raises(AccessDenied, match="revoked"):
+        book.admit(second())
+    book.admit(second(issued_at=NOW + 1))  # it was let in anew
+    assert "registry-2" in book.registries
+
+
+def test_a_revoked_root_is_believed_no_more_until_papers_name_another_key(book):
+    book.believe({"registry-2": SECOND.public})
+    book.revoke("registry-1", before=NOW)
+    assert book.registries == {"registry-2": SECOND.public}
+    with pytest.raises(AccessDenied, match="no registry here"):
+        book.admit(passport())
+    book.believe({"registry-1": REGISTRY.public})
+    assert "registry-1" not in book.registries
+    again = SigningKey.generate()
+    book.believe({"registry-1": again.public})
+    assert book.registries["registry-1"] == again.public

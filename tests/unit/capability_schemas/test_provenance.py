@@ -432,6 +432,13 @@ def test_a_result_that_was_changed_proves_nothing(clock, change):
         check_result(changed, client="pump-7", book=make_book(clock))
 
 
+@pytest.mark.parametrize("number", [b"NaN", b"-Infinity", b"1e999"])
+def test_an_output_that_is_no_json_is_refused_as_such(clock, number):
+    payload = encode(result()).replace(b'{"litres":1.5}', b'{"litres":%s}' % number)
+    with pytest.raises(MalformedPayload, match="no canonical form"):
+        check_result(decode(Result, payload), client="pump-7", book=make_book(clock))
+
+
 def test_a_result_of_another_client_or_of_a_router(clock):
     with pytest.raises(BadSignature):
         check_result(result(), client="pump-8", book=make_book(clock))

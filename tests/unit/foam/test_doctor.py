@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from broker.engine import free_port
 from capability_schemas.errors import AccessDenied
 from foam.doctor import run_checks
 from foam.mesh import MeshFolder, MeshRecord, Person
@@ -101,3 +102,15 @@ def test_what_keeps_instances_apart_is_said(tmp_path, monkeypatch, isolation, ve
         assert "Delegate=yes" in groups.remedy
     else:
         assert groups.found == "cpu, pids, /sys/fs/cgroup/unit"
+
+
+def test_each_broker_of_a_list_is_looked_at(tmp_path):
+    urls = [f"mqtt://127.0.0.1:{free_port('127.0.0.1')}" for _ in range(2)]
+    found = {check.what: check for check in run_checks(Settings(data=tmp_path, url=",".join(urls)))}
+    for url in urls:
+        check = found[f"broker {url}"]
+        assert check.verdict == "failed"
+        assert "refused" in check.found
+        assert "others serve" in check.remedy
+    one = run_checks(Settings(data=tmp_path, url=urls[0]))
+    assert not [check for check in one if check.what.startswith("broker ")]

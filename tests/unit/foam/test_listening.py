@@ -134,3 +134,10 @@ class TestRevocationList:
         context.load_verify_locations(listener.ca_file)
         context.load_verify_locations(listener.crl_file)
         assert context.cert_store_stats()["crl"] == 1
+
+
+def test_a_further_server_listens_on_the_ports_that_follow() -> None:
+    asked = Listeners(host="127.0.0.1", port=1883, tls_port=8883, websocket_port=0)
+    moved = asked.shifted(2)
+    assert (moved.port, moved.tls_port, moved.websocket_port) == (1885, 8885, 0)
+    assert asked.shifted(0) == asked

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -73,6 +74,24 @@ async def test_what_no_restart_can_mend_is_not_restarted(
         with pytest.raises(error, match="part: no way"):
             await supervisor.wait()
     assert told == []
+
+
+async def test_the_others_go_on_without_a_spare_one_that_finds_its_place_taken(
+    tmp_path: Path, eventually
+) -> None:
+    once = tmp_path / "once"
+    code = (
+        f"from pathlib import Path\nonce = Path({str(once)!r})\n"
+        "if once.exists():\n"
+        '    print(\'{"status": "failed", "kind": "Conflict", "message": "taken"}\', flush=True)\n'
+        "    raise SystemExit(21)\n"
+        "once.touch()\n" + READY + "raise SystemExit(1)"
+    )
+    told: list[str] = []
+    async with Supervisor(policy=QUICK, notify=told.append) as supervisor:
+        supervisor.add(replace(_spec(tmp_path, code), spare=True))
+        await eventually(lambda: told[-1:] == ["part: taken; it is not started again"])
+        assert supervisor.running
 
 
 async def test_one_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_an_outcome_is_found_by_client_task_and_attempt():
     assert memory.find(invocation("t", 2)) is ended
     assert memory.find(invocation("t", 1)) is None
     assert memory.find(invocation("t", 2, client="other")) is None
-    assert memory.latest_attempt(invocation("t")) == 2
+    assert memory.latest_attempt(("c", "t")) == 2
 
 
 def test_the_oldest_outcome_is_forgotten_first():
@@ -43,7 +43,7 @@ def test_the_oldest_outcome_is_forgotten_first():
         memory.record(invocation(task), Outcome(status="finished"))
     assert len(memory) == 2
     assert memory.find(invocation("a")) is None
-    assert memory.latest_attempt(invocation("a")) == 0
+    assert memory.latest_attempt(("c", "a")) == 0
     assert memory.find(invocation("c")) is not None
 
 

@@ -198,6 +198,14 @@ async def test_of_orders_for_any_start_only_those_to_cancel_are_obeyed(site):
     assert [order.verb for order, _ in site.obeyed] == ["cancel", "drain"]
 
 
+async def test_who_asks_for_an_account_is_answered_whichever_start_is_meant(site):
+    site.show()
+    await site.broker.settle()
+    for number, epoch in enumerate((None, EPOCH - 1, EPOCH)):
+        site.give(site.control(verb="account", epoch=epoch, nonce=f"n{number}"))
+    assert [order.verb for order, _ in site.obeyed] == ["account"] * 3
+
+
 async def test_forged_and_altered_orders(site):
     site.show()
     await site.broker.settle()

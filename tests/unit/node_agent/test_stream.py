@@ -151,3 +151,44 @@ async def test_a_silenced_stream_keeps_its_end_to_itself(make, outbox, eventuall
         outbox.room = 10
     assert end.result() is None
     assert outbox.events == []
+
+
+async def test_a_crowded_session_makes_the_function_wait_and_nothing_is_lost(
+    make, outbox, eventually
+):
+    crowded = True
+    stream = make(crowded=lambda: crowded)
+    stream.add("first")
+    waits = asyncio.ensure_future(stream.room())
+    await asyncio.sleep(0)
+    assert not waits.done()
+    assert outbox.events == []
+    crowded = False
+    await eventually(waits.done)
+    stream.add("second")
+    await stream.end(result, limit_s=30.0)
+    assert outbox.shown == [(0, "first"), (1, "second")]
+    assert outbox.events[-1]["seq"] == 2
+
+
+async def test_the_end_of_a_stream_needs_no_credit(make, outbox):
+    stream = make(crowded=lambda: True)
+    stream.add("all of it")
+    await stream.end(result, limit_s=30.0)
+    assert [event["event"] for event in outbox.events] == ["chunk", "result"]
+
+
+async def test_whoever_waits_for_credit_goes_on_when_the_stream_is_dropped(make):
+    stream = make(crowded=lambda: True)
+    stream.add("text")
+    waits = asyncio.ensure_future(stream.room())
+    await asyncio.sleep(0)
+    stream.silence()
+    await waits
+
+
+async def test_a_stream_that_keeps_up_never_waits(make):
+    stream = make()
+    for _ in range(100):
+        stream.add("x")
+        await asyncio.wait_for(stream.room(), 10)

@@ -17,6 +17,7 @@ from capability_schemas.passport import Passport
 from capability_schemas.signing import SigningKey
 from capability_schemas.topics import TopicKind, Topics
 from registry.auditor import Auditor
+from registry.leadership import Sole
 from registry.store.audit import AuditLog, verify_trail
 
 KEY = SigningKey.generate()
@@ -100,7 +101,7 @@ async def test_what_a_router_tells_is_chained_with_its_author(world, eventually)
     assert said["hash"] == verify_trail(world.path, KEY.public).head
 
 
-@pytest.mark.parametrize("source", ["pump-7", "anna", "nobody", "registry-2", "registry-1"])
+@pytest.mark.parametrize("source", ["pump-7", "anna", "nobody", "registry-1"])
 async def test_nobody_else_writes_into_it(world, eventually, source):
     (await world.voice(source)).write("order", actor="anna")
     (await world.voice("router-1")).write("order", actor="otto")
@@ -285,3 +286,57 @@ async def test_the_credentials_say_who_asks(world):
     with pytest.raises(AccessDenied, match="boss is no member any more"):
         role("boss", passport("boss", "admin"))  # it was one when this passport was made
     assert world.auditor.requester("alias", passport("anna", "admin")).name == "anna"
+
+
+async def test_what_another_registry_did_itself_is_chained_and_what_it_was_told_is_not(
+    world, eventually
+):
+    session = MemorySession(broker=world.broker, client_id="registry-2-session")
+    await world.stack.enter_async_context(session)
+    emit = world.events(session, "registry-2").emit
+
+    def tell(number, **detail):
+        entry = {"number": number, "actor": "anna", "action": "granted", "subject": "edge-7"}
+        emit("audit", {**entry, "detail": detail, "at": 1, "hash": "0"})
+
+    tell(40, why="token")
+    tell(41, told={"by": "router-1", "epoch": 1, "number": 1})
+    tell(41, told={"by": "router-1", "epoch": 1, "number": 1})
+    tell(42, why="again")
+    tell(42, why="again")
+    tell(45, why="after a gap")
+    await eventually(lambda: len(world.entries("granted")) == 3)
+    assert [e.detail["told"]["number"] for e in world.entries("granted")] == [40, 42, 45]
+    (missing,) = world.entries("events_missing")
+    assert (missing.subject, missing.detail["count"]) == ("registry-2", 2)
+
+
+async def test_who_leads_is_written_down(world, eventually):
+    lead = Sole()
+    world.auditor.note_lead(lead, True)
+    world.auditor.note_lead(lead, False)
+    await eventually(lambda: len(world.entries()) == 2)
+    assert [e.action for e in world.entries()] == ["registry_leads", "registry_follows"]
+
+
+async def test_one_that_was_removed_is_refused_whichever_registry_made_its_passport(tmp_path):
+    auditor = Auditor(
+        session=MemorySession(broker=MemoryBroker(), client_id="registry-2"),
+        topics=T,
+        trail=AuditLog(tmp_path / "audit.sqlite", key=KEY),
+        emit=lambda *_: None,
+        role_of=ROLES.get,
+        registry_id="registry-2",
+        registries=lambda: ["registry-1", "registry-2"],
+    )
+    passport = Passport(
+        identity="gone",
+        role="admin",
+        site="local",
+        public_key=KEY.public,
+        issued_at=1,
+        expires_at=2,
+        registry="registry-1",
+    )
+    with pytest.raises(AccessDenied, match="no member any more"):
+        auditor.requester("gone", passport)

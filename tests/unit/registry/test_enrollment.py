@@ -1,5 +1,6 @@
 """The enrollment desk: who gets papers, who does not, and what is remembered."""
 
+import fcntl
 import stat
 
 import pytest
@@ -9,7 +10,7 @@ from broker.access.credentials import CredentialStore
 from broker.access.policy import Role
 from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.enrollment import EnrollRequest, JoinToken, SealKey, check_proof, prove
-from capability_schemas.errors import AccessDenied, ConfigurationError, NotFound
+from capability_schemas.errors import AccessDenied, ConfigurationError, NotFound, Unavailable
 from capability_schemas.ids import new_uuid7
 from capability_schemas.passport import CLOCK_SKEW_MS, PassportBook
 from capability_schemas.signing import SigningKey, sign, verify
@@ -310,7 +311,12 @@ def test_a_replayed_renewal_changes_nothing(site):
     assert site.desk.consider("edge-1", payload).happened == "renewed"
     serials = site.members()["edge-1"].serials
     site.desk = site.open()  # even when the registry has forgotten that it answered
-    assert refused(site.desk.consider("edge-1", payload), "asked before")
+    assert site.desk.consider("edge-1", payload).happened == "repeated"
+    site.now += 3_700_000  # and when even its book has
+    assert site.desk.consider("edge-1", edge.request()).happened == "renewed"
+    serials = site.members()["edge-1"].serials
+    site.desk = site.open()
+    assert refused(site.desk.consider("edge-1", payload), "clocks")
     assert site.members()["edge-1"].serials == serials
 
 
@@ -478,3 +484,72 @@ def test_a_damaged_file_is_named(site):
     (site.folder / "enrollment.json").write_text('{"v":1,"tokens":{"a b":{}}}')
     with pytest.raises(ConfigurationError, match="damaged"):
         site.open()
+
+
+class KilledError(Exception):
+    """The process ends here."""
+
+
+def test_what_a_killed_registry_had_granted_is_repeated_by_the_next(site):
+    edge = Newcomer(site)
+    token = site.token()
+    payload = edge.request(token)
+    answer = site.desk.consider(token.id, payload)
+    assert answer.happened == "granted"
+    other = site.open()  # the answer was lost, and the newcomer asks again
+    again = other.consider(token.id, payload)
+    assert again.happened == "repeated"
+    assert again.reply == answer.reply
+    assert len(site.members()["edge-1"].serials) == 1
+
+
+@pytest.mark.parametrize("step", ["remove", "add", "end"])
+def test_a_grant_that_was_begun_is_undone_and_made_once(site, monkeypatch, step):
+    edge = Newcomer(site)
+    token = site.token(replace=step == "remove", names=("edge-1",))
+    if step == "remove":
+        edge.join(site.token())
+        site.now += 1_000
+    payload = edge.request(token)
+
+    def die(*_args, **_more):
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        if step == "end":
+            patch.setattr("registry.enrollment.grants.GrantLog.end", die)
+        else:
+            patch.setattr("registry.enrollment.papers.PaperOffice.granted", die)
+        with pytest.raises(KilledError):
+            site.desk.consider(token.id, payload)
+    assert site.desk.tokens()[token.id].uses == 1
+    half_made = site.members()["edge-1"].serials
+    other = site.open()
+    answer = other.consider(token.id, payload)
+    assert answer.happened == "granted"
+    made = site.members()["edge-1"].serials
+    assert len(made) == 1
+    assert made != half_made  # what nobody was told of opens nothing
+    assert other.tokens() == {}
+    assert refused(other.consider(token.id, Newcomer(site, "edge-2").request(token)), "used up")
+
+
+def test_two_registries_of_one_folder_use_a_token_once(site):
+    token = site.token()
+    other = site.open()  # it has read the files before anybody joined
+    assert site.desk.consider(token.id, Newcomer(site).request(token)).happened == "granted"
+    late = other.consider(token.id, Newcomer(site, "edge-2").request(token))
+    assert refused(late, "used up")
+    assert set(site.members()) == {token.id, "edge-1"}
+
+
+def test_a_registry_that_was_stopped_at_work_keeps_the_others_waiting(site, monkeypatch):
+    monkeypatch.setattr("registry.enrollment.book._LOCK_S", 0.05)
+    token = site.token()
+    other = site.open()
+    path = site.folder / "enrollment.lock"
+    with path.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(Unavailable, match="another registry works on"):
+            other.consider(token.id, Newcomer(site).request(token))
+    assert other.consider(token.id, Newcomer(site).request(token)).happened == "granted"

@@ -78,6 +78,26 @@ def test_a_load_that_a_will_overtook_revives_nobody(fleet: Fleet) -> None:
     assert not fleet.node("n1").live
 
 
+def test_heartbeats_of_the_process_after_a_will_count_without_its_birth() -> None:
+    fleet = Fleet()  # of a router that starts after the will of the process before came late
+    fleet.hear_state(NodeState(node="n1", state="offline", epoch=9, at=0, since=1), 0, kept=True)
+    assert fleet.hear_load(load(epoch=8), 1) is None
+    assert fleet.hear_load(load(epoch=9), 2) is None
+    assert not fleet.node("n1").live
+    assert fleet.hear_load(load(epoch=10), 3) == "the node started anew"
+    assert fleet.node("n1").live
+
+
+def test_heartbeats_count_against_a_will_whose_birth_nobody_heard() -> None:
+    fleet = Fleet()
+    fleet.hear_state(state("offline", epoch=11), 0, kept=True)
+    assert fleet.hear_load(load(epoch=11), 1) is None
+    assert not fleet.node("n1").live
+    assert fleet.hear_load(load(epoch=10), 2) is None
+    assert fleet.node("n1").live
+    assert fleet.node("n1").epoch == 10
+
+
 def test_being_cut_off_ourselves_silences_nobody(fleet: Fleet) -> None:
     fleet.wake_all(60_000)
     assert fleet.silenced(61_000) == []
@@ -170,3 +190,81 @@ def test_a_member_that_is_heard_of_after_its_revocation_is_not_live(fleet: Fleet
     assert "n2" not in fleet.nodes  # it may be no node at all
     fleet.hear_state(state(node="n2"), 0)
     assert not fleet.node("n2").live
+
+
+def asleep(*, at: int, wake_at: int | None, epoch: int = 10) -> NodeState:
+    return NodeState(node="n1", state="sleeping", epoch=epoch, at=at, wake_at=wake_at, since=1)
+
+
+def test_a_sleeper_is_neither_live_nor_gone_until_it_is_overdue(fleet: Fleet) -> None:
+    fleet.hear_state(asleep(at=7_000_000, wake_at=7_060_000), 1_000)  # its clock is wrong
+    view = fleet.node("n1")
+    assert [view.asleep, view.live, view.open] == [True, False, False]
+    assert view.wake_at == 61_000
+    assert fleet.silenced(61_000 + 3_000) == []
+    assert fleet.node("n1").asleep
+    assert fleet.silenced(61_000 + 3_001) == []  # nobody counted on it: nothing is lost
+    assert not fleet.node("n1").asleep
+    assert fleet.node("n1").wake_at is None
+    assert fleet.hear_state(state(), 90_000) is None
+    assert fleet.node("n1").live
+
+
+def test_waking_in_time_says_nothing_about_the_line(fleet: Fleet) -> None:
+    patience_ms = fleet.node("n1").pulse.patience_ms
+    fleet.hear_state(asleep(at=0, wake_at=600_000), 0)
+    assert fleet.hear_state(state(), 600_000) is None
+    assert fleet.node("n1").live
+    assert fleet.node("n1").pulse.patience_ms == patience_ms
+
+
+@pytest.mark.parametrize(
+    ("now", "left_ms"),
+    [(120_000, 40_000), (200_000, 0), (5, 60_000)],
+    ids=["said a while ago", "should be back", "of a clock ahead of ours"],
+)
+def test_a_kept_word_about_sleep_may_be_old(now: int, left_ms: int) -> None:
+    fleet = Fleet()
+    fleet.hear_state(asleep(at=100_000, wake_at=160_000), now, kept=True)
+    assert fleet.node("n1").wake_at == now + left_ms
+
+
+def test_who_does_not_say_when_it_wakes_is_waited_for_without_end(fleet: Fleet) -> None:
+    fleet.hear_state(asleep(at=0, wake_at=None), 0)
+    assert fleet.silenced(10**12) == []
+    assert fleet.node("n1").asleep
+
+
+def test_a_router_that_was_away_itself_gives_a_sleeper_its_time_again(fleet: Fleet) -> None:
+    fleet.hear_state(asleep(at=0, wake_at=60_000), 0)
+    fleet.wake_all(3_600_000)
+    assert fleet.silenced(3_600_001) == []
+    assert fleet.node("n1").asleep
+
+
+def test_a_will_of_a_process_that_was_never_announced_kills_nobody(fleet: Fleet) -> None:
+    second = NodeState(node="n1", state="offline", epoch=11, at=0, reason="connection lost")
+    assert fleet.hear_state(second, 1) is None
+    assert fleet.node("n1").live
+    assert fleet.hear_load(load(), 2) is None
+    goodbye = second.model_copy(update={"since": 5})
+    assert fleet.hear_state(goodbye, 3) is not None
+    assert not fleet.node("n1").live
+
+
+def test_a_will_without_a_birth_does_not_stand_in_the_way_of_an_earlier_process() -> None:
+    fleet = Fleet()  # of a router that has just started, and finds the second process's will kept
+    fleet.hear_state(state("offline", epoch=11), 0, kept=True)
+    assert not fleet.node("n1").live
+    assert fleet.hear_state(state(epoch=10), 1) is None
+    assert fleet.node("n1").live
+    assert fleet.hear_state(state(epoch=11), 2) == "the node started anew"
+
+
+def test_what_a_registry_writes_that_was_replaced_is_passed_over(fleet: Fleet) -> None:
+    assert fleet.admit(record(revision=3, term=7, registry="registry-2"))
+    assert not fleet.admit(record(revision=3, term=6, description="Say it twice."))
+    assert not fleet.admit(record(revision=4, term=6))
+    assert not fleet.admit(record(revision=4))
+    assert fleet.admit(record(revision=3, term=8, description="Say it thrice."))
+    assert fleet.records["n1", "echo"].term == 8

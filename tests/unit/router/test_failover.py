@@ -7,15 +7,12 @@ from typing import Any
 import pytest
 
 from capability_schemas.errors import DeadlineExceeded, NodeLost, TaskCancelled
-from capability_schemas.invocation import Report
 from router.commons import Budget, Commons
-from router.entry import pack_chunks
 from router.events import (
     Action,
     Announce,
     CancelAsked,
     CancelNode,
-    CheckNode,
     Choice,
     Choose,
     Chosen,
@@ -28,12 +25,11 @@ from router.events import (
     NodeGone,
     Observed,
     Phase,
-    Reported,
     Tick,
 )
 from router.guard import GuardedMachine
 from router.settings import RouterSettings
-from support.journal import journaled
+from support.journal import report
 
 SETTINGS = RouterSettings(
     report_timeout_ms=100,
@@ -65,12 +61,6 @@ def machine(
 
 def chunk(seq: int, data: Any, node: str = "a", attempt: int = 1) -> Observed:
     return Observed(node, "chunk", seq, attempt, json.dumps({"data": data}).encode())
-
-
-def report(status: Any, node: str = "a", attempt: int = 1, **fields: Any) -> Reported:
-    return Reported(
-        Report(task="t", client="c", attempt=attempt, node=node, status=status, **fields)
-    )
 
 
 def without_lessons(actions: list[Action]) -> list[Action]:
@@ -222,21 +212,6 @@ def test_at_most_once_is_at_most_once() -> None:
     (end,) = task.handle(Fenced(fence.attempt), 501)
     assert isinstance(end, End)
     assert isinstance(end.error, NodeLost)
-
-
-def test_a_restored_stream_goes_on_elsewhere_when_its_node_is_gone() -> None:
-    chunks = pack_chunks([(0, b'{"data":"ab"}'), (1, b'{"data":{"n":1}}')])
-    entry = journaled(
-        "a", attempt=3, next_seq=2, chunks=chunks, continues="prefix", model="sha256:1"
-    )
-    task = GuardedMachine.restore(entry, settings=SETTINGS, now=0)
-    assert task.handle(Tick(), SETTINGS.settle_ms) == [CheckNode("a")]
-    assert task.handle(NodeGone("a", "it is not there"), 2_000)[-1] == Choose()
-    assert task.handle(Chosen((B,)), 2_001) == [Announce(B, 4)]
-    (invoke,) = task.handle(Fenced(4), 2_002)
-    assert isinstance(invoke, Invoke)
-    assert invoke.continuation is not None
-    assert invoke.continuation.shown == ("ab", {"n": 1})
 
 
 # ---- the router's own ends

@@ -20,6 +20,7 @@ from router import gates
 from router.breaker import Breakers
 from router.candidates import Request
 from router.gates import MOST_TOKEN_BYTES, Gatekeeper
+from router.pulse import Pulse
 from support.offers import FixedEffect, busy, chosen, load, nodes, offer, problem
 
 
@@ -155,6 +156,39 @@ def test_a_node_that_is_away_or_closed_gets_nothing(view: dict[str, Any]) -> Non
     error = problem(offer("a", 0.9, view))
     assert isinstance(error, NoCapableNode)
     assert error.retryable
+
+
+def sleeper(wake_at: int | None, seen_at: int = 0) -> dict[str, Any]:
+    left = None if wake_at is None else wake_at - seen_at
+    return {"presence": "sleeping", "sleep_ms": left, "pulse": Pulse(seen_at=seen_at)}
+
+
+def test_a_sleeper_gets_nothing_while_somebody_is_awake() -> None:
+    selection = chosen(offer("a", 0.9, sleeper(10_000)), offer("b", 0.9))
+    assert nodes(selection) == ["b"]
+
+
+def test_what_only_a_sleeper_can_do_may_wait_for_it() -> None:
+    late, soon = offer("a", 0.9, sleeper(20_000)), offer("b", 0.9, sleeper(10_000))
+    error = problem(late, soon, offer("c", 0.9, {"presence": "offline"}))
+    assert isinstance(error, NoCapableNode)
+    assert error.retryable
+    assert error.message == "b could, but is asleep until 00:00:10 UTC, 10 s from now"
+    assert (error.detail["node"], error.detail["wake_at"]) == ("b", 10_000)
+
+
+def test_a_sleeper_that_wakes_too_late_is_named() -> None:
+    error = problem(offer("a", 0.9, sleeper(3_600_000)))
+    assert isinstance(error, DeadlineExceeded)
+    assert "a could, but is asleep until 01:00:00 UTC" in error.message
+    assert error.detail["wake_at"] == 3_600_000
+
+
+def test_nobody_waits_for_a_sleeper_that_does_not_say_when_it_wakes() -> None:
+    error = problem(offer("a", 0.9, sleeper(None)))
+    assert isinstance(error, NoCapableNode)
+    assert "does not say until when" in error.message
+    assert "wake_at" not in error.detail
 
 
 def test_an_expired_lease_is_no_offer() -> None:

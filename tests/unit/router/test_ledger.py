@@ -235,7 +235,7 @@ async def test_what_was_shown_of_a_running_task_is_there_after_a_restart(tmp_pat
     async with Ledger(path=path) as ledger:
         (found,) = await ledger.unfinished()
         assert unpack_chunks(found.chunks or b"") == (*first, *second)
-        assert (found.next_seq, found.attempt) == (3, 4)
+        assert (found.next_seq, found.attempt, found.given) == (3, 1, 4)
         assert found.origin == Origin("f", "1.0.0", "prefix", "sha256:1")
         await ledger.conclude(
             found.key, terminal=b"x", seq=3, chunks=None, code=None, ended_at=9, told=True
@@ -246,6 +246,16 @@ async def test_what_was_shown_of_a_running_task_is_there_after_a_restart(tmp_pat
     db.close()
 
 
+async def test_the_half_of_an_outcome_is_no_task(tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    async with Ledger(path=path) as ledger:
+        await ledger.journal(entry("other", task=b""))  # and killed before the outcome was written
+        await ledger.journal(entry("own"))
+    async with Ledger(path=path) as ledger:
+        assert [found.task_id for found in await ledger.unfinished()] == ["own"]
+        assert await ledger.find("c", "other") is None
+
+
 async def test_a_file_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
     path = tmp_path / "l.sqlite"
     async with Ledger(path=path) as ledger:
@@ -254,7 +264,8 @@ async def test_a_file_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
     db.execute("UPDATE tasks SET explanation = ?", ('{"chosen":["b","f"]}',))
     db.executescript(
         "DROP TABLE memos; DROP TABLE shown; ALTER TABLE tasks DROP COLUMN continues;"
-        "ALTER TABLE tasks DROP COLUMN model; PRAGMA user_version = 1;"
+        "ALTER TABLE tasks DROP COLUMN model; ALTER TABLE tasks DROP COLUMN given;"
+        "PRAGMA user_version = 1;"
     )
     db.close()
     async with Ledger(path=path) as ledger:

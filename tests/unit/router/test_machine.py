@@ -11,14 +11,12 @@ from capability_schemas.errors import (
     Overloaded,
     TaskCancelled,
 )
-from capability_schemas.invocation import Report
 from router.commons import Commons
 from router.events import (
     Action,
     Announce,
     CancelAsked,
     CancelNode,
-    CheckNode,
     Choice,
     Choose,
     Chosen,
@@ -32,7 +30,6 @@ from router.events import (
     NodeGone,
     Observed,
     Phase,
-    Reported,
     SendAccepted,
     Tick,
     Uninvoked,
@@ -41,7 +38,7 @@ from router.events import (
 from router.guard import GuardedMachine
 from router.patience import ReportPatience
 from router.settings import RouterSettings
-from support.journal import journaled
+from support.journal import report
 
 SETTINGS = RouterSettings(
     report_timeout_ms=100, cancel_grace_ms=50, deadline_grace_ms=30, finish_grace_ms=40
@@ -69,12 +66,6 @@ def machine(*choices: Choice, deadline: int = 10_000) -> Task:
         made.handle(Journaled(), 0)
         made.handle(Chosen(choices), 0)
     return made
-
-
-def report(status: Any, node: str = "a", attempt: int = 1, **fields: Any) -> Reported:
-    return Reported(
-        Report(task="t", client="c", attempt=attempt, node=node, status=status, **fields)
-    )
 
 
 def chunk(seq: int, node: str = "a", attempt: int = 1) -> Observed:
@@ -131,30 +122,12 @@ def test_a_refusal_moves_on_to_the_next_candidate() -> None:
     assert task.handle(report("refused", code="overloaded"), 1) == [Invoke(B, 2, 0)]
 
 
-def test_all_refusals_for_load_are_one_overloaded_with_the_soonest_retry() -> None:
-    task = machine(A, B)
-    task.handle(report("refused", code="overloaded", retry_after_ms=900), 1)
-    actions = task.handle(report("refused", "b", 2, code="overloaded", retry_after_ms=300), 2)
-    error = end_of(actions).error
-    assert isinstance(error, Overloaded)
-    assert error.retry_after_ms == 300
-
-
 def test_a_node_that_cannot_meet_the_deadline_is_passed_over() -> None:
     task = machine(A, B)
     code = "deadline_exceeded"
     assert task.handle(report("refused", code=code), 1) == [Invoke(B, 2, 0)]
     error = end_of(task.handle(report("refused", "b", 2, code=code), 2)).error
     assert isinstance(error, DeadlineExceeded)
-
-
-def test_of_a_busy_and_a_slow_node_the_busy_one_says_when_to_come_back() -> None:
-    task = machine(A, B)
-    task.handle(report("refused", code="overloaded", retry_after_ms=300), 1)
-    late = report("refused", "b", 2, code="deadline_exceeded")
-    error = end_of(task.handle(late, 2)).error
-    assert isinstance(error, Overloaded)
-    assert error.retry_after_ms == 300
 
 
 def test_silence_supersedes_the_node_and_moves_on() -> None:
@@ -326,48 +299,6 @@ def test_kept_chunks_are_bounded() -> None:
         task.handle(Observed("a", "chunk", seq, 1, b"x" * 200), 1)
     assert [seq for seq, _ in task.course.shown.chunks] == [25, 26, 27, 28, 29]
     assert task.course.shown.size_bytes == 1_000
-
-
-def restored(node: str | None = "a", next_seq: int = 0, deadline: int = 10_000) -> GuardedMachine:
-    entry = journaled(node, attempt=1, next_seq=next_seq, deadline=deadline)
-    return Task.restore(entry, settings=SETTINGS, now=0)
-
-
-def test_a_restored_task_takes_what_its_node_said_meanwhile() -> None:
-    task = restored()
-    assert task.handle(Observed("a", "result", 0, 1, b"done"), 1) == [
-        End(seq=0, attempt=1, payload=b"done")
-    ]
-
-
-def test_a_restored_task_of_which_nothing_was_shown_is_routed_anew() -> None:
-    task = restored()
-    assert task.wake_at == SETTINGS.settle_ms
-    actions = task.handle(Tick(), SETTINGS.settle_ms)
-    assert actions == [CancelNode("a", 1, "superseded"), Choose()]
-    assert task.handle(Chosen((B,)), SETTINGS.settle_ms) == [Invoke(B, 2, 0)]
-
-
-def test_a_restored_task_that_nobody_had_is_routed() -> None:
-    assert restored(node=None).handle(Tick(), SETTINGS.settle_ms) == [Choose()]
-
-
-def test_a_restored_stream_stays_with_its_node_or_is_lost_with_it() -> None:
-    task = restored(next_seq=4)
-    assert task.handle(Tick(), SETTINGS.settle_ms) == [CheckNode("a")]
-    assert task.wake_at == 10_000
-    end = end_of(task.handle(NodeGone("a", "offline"), 2_000))
-    assert isinstance(end.error, NodeLost)
-    assert end.seq == 4
-
-
-@pytest.mark.parametrize("node", ["a", None])
-def test_a_restored_task_past_its_deadline_listens_first(node: str | None) -> None:
-    task = restored(node=node, deadline=-5)
-    assert task.handle(Tick(), 10) == []
-    task.handle(Tick(), SETTINGS.settle_ms)
-    task.handle(Tick(), SETTINGS.settle_ms + SETTINGS.deadline_grace_ms)
-    assert task.ended
 
 
 def test_a_refusal_that_names_a_candidate_has_it_tried_next() -> None:

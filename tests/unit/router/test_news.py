@@ -12,6 +12,7 @@ from broker.session.memory import MemoryBroker, MemorySession
 from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.signing import SigningKey, sign, verify
 from capability_schemas.topics import TopicKind, Topics
+from capability_schemas.trust import TrustState
 from capability_schemas.wire import encode
 from registry.search import CapabilitySearch
 from router.catalogue import Fleet
@@ -47,6 +48,7 @@ class Router:
     def __init__(self, broker, session, book):
         self.broker = broker
         self.stats = RouterStats()
+        self.standing: list[tuple[str, bool]] = []
         self.fleet = Fleet()
         upkeep: Any = Upkeep()
         self.upkeep = upkeep
@@ -62,6 +64,7 @@ class Router:
             upkeep=upkeep,
             gone=lambda node, reason: None,
             people=People(topics=T, book=book),
+            standing=lambda *told: self.standing.append(told),
             book=book,
             alarm=self.alarm,
             clock=lambda: NOW,
@@ -157,3 +160,13 @@ async def test_a_router_that_knows_no_registry_takes_the_brokers_word(make_route
     router = make_router(None)
     await router.hear(bare_record())
     assert KEY in router.fleet.records
+
+
+async def test_what_the_registry_says_of_a_member_is_passed_on(router):
+    said = TrustState(member="router-2", state="revoked", at=NOW, registry="registry-1")
+    topic = T.build(TopicKind.TRUST, member="router-2")
+    forged = Message(topic, encode(sign(said, SigningKey.generate())), retain=True)
+    await router.news.on_trust(forged)
+    assert router.standing == [("router-2", False)]
+    await router.news.on_trust(Message(topic, encode(sign(said, REGISTRY_KEY)), retain=True))
+    assert router.standing[-1] == ("router-2", True)

@@ -128,3 +128,24 @@ def test_a_removed_router_is_forgotten(book: RouterBook) -> None:
     assert book.forget("router-2")
     assert book.alone
     assert not book.forget("router-2")
+
+
+def test_a_router_that_was_thrown_out_is_gone_whatever_it_says(book: RouterBook) -> None:
+    book.hear(state(), 1_000)
+    assert book.revoke("router-2", revoked=True)
+    assert not book.revoke("router-2", revoked=True)
+    assert "router-2" not in book
+    assert book.hear(state(), 2_000) is None
+    assert book.hear(state(epoch=2), 3_000) is None
+    assert book.order("t") == ["router-1"]
+    assert not book.revoke("router-2", revoked=False)
+    assert "router-2" in book
+    assert book.order("t") == ["router-1"]  # until it says that it is there
+    assert book.hear(state(epoch=2), 4_000) == "came"
+
+
+def test_a_revocation_may_come_before_the_router(book: RouterBook) -> None:
+    assert not book.revoke("router-2", revoked=True)
+    assert book.hear(state(), 1_000) is None
+    assert "router-2" not in book
+    assert not book.is_live("router-2")

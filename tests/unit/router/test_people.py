@@ -133,3 +133,17 @@ async def test_the_registry_says_whose_a_client_is(people):
     await people.hear(said("pump-7", role="device", tenant="bolt", at=999))
     await people.hear(said("pump-7", tenant="bolt", at=9_000, key=SigningKey.generate()))
     assert people.tenant("pump-7") == "acme"
+
+
+async def test_the_registry_of_the_later_term_counts_whatever_the_clocks_say(people, book):
+    second = SigningKey.generate()
+    book.believe({"registry-2": second.public})
+    await people.hear(said("anna", role="operator", at=9_000, term=4))
+    await people.hear(
+        said("anna", role="admin", at=1_000, term=5, registry="registry-2", key=second)
+    )
+    assert people.role("anna") is Role.ADMIN
+    await people.hear(said("anna", role="operator", at=10_000, term=4))  # it was replaced
+    assert people.role("anna") is Role.ADMIN
+    await people.hear(said("anna", role="operator", at=11_000))  # of a version without terms
+    assert people.role("anna") is Role.ADMIN

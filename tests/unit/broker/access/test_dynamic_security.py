@@ -53,8 +53,20 @@ def test_the_document_holds_each_enabled_identity_and_denies_the_rest(store):
         ("publishClientSend", "foam/v1/local/task/pump-7"),
         ("publishClientSend", "foam/v1/local/task/pump-7/cancel"),
         ("publishClientSend", "foam/v1/local/task/pump-7/resume"),
-        ("subscribePattern", "foam/v1/local/reply/pump-7/#"),
-        ("publishClientReceive", "foam/v1/local/reply/pump-7/#"),
+        ("publishClientSend", "foam/v1/local/direct/+/pump-7"),
+        ("publishClientSend", "foam/v1/local/direct/+/pump-7/cancel"),
+        ("publishClientSend", "foam/v1/local/direct/+/pump-7/resume"),
+        *(
+            (kind, f"foam/v1/local/{topic}")
+            for topic in (
+                "reply/pump-7/#",
+                "catalog/+/+",
+                "node/+/state",
+                "node/+/load",
+                "router/+/state",
+            )
+            for kind in ("subscribePattern", "publishClientReceive")
+        ),
     ]
     assert all(rule["allow"] for rules in roles.values() for rule in rules)
 

@@ -65,8 +65,10 @@ def test_covers_agrees_with_matching_every_topic():
         )
 
 
+DIRECT = ("direct/n/x", "direct/n/x/cancel", "direct/n/x/resume")
+CLIENT = ("task/x", "task/x/cancel", "task/x/resume", *DIRECT)
 PUBLISHED = {
-    Role.DEVICE: ("task/x", "task/x/cancel", "task/x/resume"),
+    Role.DEVICE: CLIENT,
     Role.NODE: (
         "task/x",
         "task/x/cancel",
@@ -97,15 +99,26 @@ PUBLISHED = {
         "event/x/k",
         "trust/m",
     ),
-    Role.ADMIN: ("task/x", "task/x/cancel", "task/x/resume", "admin/router-1/x", "enroll/x"),
-    Role.OPERATOR: ("task/x", "task/x/cancel", "task/x/resume", "admin/router-1/x", "enroll/x"),
+    Role.ADMIN: (*CLIENT, "admin/router-1/x", "enroll/x"),
+    Role.OPERATOR: (*CLIENT, "admin/router-1/x", "enroll/x"),
     Role.OBSERVER: (),
     Role.ENROLLEE: ("enroll/x",),
 }
 SUBSCRIBED = {
-    Role.DEVICE: ("reply/x/#", "reply/x/+/+", "reply/x/t/n"),
+    Role.DEVICE: (
+        "reply/x/#",
+        "reply/x/+/+",
+        "reply/x/t/n",
+        "catalog/+/+",
+        "node/+/state",
+        "node/+/load",
+        "router/+/state",
+    ),
     Role.NODE: (
         "reply/x/#",
+        "direct/x/#",
+        "direct/x/+",
+        "direct/x/+/cancel",
         "invoke/x",
         "control/x",
         "artifact/x/+",
@@ -238,3 +251,22 @@ def test_a_node_of_a_tenant_hears_nothing_of_what_others_offer():
         POLICY.allows(Role.NODE, "x", Action.PUBLISH, f"{T.root}/{topic}", apart=True)
         for topic in PUBLISHED[Role.NODE]
     )
+
+
+def test_a_client_of_a_tenant_gets_past_no_router():
+    offers = ("catalog/+/+", "node/+/state", "node/+/load")
+    for wanted in offers:
+        topic = f"{T.root}/{wanted}"
+        assert POLICY.allows(Role.DEVICE, "x", Action.SUBSCRIBE, topic)
+        assert not POLICY.allows(Role.DEVICE, "x", Action.SUBSCRIBE, topic, apart=True), wanted
+    for topic in DIRECT:
+        named = f"{T.root}/{topic}"
+        assert not POLICY.allows(Role.DEVICE, "x", Action.PUBLISH, named, apart=True), topic
+    assert POLICY.allows(Role.DEVICE, "x", Action.PUBLISH, f"{T.root}/task/x", apart=True)
+
+
+def test_what_is_said_to_one_node_directly_no_other_hears():
+    theirs = T.build(TopicKind.DIRECT, node="y", client="pump-7")
+    assert not POLICY.allows(Role.NODE, "x", Action.RECEIVE, theirs)
+    assert not POLICY.allows(Role.ROUTER, "x", Action.RECEIVE, theirs)
+    assert not POLICY.allows(Role.NODE, "x", Action.PUBLISH, f"{T.root}/direct/n/x")

@@ -11,6 +11,7 @@ from broker.audit import Tally
 from broker.embedded import hardened
 from broker.embedded.gate import Admission, Gate
 from broker.embedded.refusals import Refusals
+from broker.embedded.store import BrokerStore
 from broker.engine import EngineSettings
 from broker.tls import PeerCertificate
 from capability_schemas.capability import CapabilityPolicy
@@ -133,6 +134,7 @@ async def test_another_release_of_amqtt_is_refused(make_gate, monkeypatch, tmp_p
             settings=EngineSettings(data_dir=tmp_path),
             gate=make_gate(),
             refusals=Refusals(tally=Tally(lambda: 0), topics=Topics()),
+            store=BrokerStore(tmp_path / "store"),
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from broker.session import core, grants
 from broker.session.backoff import full_jitter
 from broker.session.base import Message
 from broker.session.core import SessionCore
@@ -30,6 +31,7 @@ class ScriptedLink:
         self.window = window
         self.sent: list[Outgoing] = []
         self.subscribed: list[tuple[str, int]] = []
+        self.granted: set[str] = set()
         self.ended = asyncio.Event()
         self.takes = True
         self.packet_limit: int | None = None
@@ -50,6 +52,7 @@ class ScriptedLink:
         if not self.answers:
             raise BrokerUnavailable("no answer")
         self.subscribed += filters
+        self.granted |= {name for name, _ in filters} - self.refused
         return [name not in self.refused for name, _ in filters]
 
     async def unsubscribe(self, topic_filter: str) -> None:
@@ -303,6 +306,40 @@ async def test_a_failing_birth_or_listener_harms_nothing_else(connect):
         await session.wait_connected()
         assert session.link.topics() == ["good"]
         assert session.stats.handler_errors == 2
+
+
+async def until(check: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not check():  # noqa: ASYNC110  # any condition, not an event
+            await asyncio.sleep(0)
+
+
+async def test_what_was_granted_once_is_not_given_up_for_one_refusal(connect):
+    """A cluster of nats-servers without a leader refuses as if it forbade."""
+    session = await connect()
+    await session.subscribe("tasks/#", ignore)
+    session.refused.add("tasks/#")
+    session.link.ended.set()
+    await until(lambda: len(session.links) == 3)
+    assert not session.connected
+    session.refused.clear()
+    await session.wait_connected()
+    assert "tasks/#" in session.link.granted
+    assert len(session.links) < 7
+
+
+async def test_what_is_refused_for_good_is_done_without_and_asked_for_again(connect, monkeypatch):
+    monkeypatch.setattr(grants, "_ASK_AGAIN_S", 0.0)
+    monkeypatch.setattr(core, "_WATCH_PERIOD_S", 0.001)
+    session = await connect()
+    await session.subscribe("tasks/#", ignore)
+    session.refused.add("tasks/#")
+    session.link.ended.set()
+    await until(lambda: len(session.links) == 7)  # five are doubted, the sixth is believed
+    await session.wait_connected()
+    session.refused.clear()
+    await until(lambda: "tasks/#" in session.link.granted)
+    assert len(session.links) == 7
 
 
 async def test_a_refused_subscription_is_an_error_and_is_not_kept(connect):

@@ -34,7 +34,14 @@ def test_a_member_is_shown(folder):
         "publish    foam/v1/local/task/pump-7",
         "publish    foam/v1/local/task/pump-7/cancel",
         "publish    foam/v1/local/task/pump-7/resume",
+        "publish    foam/v1/local/direct/+/pump-7",
+        "publish    foam/v1/local/direct/+/pump-7/cancel",
+        "publish    foam/v1/local/direct/+/pump-7/resume",
         "subscribe  foam/v1/local/reply/pump-7/#",
+        "subscribe  foam/v1/local/catalog/+/+",
+        "subscribe  foam/v1/local/node/+/state",
+        "subscribe  foam/v1/local/node/+/load",
+        "subscribe  foam/v1/local/router/+/state",
     ]
     folder.credentials().update("pump-7", disabled=True)
     assert "disabled" in run("show", "pump-7").stderr

@@ -121,7 +121,7 @@ async def node():
     made = Node(
         spec("echo", input_schema=WORDY),
         spec("small", limits={"output_bytes": 5}),
-        spec("brief", limits={"timeout_ms": 20}),
+        spec("brief", limits={"timeout_ms": 500}),
         spec("outer"),
         spec("other"),
         spec("pair", concurrency=2),

@@ -3,7 +3,7 @@
 import pytest
 
 from capability_schemas.errors import DeadlineExceeded, Overloaded
-from node_agent.admission.queue import AGING_MS, AdmissionQueue, Entry
+from node_agent.admission.queue import AGING_MS, URGENT_MS, AdmissionQueue, Entry
 
 
 def entry(key, *, group="g", function="f", priority=5, deadline=100_000, **fields):
@@ -35,11 +35,18 @@ def take_all(queue, now=0):
 def test_priority_goes_first_then_the_earlier_deadline_then_the_earlier_arrival(queue):
     queue.offer(entry("running"), now=0)
     take(queue)
-    queue.offer(entry("late", deadline=90_000), now=0)
-    queue.offer(entry("soon", deadline=50_000), now=0)
-    queue.offer(entry("urgent", priority=9, deadline=99_000), now=0)
+    queue.offer(entry("late", deadline=900), now=0)
+    queue.offer(entry("soon", deadline=500), now=0)
+    queue.offer(entry("urgent", priority=9, deadline=999), now=0)
     queue.finished("running", run_ms=None)
     assert take_all(queue) == ["urgent", "soon", "late"]
+
+
+def test_a_deadline_that_is_far_away_lets_nothing_go_before_what_came_first(queue):
+    queue.offer(entry("patient", deadline=900_000), now=0)
+    queue.offer(entry("sooner", deadline=URGENT_MS + 100), now=50)
+    queue.offer(entry("urgent", deadline=URGENT_MS - 1), now=90)
+    assert take_all(queue) == ["urgent", "patient", "sooner"]
 
 
 def test_equal_entries_keep_their_order(queue):
@@ -59,8 +66,10 @@ def test_what_has_waited_long_rises_above_what_came_later(queue):
 
 def test_nothing_rises_above_the_highest_priority(queue):
     queue.offer(entry("old", priority=0, deadline=10_000_000), now=0)
-    queue.offer(entry("urgent", priority=9, deadline=9_000_000), now=20 * AGING_MS)
-    assert take_all(queue, 20 * AGING_MS) == ["urgent", "old"]
+    late = 20 * AGING_MS
+    queue.offer(entry("urgent", priority=9, deadline=late + 900), now=late)
+    queue.offer(entry("later", priority=9, deadline=late + 900), now=late)
+    assert take_all(queue, late) == ["old", "urgent", "later"], "what is as high goes as it came"
 
 
 def test_no_more_run_than_the_group_has_places(queue):
@@ -165,11 +174,11 @@ def test_a_deadline_out_of_reach_is_refused_with_a_hint(queue):
 def test_the_wait_counts_what_is_left_of_runs_and_only_what_goes_first(queue):
     queue.offer(entry("running", run_ms=400), now=0)
     take(queue)
-    queue.offer(entry("sooner", deadline=50_000, run_ms=100), now=100)
+    queue.offer(entry("sooner", deadline=900, run_ms=100), now=100)
     queue.offer(entry("later", deadline=60_000, run_ms=1000), now=100)
-    assert queue.wait_ms(entry("x", deadline=55_000), now=100) == 300 + 100
+    assert queue.wait_ms(entry("x", deadline=950), now=100) == 300 + 100
     assert queue.wait_ms(entry("x", priority=9), now=100) == 300
-    assert queue.wait_ms(entry("x", deadline=55_000), now=1000) == 100
+    assert queue.wait_ms(entry("x", deadline=950), now=1000) == 100
 
 
 def test_the_wait_is_for_the_first_of_several_places(queue):

@@ -329,3 +329,24 @@ def test_a_thorough_reading_imports_that_code_too_and_changes_nothing(tmp_path):
     (problem,) = read_declaration(path, thorough=True).problems
     assert problem.line == 1
     assert "no_such_thing" in problem.message
+
+
+def test_a_decorator_says_what_becomes_of_an_answer_whose_node_is_lost(tmp_path):
+    (tmp_path / "plant.py").write_text(
+        "from node_agent.functions import function\n\n"
+        "@function(description='Say it again.', continues='skip', idempotent=True)\n"
+        "def again(text: str) -> str:\n    return text\n\n"
+        "@function(description='Say it once.', continues='none')\n"
+        "def once(text: str) -> str:\n    return text\n\n"
+        "@function(description='Say it.')\n"
+        "def say(text: str) -> str:\n    return text\n"
+    )
+    found = {
+        spec.name: (spec.continues, spec.idempotent)
+        for spec in load_declaration(str(tmp_path / "plant.py")).functions
+    }
+    assert found == {"again": ("skip", True), "once": ("none", False), "say": (None, False)}
+    file = tmp_path / "node.toml"
+    file.write_text('[[function]]\nsource = "plant.py"\nname = "again"\ncontinues = "restart"\n')
+    (spec,) = [one for one in load_declaration(str(file)).functions if one.name == "again"]
+    assert spec.continues == "restart"

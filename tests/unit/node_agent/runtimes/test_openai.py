@@ -329,7 +329,8 @@ def test_a_text_that_was_shown_is_the_beginning_of_the_answer() -> None:
     spec = spec_of("openai", model="m", options={"base_url": "http://127.0.0.1:1/v1"})
     runtime = OpenAIRuntime(RuntimeContext())
     asked = replace(request(runtime, spec, text="how hot?"), shown="It is ")
-    body = request_body(asked)
+    assert request_body(asked)["messages"][-1]["role"] == "user"
+    body = request_body(asked, go_on=True)
     assert body["messages"][-1] == {"role": "assistant", "content": "It is "}
     assert body["continue_final_message"] is True
     answer = ChatAnswer(tools=False, parse=False, shown="It is ")

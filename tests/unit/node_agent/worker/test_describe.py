@@ -161,7 +161,9 @@ def test_the_decorator_returns_the_function_itself():
     assert function(version="2.0.0")(target)(3) == 3
 
 
-@pytest.mark.parametrize("wrong", [{"concurrency": 0}, {"timeout_s": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"concurrency": 0}, {"timeout_s": 0}, {"continues": "prefix"}, {"continues": "?"}]
+)
 def test_the_decorator_refuses_impossible_values(wrong):
     with pytest.raises(ValueError, match="use"):
         function(**wrong)

@@ -1,4 +1,4 @@
-"""A file that a person edits while a router runs: good edits count, bad ones do not."""
+"""A file that a person edits while its reader runs: good edits count, bad ones do not."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,8 @@ import structlog
 
 from capability_schemas.errors import ConfigurationError
 
-_MOST_BYTES: Final = 1024 * 1024
+MOST_BYTES: Final = 1024 * 1024
+"""Largest file that is read, unless its owner says otherwise."""
 
 _Stamp = tuple[int, int, int]
 """Time of the last change (nanoseconds), size (bytes) and number of a file."""
@@ -30,13 +31,20 @@ class FollowedFile(Generic[_T]):
 
     Args:
         path: The file.
-        what: What it holds, for messages: ``rules``, ``quotas``.
+        what: What it holds, for messages: ``rules``, ``quotas``, ``attestation``.
         parse: Makes the value of a text and the name of the file; raises ``ConfigurationError``.
         required: Whether it must be there: somebody named it.
+        most_bytes: Largest file that is read.
     """
 
     def __init__(
-        self, path: Path, *, what: str, parse: Callable[[str, str], _T], required: bool = False
+        self,
+        path: Path,
+        *,
+        what: str,
+        parse: Callable[[str, str], _T],
+        required: bool = False,
+        most_bytes: int = MOST_BYTES,
     ) -> None:
         self.path = path
         self.value = parse("", str(path))
@@ -45,6 +53,7 @@ class FollowedFile(Generic[_T]):
         self._what = what
         self._parse = parse
         self._required = required
+        self._most_bytes = most_bytes
         self._known: _Stamp | None = None
         self._last: _Stamp | None = None
         self._content: str | None = None
@@ -94,24 +103,32 @@ class FollowedFile(Generic[_T]):
 
     def _read(self) -> tuple[_T, str | None]:
         """Return the value, and the text it was read from; None when there is no file."""
-        text = read_text(self.path, what=self._what, missing_ok=not self._required)
+        text = read_text(
+            self.path,
+            what=self._what,
+            missing_ok=not self._required,
+            most_bytes=self._most_bytes,
+        )
         return self._parse(text or "", str(self.path)), text
 
 
-def read_text(path: Path, *, what: str, missing_ok: bool = False) -> str | None:
+def read_text(
+    path: Path, *, what: str, missing_ok: bool = False, most_bytes: int = MOST_BYTES
+) -> str | None:
     """Return the text of a file; None when it is not there and need not be.
 
     Args:
-        path: The file, UTF-8, at most 1 MiB.
+        path: The file, UTF-8.
         what: What it holds, for messages.
         missing_ok: Whether it may be missing.
+        most_bytes: Largest file that is read.
 
     Raises:
         ConfigurationError: It cannot be read, is too large, or is no text.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+            content = file.read(most_bytes + 1)
     except FileNotFoundError as exc:
         if missing_ok:
             return None
@@ -121,10 +138,8 @@ def read_text(path: Path, *, what: str, missing_ok: bool = False) -> str | None:
         raise ConfigurationError(
             f"{path}: {what} file cannot be read: {reason}", path=str(path)
         ) from exc
-    if len(content) > _MOST_BYTES:
-        raise ConfigurationError(
-            f"{path}: {what} file has over {_MOST_BYTES} bytes", path=str(path)
-        )
+    if len(content) > most_bytes:
+        raise ConfigurationError(f"{path}: {what} file has over {most_bytes} bytes", path=str(path))
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as exc:

@@ -1,0 +1,429 @@
+"""A router that may have missed something asks the node that has the task before it acts."""
+
+import json
+from typing import Any
+
+import pytest
+
+from capability_schemas.errors import DeadlineExceeded, NodeLost, TaskCancelled
+from capability_schemas.ids import is_identifier
+from capability_schemas.invocation import Report
+from router.doubt import DoubtingMachine
+from router.entry import pack_chunks
+from router.events import (
+    Action,
+    Announce,
+    Ask,
+    CancelAsked,
+    CancelNode,
+    Choice,
+    Choose,
+    Chosen,
+    End,
+    Fenced,
+    Invoke,
+    Journaled,
+    Learn,
+    MarkShown,
+    Missed,
+    NodeGone,
+    Observed,
+    Phase,
+    Reported,
+    Tick,
+)
+from router.settings import RouterSettings
+from router.shown import Origin
+from support.journal import journaled
+
+SETTINGS = RouterSettings(
+    report_timeout_ms=100,
+    cancel_grace_ms=50,
+    deadline_grace_ms=30,
+    finish_grace_ms=40,
+    hang_ms=1_000,
+    doubt_ms=500,
+)
+SETTLED = SETTINGS.settle_ms
+
+
+def offer(node: str, **fields: Any) -> Choice:
+    known: dict[str, Any] = {"continues": "prefix", "model": "sha256:1"}
+    return Choice(node, "f", "1.0.0", 0.9, **(known | fields))
+
+
+A, B = offer("a"), offer("b")
+
+
+def begun(*choices: Choice, shown: int = 2, deadline: int = 60_000) -> DoubtingMachine:
+    """A task that the first node has, and of which something was shown."""
+    made = DoubtingMachine(deadline=deadline, settings=SETTINGS)
+    made.handle(Journaled(), 0)
+    made.handle(Chosen(choices or (A, B)), 0)
+    made.handle(report("admitted"), 1)
+    for seq in range(shown):
+        made.handle(chunk(seq), 2)
+    return made
+
+
+def missed(**about: Any) -> DoubtingMachine:
+    """The same, after the connection was lost and the node asked."""
+    made = begun(**about)
+    assert made.handle(Missed(), 10) == []
+    assert made.handle(Tick(), 10) == [Ask("a", 1)]
+    return made
+
+
+def restored(
+    node: str | None = "a", *, deadline: int = 10_000, missed: bool = True, **known: Any
+) -> DoubtingMachine:
+    """A task of an earlier process, the node asked when all has been heard."""
+    entry = journaled(node, deadline=deadline, **({"attempt": 1} | known))
+    made = DoubtingMachine.restore(entry, settings=SETTINGS, now=0, missed=missed)
+    assert made.wake_at == SETTLED
+    return made
+
+
+def chunk(seq: int, node: str = "a", attempt: int = 1) -> Observed:
+    return Observed(node, "chunk", seq, attempt, json.dumps({"data": f"{seq} "}).encode())
+
+
+def result(seq: int, node: str = "a", attempt: int = 1) -> Observed:
+    return Observed(node, "result", seq, attempt, b"done")
+
+
+def report(status: Any, node: str = "a", attempt: int = 1, **fields: Any) -> Reported:
+    return Reported(
+        Report(task="t", client="c", attempt=attempt, node=node, status=status, **fields)
+    )
+
+
+def plain(actions: list[Action]) -> list[Action]:
+    return [action for action in actions if not isinstance(action, Learn)]
+
+
+def end_of(actions: list[Action]) -> End:
+    (end,) = [action for action in actions if isinstance(action, End)]
+    return end
+
+
+# ---- after a lost connection
+
+
+def test_the_end_that_was_missed_is_taken_from_the_node_and_told_once_more() -> None:
+    task = missed()
+    end = end_of(task.handle(result(9), 12))
+    assert (end.seq, end.attempt, end.payload, end.retell) == (9, 1, b"done", True)
+    assert task.ended
+    assert task.handle(report("finished", seq=10), 13) == []
+
+
+def test_an_end_without_doubt_is_not_told_twice() -> None:
+    assert not end_of(begun().handle(result(2), 5)).retell
+
+
+def test_no_limit_of_time_ends_a_task_before_the_node_has_answered() -> None:
+    task = missed(deadline=100)
+    assert task.handle(Tick(), 105) == []
+    assert task.wake_at is not None
+    assert task.handle(Tick(), task.wake_at) == [Ask("a", 1)]  # again and again
+    assert end_of(task.handle(result(5), 320)).payload == b"done"
+
+
+def test_a_node_that_runs_it_goes_on_and_what_it_has_said_counts() -> None:
+    task = missed()
+    assert task.handle(report("running", seq=7), 12) == []
+    assert task.phase is Phase.STREAMING
+    task.handle(CancelAsked(), 20)
+    assert task.handle(Tick(), 70) == [Ask("a", 1)]
+    fence = task.handle(report("running", seq=7), 71)[-1]
+    assert isinstance(fence, Announce)
+    end = end_of(task.handle(Fenced(fence.attempt), 72))
+    assert isinstance(end.error, TaskCancelled)
+    assert end.seq == 7  # after the last number that the client may have seen
+
+
+def test_a_further_chunk_is_an_answer_too() -> None:
+    task = missed()
+    assert task.handle(chunk(1), 11) == []  # delivered once more: says nothing
+    assert task.handle(Tick(), 150) == [Ask("a", 1)]
+    assert task.handle(chunk(2), 160) == [MarkShown()]
+    assert task.wake_at != 260
+    assert task.handle(report("running", seq=3), 170) == []
+
+
+def test_a_task_that_the_node_does_not_know_goes_to_another() -> None:
+    task = missed(shown=0)
+    assert task.handle(report("unknown"), 12) == [Choose()]
+    assert task.handle(Chosen((B,)), 13) == [Announce(B, 2)]
+    (invoke,) = task.handle(Fenced(2), 14)
+    assert isinstance(invoke, Invoke)
+    assert (invoke.choice, invoke.attempt) == (B, 2)
+
+
+def test_what_the_node_says_of_its_end_ends_the_doubt() -> None:
+    task = missed(shown=0)
+    assert plain(task.handle(report("failed", code="node_lost", seq=0), 12)) == [
+        Invoke(B, 2, 0),
+    ]
+
+
+def test_the_last_report_of_an_end_that_never_comes_is_believed_in_the_end() -> None:
+    task = missed()
+    assert task.handle(report("finished", seq=9), 12) == []
+    at, actions = 12, list[Action]()
+    while not task.ended:
+        assert task.wake_at is not None
+        at = max(at + 1, task.wake_at)
+        actions = task.handle(Tick(), at)
+        if actions and isinstance(actions[-1], Announce):
+            actions = task.handle(Fenced(actions[-1].attempt), at)
+    assert at < 2_000
+    end = end_of(actions)
+    assert end.error is not None
+    assert end.seq == 8
+
+
+def test_a_reported_end_that_does_not_come_is_asked_for_once() -> None:
+    task = begun()
+    task.handle(report("finished", seq=3), 10)
+    assert task.handle(Tick(), 50) == [Ask("a", 1)]
+    assert task.wake_at is not None
+    assert task.wake_at > 50
+    assert end_of(task.handle(result(2), 60)).payload == b"done"
+
+
+@pytest.mark.parametrize("answer", ["result", "running", None])
+def test_a_node_that_is_there_is_asked_before_a_task_ends_without_it(answer: str | None) -> None:
+    task = begun(deadline=100)
+    assert task.handle(Tick(), 100) == [CancelNode("a", 1, "deadline")]
+    assert task.handle(Tick(), 130) == [Ask("a", 1)]
+    if answer == "result":  # which the fence would have overtaken
+        end = end_of(task.handle(result(4), 131))
+        assert (end.payload, end.retell) == (b"done", False)
+    elif answer == "running":
+        fence = task.handle(report("running", seq=4), 131)[-1]
+        assert isinstance(fence, Announce)
+        assert end_of(task.handle(Fenced(fence.attempt), 132)).seq == 4
+    else:
+        assert task.wake_at is not None
+        assert isinstance(task.handle(Tick(), task.wake_at)[-1], Announce)
+
+
+def test_after_a_chunk_it_is_asked_once_more_before_the_end() -> None:
+    task = missed(deadline=100)
+    task.handle(CancelAsked(), 90)
+    actions = task.handle(chunk(2), 320)
+    assert CancelNode("a", 1, "client") in actions
+    assert task.wake_at is not None
+    assert task.handle(Tick(), task.wake_at) == [Ask("a", 1)]
+
+
+def test_a_silent_node_that_answers_is_not_lost() -> None:
+    task = begun()
+    assert task.handle(Tick(), 1_002) == [Ask("a", 1)]
+    assert task.handle(report("running", seq=2), 1_003) == []
+    assert task.handle(Tick(), 1_900) == []
+    assert task.handle(Tick(), 2_003) == [Ask("a", 1)]
+    assert task.wake_at is not None
+    assert plain(task.handle(Tick(), task.wake_at))[-1] == Announce(B, 2)
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_a_node_that_is_gone_is_given_time_to_come_back(back: bool) -> None:
+    task = missed()
+    assert task.handle(NodeGone("a", "offline"), 20) == []
+    assert task.handle(Tick(), 200) == [Ask("a", 1)]
+    if back:
+        # Whether it really is there, the dispatcher knows.
+        assert task.handle(report("running", seq=2), 300) == [Ask("a", 1)]
+        assert task.phase is Phase.STREAMING
+        assert task.handle(chunk(2), 310) == [MarkShown()]
+    else:
+        assert plain(task.handle(Tick(), 521)) == [
+            CancelNode("a", 1, "superseded"),
+            Announce(B, 2),
+        ]
+
+
+def test_another_node_may_go_meanwhile() -> None:
+    task = missed()
+    assert task.handle(NodeGone("b", "offline"), 20) == []
+    assert task.handle(report("running", seq=2), 30) == []
+    end_of_b = task.handle(NodeGone("a", "offline"), 40)
+    assert plain(end_of_b)[-1] == Choose()  # b is not asked
+
+
+def test_the_fence_waits_for_the_answer_of_the_node_before() -> None:
+    task = begun()
+    announced = plain(task.handle(NodeGone("a", "offline"), 20))[-1]
+    assert announced == Announce(B, 2)
+    task.handle(Missed(), 30)
+    assert task.handle(Tick(), 30) == [Ask("a", 1)]
+    assert task.handle(Fenced(2), 31) == []
+    assert task.handle(chunk(4), 32) == []  # behind the fence: readers pass it over
+    actions = task.handle(report("running", seq=6), 33)
+    end = end_of(task.handle(Fenced(3), 34) or actions)
+    assert isinstance(end.error, NodeLost)  # what was shown is not known here
+    assert end.seq == 4
+
+
+def test_an_end_that_waits_for_its_fence_takes_the_nodes_word_instead() -> None:
+    task = begun(deadline=100)
+    task.handle(Tick(), 100)
+    task.handle(Tick(), 130)
+    assert isinstance(task.handle(report("running", seq=2), 131)[-1], Announce)
+    task.handle(Missed(), 135)
+    assert task.handle(Tick(), 135) == [Ask("a", 1)]
+    assert task.handle(Fenced(2), 136) == []
+    end = end_of(task.handle(result(5), 140))
+    assert (end.payload, end.retell) == (b"done", True)
+
+
+def test_an_end_that_waits_for_its_fence_comes_after_what_the_node_said() -> None:
+    task = begun(deadline=100)
+    task.handle(Tick(), 100)
+    task.handle(Tick(), 130)
+    fence = task.handle(report("running", seq=2), 131)[-1]
+    task.handle(Missed(), 135)
+    task.handle(Tick(), 135)
+    task.handle(report("running", seq=5), 136)
+    assert isinstance(fence, Announce)
+    end = end_of(task.handle(Fenced(fence.attempt), 137))
+    assert isinstance(end.error, DeadlineExceeded)
+    assert end.seq == 5
+
+
+def test_questions_are_spread() -> None:
+    task = begun()
+    task.handle(Missed(wait_ms=40), 10)
+    assert task.wake_at == 50
+    assert task.handle(Tick(), 49) == []
+    assert task.handle(Tick(), 50) == [Ask("a", 1)]
+
+
+def test_nobody_is_asked_about_a_task_that_nobody_has() -> None:
+    task = DoubtingMachine(deadline=1_000, settings=SETTINGS)
+    task.handle(Journaled(), 0)
+    task.handle(Missed(), 1)
+    assert task.handle(Chosen((A,)), 2) == [Invoke(A, 1, 0)]
+
+
+# ---- after a restart
+
+
+def test_a_restored_task_takes_what_its_node_said_meanwhile() -> None:
+    assert end_of(restored().handle(result(0), 1)).retell
+
+
+def test_a_restored_task_stays_with_the_node_that_runs_it() -> None:
+    task = restored()
+    assert task.handle(Tick(), SETTLED) == [Ask("a", 1)]
+    assert task.handle(report("running", seq=0), SETTLED + 5) == []
+    assert task.phase is Phase.ADMITTED
+    assert end_of(task.handle(result(0), SETTLED + 9)).payload == b"done"
+
+
+def test_a_restored_task_that_its_node_does_not_know_is_routed_anew() -> None:
+    task = restored()
+    task.handle(Tick(), SETTLED)
+    assert task.handle(report("unknown"), SETTLED + 5) == [Choose()]
+    (announced,) = task.handle(Chosen((B,)), SETTLED + 6)
+    assert isinstance(announced, Announce)
+    assert announced.attempt > 2  # one attempt may have been made and not written down
+
+
+def test_a_number_that_was_announced_is_not_given_again() -> None:
+    task = restored(given=7)
+    task.handle(Tick(), SETTLED)
+    task.handle(report("unknown"), SETTLED + 5)
+    (announced,) = task.handle(Chosen((B,)), SETTLED + 6)
+    assert isinstance(announced, Announce)
+    assert announced.attempt > 8
+
+
+def test_a_restored_stream_is_lost_with_its_node() -> None:
+    task = restored(next_seq=4)
+    assert task.handle(Tick(), SETTLED) == [Ask("a", 1)]
+    assert task.handle(NodeGone("a", "it is not there"), SETTLED) == []
+    (fence,) = [
+        action
+        for action in task.handle(Tick(), SETTLED + SETTINGS.doubt_ms)
+        if isinstance(action, Announce)
+    ]
+    end = end_of(task.handle(Fenced(fence.attempt), 2_100))
+    assert isinstance(end.error, NodeLost)
+    assert end.seq == 4
+
+
+def test_a_task_that_was_watched_all_the_time_does_not_wait_for_a_dead_node() -> None:
+    chunks = pack_chunks([(0, b'{"data":"ab"}'), (1, b'{"data":{"n":1}}')])
+    task = restored(
+        attempt=3,
+        next_seq=2,
+        chunks=chunks,
+        continues="prefix",
+        model="sha256:1",
+        missed=False,
+    )
+    assert task.handle(Tick(), SETTLED) == [Ask("a", 3)]
+    assert task.handle(NodeGone("a", "it is not there"), SETTLED)[-1] == Choose()
+    (announced,) = task.handle(Chosen((B,)), 2_001)
+    assert isinstance(announced, Announce)
+    (invoke,) = task.handle(Fenced(announced.attempt), 2_002)
+    assert isinstance(invoke, Invoke)
+    assert invoke.continuation is not None
+    assert invoke.continuation.shown == ("ab", {"n": 1})
+
+
+@pytest.mark.parametrize("known", ["routed", "result", "report"])
+def test_an_attempt_that_was_not_written_down_is_learnt_of(known: str) -> None:
+    task = restored(node=None, attempt=0)
+    if known == "routed":
+        task.handle(Fenced(1, "a", Origin("f", "1.0.0")), 5)
+    elif known == "report":
+        task.handle(report("finished", seq=1), 5)
+    end = end_of(task.handle(result(0), 6))
+    assert (end.payload, end.retell) == (b"done", True)
+
+
+def test_of_such_an_attempt_an_end_can_be_announced() -> None:
+    task = restored(node=None, attempt=0)
+    task.handle(chunk(0), 5)
+    task.handle(CancelAsked(), 6)
+    assert task.handle(Tick(), 60) == [Ask("a", 1)]
+    fence = task.handle(NodeGone("a", "offline"), 61)[-1]
+    assert isinstance(fence, Announce)
+    assert is_identifier(fence.choice.function)
+
+
+def test_a_fence_before_an_end_is_no_attempt_of_a_node() -> None:
+    task = restored()
+    task.handle(Fenced(2), 5)
+    assert task.handle(Tick(), SETTLED) == [Ask("a", 1)]
+
+
+def test_all_are_asked_about_a_task_without_a_node_before_it_is_routed() -> None:
+    task = restored(node=None, attempt=0)
+    assert task.handle(Tick(), SETTLED) == [Ask()]
+    assert task.wake_at == SETTLED + 100
+    assert task.handle(Tick(), SETTLED + 100) == [Choose()]
+    (invoke,) = task.handle(Chosen((B,)), SETTLED + 101)
+    assert isinstance(invoke, Invoke)
+    assert invoke.attempt == 2
+
+
+@pytest.mark.parametrize("node", ["a", None])
+def test_a_restored_task_past_its_deadline_asks_first(node: str | None) -> None:
+    task = restored(node=node, deadline=-5)
+    assert task.handle(Tick(), 10) == []
+    (asked,) = task.handle(Tick(), SETTLED)
+    assert isinstance(asked, Ask)
+    at = SETTLED
+    while not task.ended:
+        assert task.wake_at is not None
+        at = max(at + 1, task.wake_at)
+        actions = task.handle(Tick(), at)
+        if actions and isinstance(actions[-1], Announce):
+            task.handle(Fenced(actions[-1].attempt), at)
+    assert at < SETTLED + 3 * SETTINGS.doubt_ms
