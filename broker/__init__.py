@@ -13,6 +13,8 @@ Purpose: one seam between the mesh and whatever broker carries it.
   what attestation asks for.
 - ``broker.tenure`` keeps two processes from being one node.
 - ``broker.presence`` tells members which routers live.
+- ``broker.fair_memory`` bounds what is remembered of clients, without letting one push others out.
+- ``broker.replays`` says again what clients have missed, in turns.
 - ``broker.lifecycle`` holds ``Service``, from which everything with background work descends.
 
 An engine in use::

@@ -91,6 +91,13 @@ class RouterPresence:
         """Return a router that lives, the first by name; None when there is none."""
         return min(self._living(), default=None)
 
+    def states(self) -> list[tuple[RouterState, bool]]:
+        """Return what each router said last, by id, and whether it passes for alive."""
+        now = asyncio.get_running_loop().time()
+        return [
+            (state, self._is_live(name, now)) for name, (state, _) in sorted(self._states.items())
+        ]
+
     @property
     def absent(self) -> bool:
         """Whether it is certain, as far as this member can tell, that no router lives."""

@@ -7,11 +7,14 @@ from pydantic import Field
 from capability_schemas.ids import Identifier
 from capability_schemas.reply import CascadeStep, Usage
 from capability_schemas.task import Share, TaskPolicy
-from capability_schemas.wire import Count, WireModel, WirePart
+from capability_schemas.wire import Attempt, Count, Instant, WireModel, WirePart
 
 UNSURE_LIMIT_BYTES: Final = 256 * 1024
 """Largest answer that a node hands back as unsure or held. A larger unsure one goes to the client
 as it is, a larger held one is given up."""
+
+ACCOUNTS_AT_ONCE: Final = 256
+"""Most tasks that one order asks an account of."""
 
 _MAX_COUNT: Final = 2**53
 
@@ -82,14 +85,14 @@ class Invocation(WireModel):
     router: Identifier
     node: Identifier | None = None
     epoch: Count | None = None
-    attempt: Annotated[int, Field(ge=1)] = 1
+    attempt: Attempt = 1
     function: Identifier
     version: str
     text: str | None = None
     input: Any = None
-    deadline: int
+    deadline: Instant
     reply: str
-    seq: Annotated[int, Field(ge=0)] = 0
+    seq: Annotated[int, Field(ge=0, le=_MAX_COUNT)] = 0
     stream: bool = True
     priority: Annotated[int, Field(ge=0, le=9)] = 5
     session: str | None = None
@@ -99,7 +102,7 @@ class Invocation(WireModel):
     hold: bool = False
     proof: bool = False
     trace: str | None = None
-    sent_at: int
+    sent_at: Instant
     signature: str | None = None
 
 
@@ -111,6 +114,7 @@ class Control(WireModel):
             ``return`` one that has not begun (then the node says ``refused``, else ``admitted``
             once more), ``drain`` (finish, take nothing new) or ``undrain`` the node.
         task: The task to cancel, to account for or to return.
+        tasks: Clients and tasks to account for, many at a time, the latest attempt of each.
         attempt: Cancel this attempt and lower ones, return this one, every attempt when None;
             the one to account for, when None the latest of the task, and who has none does not
             answer.
@@ -129,7 +133,10 @@ class Control(WireModel):
     verb: Literal["cancel", "account", "return", "drain", "undrain"]
     task: Identifier | None = None
     client: Identifier | None = None
-    attempt: Annotated[int, Field(ge=1)] | None = None
+    tasks: Annotated[
+        tuple[tuple[Identifier, Identifier], ...] | None, Field(max_length=ACCOUNTS_AT_ONCE)
+    ] = None
+    attempt: Attempt | None = None
     reason: str = ""
     sender: Identifier | None = None
     node: Identifier | None = None
@@ -167,7 +174,7 @@ class Report(WireModel):
 
     task: Identifier
     client: Identifier
-    attempt: Annotated[int, Field(ge=1)]
+    attempt: Attempt
     node: Identifier
     status: Literal[
         "admitted", "refused", "failed", "unsure", "held", "finished", "running", "unknown"

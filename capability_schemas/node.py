@@ -6,7 +6,7 @@ from pydantic import Field
 
 from capability_schemas.ids import Identifier
 from capability_schemas.passport import Passport
-from capability_schemas.wire import MAX_COUNT, Count, WireModel, WirePart
+from capability_schemas.wire import MAX_COUNT, Count, Instant, WireModel, WirePart
 
 LOST: Final = "connection lost"
 """Reason of a last will: nobody said goodbye."""
@@ -40,13 +40,13 @@ class NodeState(WireModel):
     node: Identifier
     state: Presence
     epoch: Count
-    at: int
+    at: Instant
     reason: str = ""
-    since: int | None = None
+    since: Instant | None = None
     place: Annotated[str, Field(max_length=200)] | None = None
     agent: str | None = None
     load_interval_s: Annotated[float, Field(gt=0)] | None = None
-    wake_at: int | None = None
+    wake_at: Instant | None = None
     passport: Passport | None = None
 
 
@@ -68,7 +68,7 @@ class RouterState(WireModel):
     router: Identifier
     state: Presence
     epoch: Count
-    at: int
+    at: Instant
     reason: str = ""
     heartbeat_s: Annotated[float, Field(gt=0)] | None = None
     direct: Annotated[bool, Field(strict=True)] = True
@@ -95,7 +95,7 @@ class RegistryState(WireModel):
     registry: Identifier
     state: Presence
     epoch: Count
-    at: int
+    at: Instant
     reason: str = ""
     leads: bool = False
     term: Count = 0
@@ -148,7 +148,7 @@ class NodeLoad(WireModel):
 
     node: Identifier
     epoch: Count
-    at: int
+    at: Instant
     queued: Count = 0
     running: Count = 0
     queue_limit: Count = 0

@@ -4,16 +4,19 @@
 task, attempts included. ``result`` or ``error`` is the last event, exactly once.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import Field, TypeAdapter
 
 from capability_schemas.errors import FoamError, error_from_wire
 from capability_schemas.ids import Identifier
 from capability_schemas.passport import Passport
-from capability_schemas.wire import DEFAULT_LIMIT_BYTES, WireModel, WirePart, decode
+from capability_schemas.wire import DEFAULT_LIMIT_BYTES, Attempt, WireModel, WirePart, decode
 
 Milliseconds = Annotated[float, Field(ge=0)]
+
+ENDS_HERE: Final = "it ends here"
+"""Reason of an attempt that nobody gets: it is announced before an end of the router's own."""
 
 
 class Usage(WirePart):
@@ -92,7 +95,7 @@ class Accepted(_Event):
     event: Literal["accepted"] = "accepted"
     router: Identifier
     deadline: int
-    attempt: Annotated[int, Field(ge=1)] | None = None
+    attempt: Attempt | None = None
 
 
 class Routed(_Event):
@@ -116,11 +119,16 @@ class Routed(_Event):
     function: Identifier
     version: str
     score: float
-    attempt: Annotated[int, Field(ge=1)] = 1
+    attempt: Attempt = 1
     reason: str = ""
     probability: Annotated[float, Field(ge=0, le=1)] | None = None
     margin: float | None = None
     ambiguous: bool = False
+
+    @property
+    def is_nobodys(self) -> bool:
+        """Whether no node gets this attempt: the router announces its own end of the task so."""
+        return self.reason == ENDS_HERE
 
 
 class Plan(_Event):
@@ -160,7 +168,7 @@ class Working(_Event):
     """
 
     event: Literal["working"] = "working"
-    attempt: int = 1
+    attempt: Attempt = 1
     reason: str | None = None
 
 
@@ -177,7 +185,7 @@ class Chunk(_Event):
 
     event: Literal["chunk"] = "chunk"
     seq: Annotated[int, Field(ge=0)]
-    attempt: Annotated[int, Field(ge=1)] = 1
+    attempt: Attempt = 1
     data: Any
 
 
@@ -208,7 +216,7 @@ class Result(_Event):
 
     event: Literal["result"] = "result"
     seq: Annotated[int, Field(ge=0)]
-    attempt: Annotated[int, Field(ge=1)] = 1
+    attempt: Attempt = 1
     output: Any = None
     node: Identifier | None = None
     function: Identifier | None = None
@@ -236,7 +244,7 @@ class ErrorEvent(_Event):
 
     event: Literal["error"] = "error"
     seq: Annotated[int, Field(ge=0)] = 0
-    attempt: Annotated[int, Field(ge=1)] = 1
+    attempt: Attempt = 1
     code: str
     message: str
     retryable: bool = False

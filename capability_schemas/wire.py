@@ -21,6 +21,12 @@ MAX_COUNT: Final = 2**53 - 1
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 
+Instant = Annotated[int, Field(ge=-MAX_COUNT, le=MAX_COUNT)]
+"""UTC milliseconds by a clock that may be wrong."""
+
+Attempt = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+"""Number of an attempt, from 1."""
+
 
 class WirePart(BaseModel):
     """Base of everything inside a message: immutable, tolerant of fields it does not know.

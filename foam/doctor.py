@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from capability_schemas.errors import AccessDenied, BrokerUnavailable, FoamError
+from capability_schemas.errors import AccessDenied, BrokerUnavailable, FoamError, Unavailable
 from foam.settings import Settings
 
 if TYPE_CHECKING:
@@ -214,7 +214,12 @@ async def _one_broker(address: "MeshAddress", url: "BrokerUrl") -> Check:
             await session.wait_connected(_CONNECT_S)
     except BrokerUnavailable as error:
         reason = str(error.detail.get("reason") or error.message)
-        return Check(what, "failed", reason, "start it again; the others serve meanwhile")
+        return Check(
+            what,
+            "failed",
+            reason,
+            "start it again; the others serve if they let us in",
+        )
     except FoamError as error:
         return Check(what, "failed", error.message, "it does not know us: do its access rules lag?")
     return Check(what, "ok", "lets us in")
@@ -226,7 +231,8 @@ async def _broker_reach(settings: Settings) -> Check:
 
     try:
         address = find_mesh(settings, admin=True)
-        async with MeshClient.at(address, connect_timeout_s=_CONNECT_S) as mesh:
+        connect_s = _CONNECT_S * len(address.urls)  # they are tried one after the other
+        async with MeshClient.at(address, connect_timeout_s=connect_s) as mesh:
             stats = await mesh.admin("stats", timeout_s=_CONNECT_S)
             used = mesh.broker
     except AccessDenied as error:
@@ -241,16 +247,18 @@ async def _broker_reach(settings: Settings) -> Check:
             )
         return Check("mesh", "failed", error.message, remedy)
     except FoamError as error:
-        remedy = (
-            "start a mesh with: foam up"
-            if settings.url is None
-            else "check --url, name and password"
-        )
+        if type(error) is Unavailable:  # a broker let us in, and no router has answered
+            remedy = "see who is there with: foam routers; only administrators and operators may"
+        elif settings.url is None:
+            remedy = "start a mesh with: foam up"
+        else:
+            remedy = "check --url, name and password"
         return Check("mesh", "note", error.message, remedy)
+    asleep = f", {stats['asleep']} asleep" if stats.get("asleep") else ""
     return Check(
         "mesh",
         "ok",
-        f"{used}: {stats.get('nodes')} nodes, {stats.get('functions')} functions",
+        f"{used}: {stats.get('nodes')} nodes live{asleep}, {stats.get('functions')} functions",
     )
 
 

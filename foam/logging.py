@@ -93,7 +93,9 @@ def _configure_structlog(threshold: int, target: TextIO) -> None:
         _plain_expected,
     ]
     if target.isatty():
-        renderer = structlog.dev.ConsoleRenderer()
+        # The default one shows locals, which takes a second a time, and may hold secrets.
+        plain = structlog.dev.plain_traceback
+        renderer = structlog.dev.ConsoleRenderer(exception_formatter=plain)
     else:
         shared.append(structlog.processors.format_exc_info)
     structlog.configure(

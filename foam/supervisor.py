@@ -82,8 +82,10 @@ class ChildSpec:
             (`foam.log_files`).
         environment: Its environment.
         stop_s: Time it gets between SIGTERM and SIGKILL, seconds.
-        spare: Whether the others go on without it when, having worked before, it finds that it
-            cannot work any more.
+        spare: Whether the others go on without it when, having worked before, it cannot work any
+            more.
+        group: Those of one group stand in for each other: such a one is spare as well, as long as
+            another one of them is ready. Empty: of none.
     """
 
     name: str
@@ -92,6 +94,7 @@ class ChildSpec:
     environment: Mapping[str, str]
     stop_s: float = 10.0
     spare: bool = False
+    group: str = ""
 
 
 class Child:
@@ -182,7 +185,7 @@ class Supervisor(Service):
             if self._stop_asked.is_set():
                 return
             if child.failure is not None:
-                if child.spec.spare and child.facts is not None:
+                if self._can_be_spared(child):
                     self._notify(f"{child.failure.message}; it is not started again")
                     return
                 raise child.failure
@@ -195,14 +198,27 @@ class Supervisor(Service):
                 "supervisor.child_ended", child=child.spec.name, code=code, crashes=child.crashes
             )
             if child.crashes >= self._policy.limit:
-                raise Unavailable(
+                problem = (
                     f"{child.spec.name} ended {child.crashes} times in a row, last with {why}; "
-                    f"its log is {child.spec.log}",
-                    retryable=False,
+                    f"its log is {child.spec.log}"
                 )
+                if not self._can_be_spared(child):
+                    raise Unavailable(problem, retryable=False)
+                if child.crashes == self._policy.limit:
+                    self._notify(f"{problem}; the others go on without it")
             delay_s = self._policy.delay_s(child.crashes, self._chance())
             self._notify(f"{child.spec.name} ended ({why}); starting it again in {delay_s:.1f} s")
             await asyncio.sleep(delay_s)
+
+    def _can_be_spared(self, child: Child) -> bool:
+        """Tell whether the others go on without a child that cannot work any more."""
+        if child.facts is None:
+            return False
+        return child.spec.spare or any(
+            other.spec.group == child.spec.group and other.ready.is_set()
+            for other in self._children
+            if other is not child and child.spec.group
+        )
 
     async def _run(self, child: Child) -> int:
         spec = child.spec

@@ -178,14 +178,14 @@ class _Up:
         await asyncio.to_thread(self._folder.write_record, record)
         environment = self._environment(url, person)
         children = [
-            self._add("registry", ("registry",), environment),
+            self._add("registry", ("registry",), environment, group="registry"),
             *(
-                self._add(registry, ("registry", "--id", registry), environment, spare=True)
+                self._add(registry, ("registry", "--id", registry), environment, group="registry")
                 for registry in self._registries()[1:]
             ),
-            self._add("router", ("router",), environment),
+            self._add("router", ("router",), environment, group="router"),
             *(
-                self._add(router, ("router", "--id", router), environment)
+                self._add(router, ("router", "--id", router), environment, group="router")
                 for router in self._routers()[1:]
             ),
         ]
@@ -307,6 +307,7 @@ class _Up:
                 command=command,
                 log=self._folder.logs / f"{name}.log",
                 environment=child_environment(),
+                group="broker",
             )
         )
 
@@ -329,6 +330,7 @@ class _Up:
         *,
         stop_s: float = 10.0,
         spare: bool = False,
+        group: str = "",
     ) -> Child:
         return self._supervisor.add(
             ChildSpec(
@@ -338,6 +340,7 @@ class _Up:
                 environment=self._spread(environment),
                 stop_s=stop_s,
                 spare=spare,
+                group=group,
             )
         )
 

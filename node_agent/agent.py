@@ -41,6 +41,7 @@ from node_agent.gauge import LoadGauge
 from node_agent.invocation import HANDED_BACK, Execution, Outcome
 from node_agent.orders import OrderGate
 from node_agent.pool.keepwarm import WarmthSettings
+from node_agent.pool.memory import available_memory_bytes
 from node_agent.pool.pool import InstancePool
 from node_agent.runtimes.base import Runtime, RuntimeContext
 from node_agent.runtimes.catalogue import make_runtimes
@@ -79,6 +80,7 @@ class NodeAgent(Service):
             time now when None.
         place: Where it runs, in words, for whoever has to find it.
         clock: UTC milliseconds.
+        available: Returns the memory there is for more, bytes.
 
     Raises:
         ConfigurationError: A function names an unknown runtime or does not fit it.
@@ -100,6 +102,7 @@ class NodeAgent(Service):
         epoch: int | None = None,
         place: str | None = None,
         clock: Callable[[], int] = now_ms,
+        available: Callable[[], int | None] = available_memory_bytes,
     ) -> None:
         super().__init__(service_id=settings.node)
         self.stop_timeout_s = settings.drain_timeout_s + settings.cancel_grace_s + _STOP_MARGIN_S
@@ -127,6 +130,7 @@ class NodeAgent(Service):
             ),
             memory_reserve_bytes=settings.memory_reserve_bytes,
             model_file=models.file,
+            available=available,
         )
         admission = Admission(queue=self._queue, pool=self._pool, clock=clock)
         self._context = dataclasses.replace(
@@ -172,7 +176,7 @@ class NodeAgent(Service):
             signer=signer,
             clock=clock,
         )
-        self._direct.attach(take=self._executor.take, stop=self._executor.cancel)
+        self._direct.attach(self._executor)
         self._alarm = SecurityAlarm(
             events=EventSource(
                 session=session, topics=topics, source=settings.node, component="node", clock=clock
@@ -198,6 +202,7 @@ class NodeAgent(Service):
             admission=admission,
             pool=self._pool,
             clock=clock,
+            available=available,
         )
         self._announcer = Announcer(
             session=session,
@@ -461,10 +466,8 @@ class NodeAgent(Service):
             self.undrain()
         elif control.verb == "return":
             self._executor.give_back(control)
-        elif control.task is not None and control.verb == "account":
-            if control.client is not None and control.sender is not None:
-                whose = control.client, control.task
-                self._executor.account(whose, control.attempt, router=control.sender)
+        elif control.verb == "account":
+            self._executor.account_for(control)
         elif control.task is not None:
             self._executor.cancel(control)
 

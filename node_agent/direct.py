@@ -10,13 +10,14 @@ No router keeps what such a task has shown, so the node does, in bounds, for ``â
 """
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
+from broker.fair_memory import FairMemory
 from broker.presence import RouterPresence
+from broker.replays import Replays
 from broker.session.base import Handler, Message, Session
 from capability_schemas.errors import (
     AccessDenied,
@@ -28,6 +29,7 @@ from capability_schemas.errors import (
     Overloaded,
     PolicyDenied,
     ProtocolError,
+    TaskCancelled,
     error_from_wire,
 )
 from capability_schemas.functions import FunctionSpec
@@ -48,20 +50,23 @@ from capability_schemas.task import (
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.trust import read_trust
 from capability_schemas.wire import decode, encode
-from node_agent.direct_runs import DirectInvocation, DirectRuns, Key
-from node_agent.invocation import Named, Outcome
+from node_agent.continuation import continues_of
+from node_agent.direct_runs import DirectInvocation, DirectRun, DirectRuns, Key
+from node_agent.executor import Executor
+from node_agent.invocation import Asked, Named, Outcome, Standing
 from node_agent.reporter import Reporter
 from node_agent.settings import NodeSettings
 
 _BACKLOG: Final = 256
-_KNOWN_LIMIT: Final = 1_024
 _REFUSED_S: Final = 30.0
 """How long a refusal holds: a broker may deliver a task twice, and late."""
+
+_MOST_REFUSALS: Final = 4_096
 
 _OVERTAKEN_S: Final = 2.0
 """How long the task is waited for that a ``resume`` may have overtaken, seconds."""
 
-_MOST_OVERTAKING: Final = 256
+_MOST_OVERTAKING: Final = 1_024
 
 _MOST_MEMBERS: Final = 200_000
 _RETRYABLE: Final = frozenset({ErrorCode.OVERLOADED, ErrorCode.NODE_LOST})
@@ -111,40 +116,31 @@ class DirectDesk:
         self._clock = clock
         self._presence = RouterPresence(session=session, topics=topics)
         self._runs = DirectRuns(clock=clock)
-        self._tries: OrderedDict[Key, int] = OrderedDict()
-        self._refusals: OrderedDict[Key, tuple[float, bytes]] = OrderedDict()
-        self._overtaking: dict[Key, asyncio.TimerHandle] = {}
+        self._replays = Replays(session=session)
+        self._refusals: FairMemory[tuple[float, bytes]] = FairMemory(limit=_MOST_REFUSALS)
+        self._overtaking: FairMemory[asyncio.TimerHandle] = FairMemory(limit=_MOST_OVERTAKING)
         self._barred: dict[str, str] = {}  # members that routers alone know how to treat, and why
-        self._take: Callable[[DirectInvocation, str], None] = _nowhere
-        self._stop: Callable[[Control], None] = _nowhere
+        self._runner: Executor
 
-    def attach(
-        self,
-        *,
-        take: Callable[[DirectInvocation, str], None],
-        stop: Callable[[Control], None],
-    ) -> None:
-        """Name who runs what is taken.
-
-        Args:
-            take: Takes an invocation and the topic of its events; answers for one known already.
-            stop: Obeys an order to cancel.
-        """
-        self._take, self._stop = take, stop
+    def attach(self, runner: Executor) -> None:
+        """Name who runs what is taken; once, before `listen`."""
+        self._runner = runner
 
     async def listen(self) -> None:
         """Subscribe; a broker that does not let this node do so is told of in the log.
 
+        A node that is closed hears tasks only, to refuse them: silence would pass for its loss.
+
         Raises:
             BrokerUnavailable: The session has ended.
         """
-        if self._settings.direct == "never":
-            return
         handlers: dict[TopicKind, Handler] = {
             TopicKind.DIRECT_CANCEL: self._on_cancel,
             TopicKind.DIRECT_RESUME: self._on_resume,
             TopicKind.DIRECT: self._on_task,
         }
+        if self._settings.direct == "never":
+            handlers = {TopicKind.DIRECT: self._on_task}
         try:
             if self._book is not None:
                 await self._session.subscribe(
@@ -162,9 +158,9 @@ class DirectDesk:
     def stop(self) -> None:
         """Listen to routers no more."""
         self._presence.stop()
+        self._replays.stop()
         for timer in self._overtaking.values():
             timer.cancel()
-        self._overtaking.clear()
 
     # ---- what runs
 
@@ -177,28 +173,33 @@ class DirectDesk:
         self._session.post(topic, payload)
         self._runs.keep(topic, payload)
 
-    def admitted(self, invocation: DirectInvocation) -> None:
+    def admitted(self, invocation: Named) -> None:
         """Tell the client that it will run, or still does."""
         run = self._runs.get((invocation.client, invocation.task))
         if run is not None:
             event = Working(task=invocation.task, at=self._clock(), attempt=invocation.attempt)
             self._say(run.topic, encode(event))
 
-    def ended(self, invocation: DirectInvocation, outcome: Outcome) -> None:
-        """Tell the client what the run itself has not told it: that it was refused, or was lost."""
+    def ended(self, invocation: Named, outcome: Outcome) -> None:
+        """Tell the client what the run itself has not told it: that it was refused, or was lost.
+
+        Nothing where the client did not ask for it here; it may have asked for the attempt of a
+        router, while that ran.
+        """
         key = (invocation.client, invocation.task)
         run = self._runs.get(key)
-        if run is None:
+        if run is None or not self._runs.runs(run):
+            return
+        if run.invocation.attempt != invocation.attempt:
             return
         if outcome.status == "refused":
             self._runs.forget(key)
-            self._tries[key] = invocation.attempt
-            while len(self._tries) > _KNOWN_LIMIT:
-                self._tries.popitem(last=False)
-            error = _error_of(outcome)
-            self._refuse(*key, error, attempt=invocation.attempt)
+            self._refuse(*key, _error_of(outcome), attempt=invocation.attempt)
             return
-        if outcome.status != "finished" and outcome.reason != "superseded":
+        if outcome.status == "finished" and outcome.payload is not None:
+            if run.last is None:  # it was said to somebody else
+                self._end(run, outcome.payload)
+        elif outcome.reason != "superseded":  # or there was no room for it
             event = ErrorEvent.from_error(
                 _error_of(outcome),
                 task=invocation.task,
@@ -206,14 +207,13 @@ class DirectDesk:
                 seq=run.next_seq,
                 attempt=invocation.attempt,
             )
-            self.post(run.topic, encode(event))
+            self._end(run, encode(event))
         self._runs.end(run)
 
-    def repeat(self, invocation: DirectInvocation) -> None:
-        """Tell again how a task ended."""
-        run = self._runs.get((invocation.client, invocation.task))
-        if run is not None and run.last is not None:
-            self._say(run.topic, run.last[1])
+    def _end(self, run: DirectRun, payload: bytes) -> None:
+        """Tell the end of a task; if it cannot be told now, it is when the client asks."""
+        self._runs.keep(run.topic, payload)
+        self._say(run.topic, payload)
 
     # ---- what arrives
 
@@ -236,7 +236,10 @@ class DirectDesk:
         key, now = (client, task.id), self._clock()
         known = self._runs.get(key)
         if known is not None:
-            self._take(known.invocation, known.topic)
+            if known.last is not None:
+                self._say(known.topic, known.last[1])
+            elif self._runs.runs(known):
+                self.admitted(known.invocation)
             return
         refusal = self._refusal(key)
         if refusal is not None:
@@ -247,12 +250,52 @@ class DirectDesk:
         except FoamError as exc:
             self._refuse(client, task.id, exc)
             return
-        invocation = self._invocation(client, task, spec, now)
-        topic = f"{invocation.reply}/{self.node}"
+        self._begin(key, task, spec, now)
+
+    def _begin(self, key: Key, task: Task, spec: FunctionSpec, now: int) -> None:
+        """Run a task, unless it runs here or has ended here for a router that is gone now.
+
+        The client repeats its id because it has not heard the end: it gets the one there was. An
+        attempt that a router would mend by another one is followed by another one, where the
+        function may run twice.
+        """
+        standing, once = self._runner.standing(key), continues_of(spec) == "none"
+        status = standing.outcome.status if standing.outcome is not None else None
+        running = standing.running
+        if status == "finished":
+            self._replay(key, 0)
+            return
+        if once and standing.attempt and running is None and status != "refused":
+            self._tell_lost(key, standing.attempt, "may have run it, and it may run once only")
+            return
+        # An answer that goes to a router for its judgement would reach nobody.
+        follow = running is not None and (once or not (running.hold or running.cascade))
+        attempt = standing.attempt if follow else standing.attempt + 1
+        invocation = self._invocation(key, task, spec, now, attempt)
+        topic = self._topic(*key)
         self._runs.begin(key, invocation, topic)
         self.taken += 1
-        _log.info("direct.taken", client=client, task=task.id, function=spec.name)
-        self._take(invocation, topic)
+        _log.info("direct.taken", client=key[0], task=task.id, function=spec.name, attempt=attempt)
+        if follow:
+            self.admitted(invocation)
+        else:
+            self._runner.take(invocation, topic)
+
+    def _recall(self, key: Key, standing: Standing) -> DirectRun | None:
+        """Keep how a task ended here for a router; None where no end is known, or none kept."""
+        outcome = standing.outcome
+        if outcome is None or outcome.status != "finished" or outcome.payload is None:
+            return None
+        asked = Asked(client=key[0], task=key[1], attempt=standing.attempt, router=self.node)
+        run = self._runs.begin(key, asked, self._topic(*key))
+        self._runs.keep(run.topic, outcome.payload)
+        self._runs.end(run)
+        return run
+
+    def _tell_lost(self, key: Key, attempt: int, why: str, *, seq: int = 0) -> None:
+        lost = NodeLost(f"{self.node} {why}", node=self.node)
+        event = ErrorEvent.from_error(lost, task=key[1], at=self._clock(), seq=seq, attempt=attempt)
+        self._end_unrun(key, event)
 
     async def _on_cancel(self, message: Message) -> None:
         client = self._client_of(message)
@@ -261,9 +304,15 @@ class DirectDesk:
         except ProtocolError:
             self.bad_frames += 1
             return
-        run = self._runs.get((client or "", wanted.task))
-        if client is not None and run is not None:
-            self._stop(Control(verb="cancel", task=wanted.task, client=client, reason="client"))
+        if client is None or message.retain:
+            return
+        key = client, wanted.task
+        if key in self._runs:
+            order = Control(verb="cancel", task=wanted.task, client=client, reason="client")
+            self._runner.cancel(order)
+        elif self._refusal(key) is None:  # it may be on its way: topics overtake each other
+            withdrawn = TaskCancelled("taken back before it began", reason="client")
+            self._remember(key, self._refusal_of(wanted.task, withdrawn))
 
     async def _on_resume(self, message: Message) -> None:
         client = self._client_of(message)
@@ -277,24 +326,25 @@ class DirectDesk:
         key = client, wanted.task
         if key in self._runs:
             self._replay(key, wanted.from_seq)
-        elif key not in self._overtaking and len(self._overtaking) < _MOST_OVERTAKING:
-            self._overtaking[key] = asyncio.get_running_loop().call_later(
+        elif key not in self._overtaking:
+            timer = asyncio.get_running_loop().call_later(
                 _OVERTAKEN_S, self._replay, key, wanted.from_seq
             )
+            dropped = self._overtaking.put(key, timer)
+            if dropped is not None:
+                dropped.cancel()
 
     def _replay(self, key: Key, from_seq: int) -> None:
         """Say again what a client has missed, or that nothing is known of its task."""
-        self._overtaking.pop(key, None)
-        run = self._runs.get(key)
+        self._overtaking.pop(key)
+        standing = self._runner.standing(key)
+        run = self._runs.get(key) or self._recall(key, standing)
         if run is None:
-            lost = NodeLost(f"{self.node} knows nothing of this task: it was started again since")
-            event = ErrorEvent.from_error(lost, task=key[1], at=self._clock(), seq=from_seq)
-            self._end_unrun(key, event)
+            if standing.running is None:
+                why = "no longer knows this task, or how it ended: ask under another id"
+                self._tell_lost(key, standing.attempt + 1, why, seq=from_seq)
             return
-        for payload in self._runs.missed(run, from_seq):
-            self._say(run.topic, payload)
-        if run.last is None:
-            self.admitted(run.invocation)
+        self._replays.begin(key, run.topic, self._runs.missed(run, from_seq))
 
     async def _on_trust(self, message: Message) -> None:
         try:
@@ -325,6 +375,8 @@ class DirectDesk:
         Raises:
             FoamError: It is not taken, in words.
         """
+        if self._settings.direct == "never":
+            raise PolicyDenied(f"{self.node} obeys routers only: wait for one", retryable=True)
         self._check_alone()
         why = self._barred.get(client)
         if why is not None:
@@ -365,7 +417,9 @@ class DirectDesk:
         if barring is not None:
             raise PolicyDenied(
                 f"{barring} is gone, and let nobody past it: rules or quotas hold that {self.node}"
-                " does not know; wait for a router"
+                " does not know; wait for a router",
+                retryable=True,
+                router=barring,
             )
 
     def _check_policy(self, asked: TaskPolicy, spec: FunctionSpec) -> None:
@@ -401,15 +455,15 @@ class DirectDesk:
                 )
 
     def _invocation(
-        self, client: str, task: Task, spec: FunctionSpec, now: int
+        self, key: Key, task: Task, spec: FunctionSpec, now: int, attempt: int
     ) -> DirectInvocation:
-        task_id = str(task.id)
+        client, task_id = key
         return DirectInvocation(
             task=task_id,
             client=client,
             router=self.node,
             node=self.node,
-            attempt=self._tries.get((client, task_id), 0) + 1,
+            attempt=attempt,
             function=spec.name,
             version=spec.version,
             text=task.text,
@@ -439,22 +493,24 @@ class DirectDesk:
 
     def _refuse(self, client: str, task: str, error: FoamError, *, attempt: int = 1) -> None:
         self.refused += 1
-        error.detail["refused"] = True
-        event = ErrorEvent.from_error(error, task=task, at=self._clock(), attempt=attempt)
-        self._end_unrun((client, task), event)
+        self._end_unrun((client, task), self._refusal_of(task, error, attempt=attempt))
         _log.info("direct.refused", client=client, task=task, reason=error.message)
 
     def _end_unrun(self, key: Key, event: ErrorEvent) -> None:
         """Tell a client that its task was not run, and hold to that for a while."""
+        self._say(self._topic(*key), self._remember(key, event))
+
+    def _remember(self, key: Key, event: ErrorEvent) -> bytes:
         payload = encode(event)
-        self._refusals[key] = asyncio.get_running_loop().time() + _REFUSED_S, payload
-        self._refusals.move_to_end(key)
-        if len(self._refusals) > _KNOWN_LIMIT:
-            self._refusals.popitem(last=False)
-        self._say(self._topic(*key), payload)
+        self._refusals.put(key, (asyncio.get_running_loop().time() + _REFUSED_S, payload))
+        return payload
+
+    def _refusal_of(self, task: str, error: FoamError, *, attempt: int = 1) -> ErrorEvent:
+        error.detail["refused"] = True
+        return ErrorEvent.from_error(error, task=task, at=self._clock(), attempt=attempt)
 
     def _refusal(self, key: Key) -> bytes | None:
-        until, payload = self._refusals.get(key, (0.0, b""))
+        until, payload = self._refusals.get(key) or (0.0, b"")
         return payload if until > asyncio.get_running_loop().time() else None
 
     def _say(self, topic: str, payload: bytes) -> None:
@@ -486,17 +542,9 @@ class SplitReporter(Reporter):
 
     def ended(self, invocation: Named, outcome: Outcome) -> None:
         """Tell how it ended."""
-        if isinstance(invocation, DirectInvocation):
-            self._direct.ended(invocation, outcome)
-        else:
+        if not isinstance(invocation, DirectInvocation):
             super().ended(invocation, outcome)
-
-    def repeat(self, invocation: Named, outcome: Outcome) -> None:
-        """Say again how an attempt ended."""
-        if isinstance(invocation, DirectInvocation):
-            self._direct.repeat(invocation)
-        else:
-            super().repeat(invocation, outcome)
+        self._direct.ended(invocation, outcome)
 
 
 def _error_of(outcome: Outcome) -> FoamError:
@@ -504,7 +552,3 @@ def _error_of(outcome: Outcome) -> FoamError:
     code = ErrorCode(outcome.code) if outcome.code is not None else ErrorCode.NODE_LOST
     detail = {} if outcome.retry_after_ms is None else {"retry_after_ms": outcome.retry_after_ms}
     return error_from_wire(code.value, outcome.reason, code in _RETRYABLE, detail)
-
-
-def _nowhere(*_: Any) -> None:
-    """Stand in until `DirectDesk.attach`."""

@@ -1,21 +1,25 @@
 """What a node keeps of the tasks that clients gave it themselves: no router keeps it."""
 
 import json
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from capability_schemas.invocation import Invocation
-from capability_schemas.reply import Chunk
+from capability_schemas.reply import Chunk, Working
 from capability_schemas.wire import encode
+from node_agent.invocation import Named
 
 _KNOWN_LIMIT: Final = 1_024
 _KEPT_BYTES: Final = 4 * 1024 * 1024
-"""Events kept of all tasks together; of those that have ended longest ago none are, beyond."""
+"""Events kept of all tasks together; beyond, the client that takes most loses its oldest ends."""
 
 _SHOWN_BYTES: Final = 512 * 1024
 """Chunks kept of one task; of more than that only the end is repeated."""
+
+_RUN_BYTES: Final = 4_096
+"""What a task takes that shows nothing, roughly: what the room for 1,024 of them comes to."""
 
 _MOST_STAND_INS: Final = 8_192
 
@@ -32,7 +36,7 @@ class DirectRun:
     """What is known of a task that was taken.
 
     Attributes:
-        invocation: What was made of it.
+        invocation: The attempt that answers it: its own, or that of a router which is gone.
         topic: Where its events go.
         kept: Its chunks so far, by number.
         kept_bytes: What is kept of it takes.
@@ -40,7 +44,7 @@ class DirectRun:
         last: Its last event, once it has ended.
     """
 
-    invocation: DirectInvocation
+    invocation: Named
     topic: str
     kept: dict[int, bytes] = field(default_factory=dict)
     kept_bytes: int = 0
@@ -72,10 +76,15 @@ class DirectRuns:
         """Return those that have not ended."""
         return self._running.values()
 
-    def begin(self, key: Key, invocation: DirectInvocation, topic: str) -> None:
+    def runs(self, run: DirectRun) -> bool:
+        """Tell whether a task has not ended."""
+        return self._running.get(run.topic) is run
+
+    def begin(self, key: Key, invocation: Named, topic: str) -> DirectRun:
         """Keep what will be said of a task."""
-        self._runs[key] = self._running[topic] = DirectRun(invocation, topic)
+        run = self._runs[key] = self._running[topic] = DirectRun(invocation, topic)
         self._trim()
+        return run
 
     def keep(self, topic: str, payload: bytes) -> None:
         """Keep an event, if it is one of these tasks and has a number."""
@@ -107,27 +116,36 @@ class DirectRuns:
         self._running.pop(run.topic, None)
         self._kept_bytes -= run.kept_bytes
 
-    def missed(self, run: DirectRun, from_seq: int) -> list[bytes]:
-        """Return the events of a task from a number on.
+    def missed(self, run: DirectRun, from_seq: int) -> Iterator[bytes]:
+        """Make the events of a task from a number on, one by one.
 
         A reader goes by the numbers: chunks of an ended task that are not kept are stood in for by
-        empty ones, as a router does; the whole answer is in the result.
+        empty ones, as a router does; the whole answer is in the result. Of a task that runs the
+        last one says so.
         """
         if run.last is None:
-            return [payload for seq, payload in run.kept.items() if seq >= from_seq]
+            yield from [payload for seq, payload in run.kept.items() if seq >= from_seq]
+            working = Working(
+                task=run.invocation.task, at=self._clock(), attempt=run.invocation.attempt
+            )
+            yield encode(working)
+            return
         end, terminal = run.last
         task, attempt = run.invocation.task, run.invocation.attempt
-        events = [
-            run.kept.get(seq)
-            or encode(Chunk(task=task, at=self._clock(), seq=seq, attempt=attempt, data=""))
-            for seq in range(max(from_seq, end - _MOST_STAND_INS), end)
-        ]
-        return [*events, terminal]
+        for seq in range(max(from_seq, end - _MOST_STAND_INS), end):
+            kept = run.kept.get(seq)
+            stand_in = Chunk(task=task, at=self._clock(), seq=seq, attempt=attempt, data="")
+            yield kept if kept is not None else encode(stand_in)
+        yield terminal
 
     def _trim(self) -> None:
-        """Forget what ended longest ago, where there is too much of it."""
-        for key, run in list(self._runs.items()):
-            if len(self._runs) <= _KNOWN_LIMIT and self._kept_bytes <= _KEPT_BYTES:
+        """Forget what ended longest ago of the client that takes most, where it is too much."""
+        while len(self._runs) > _KNOWN_LIMIT or self._kept_bytes > _KEPT_BYTES:
+            ended = [key for key, run in self._runs.items() if not self.runs(run)]
+            if not ended:
                 return
-            if run.topic not in self._running:
-                self.forget(key)
+            takes: Counter[str] = Counter()
+            for key in ended:
+                takes[key[0]] += _RUN_BYTES + self._runs[key].kept_bytes
+            heaviest = takes.most_common(1)[0][0]
+            self.forget(next(key for key in ended if key[0] == heaviest))

@@ -24,7 +24,15 @@ from node_agent.admission.control import Admission
 from node_agent.admission.forecast import Forecast, work_of
 from node_agent.admission.peers import PeerBook
 from node_agent.continuation import size_of
-from node_agent.invocation import OVERTAKEN, Asked, Execution, Outcome, OutcomeMemory, key_of
+from node_agent.invocation import (
+    OVERTAKEN,
+    Asked,
+    Execution,
+    Outcome,
+    OutcomeMemory,
+    Standing,
+    key_of,
+)
 from node_agent.pool.pool import InstancePool
 from node_agent.reporter import Reporter
 from node_agent.runtimes.base import Runtime
@@ -214,6 +222,16 @@ class Executor(Service):
             self._forget(execution)
             self._on_change()
 
+    def account_for(self, control: Control) -> None:
+        """Tell a router how the attempts stand that it asks about; see `account`."""
+        if control.sender is None:
+            return
+        for whose in control.tasks or ():
+            self.account(whose, None, router=control.sender)
+        if control.client is not None and control.task is not None:
+            whose = control.client, control.task
+            self.account(whose, control.attempt, router=control.sender)
+
     def account(self, whose: tuple[str, str], attempt: int | None, *, router: str) -> None:
         """Tell a router, which may have missed it, how an attempt stands: once more how it ended.
 
@@ -241,6 +259,24 @@ class Executor(Service):
         if running is not None:
             running.asked_by = router
         self._reporter.stands(asked, seq=None if running is None else running.seq)
+
+    def standing(self, whose: tuple[str, str]) -> Standing:
+        """Tell how a task stands here, whoever asked for it.
+
+        Args:
+            whose: Client and task.
+        """
+        current = self._current.get(whose)
+        if current is not None:
+            return Standing(current.invocation.attempt, running=current.invocation)
+        leaving = (
+            execution.invocation.attempt
+            for execution in self._live.values()
+            if (execution.invocation.client, execution.invocation.task) == whose
+        )
+        attempt = max(self._outcomes.latest_attempt(whose), *leaving, 0)
+        asked = Asked(client=whose[0], task=whose[1], attempt=attempt, router="")
+        return Standing(attempt, outcome=self._outcomes.find(asked))
 
     def stop_all(self, reason: str) -> int:
         """Stop everything, for a reason of `Execution.stop`; returns how many there were."""

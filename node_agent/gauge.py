@@ -42,6 +42,7 @@ class LoadGauge:
         admission: Predicts waits.
         pool: Its instances.
         clock: UTC milliseconds.
+        available: Returns the memory there is for more, bytes.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class LoadGauge:
         admission: Admission,
         pool: InstancePool,
         clock: Callable[[], int],
+        available: Callable[[], int | None] = available_memory_bytes,
     ) -> None:
         self._node = node
         self._epoch = epoch
@@ -64,6 +66,7 @@ class LoadGauge:
         self._admission = admission
         self._pool = pool
         self._clock = clock
+        self._available = available
         self._times: dict[str, _Times] = {}
         self._saturation = 0
 
@@ -123,7 +126,7 @@ class LoadGauge:
             running=self._queue.running,
             queue_limit=self._queue_limit,
             capacity=self._queue.capacity,
-            memory_free_bytes=available_memory_bytes(),
+            memory_free_bytes=self._available(),
             functions={name: self._function_load(name) for name in self._functions},
         )
 

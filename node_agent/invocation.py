@@ -129,6 +129,21 @@ def key_of(invocation: Named) -> str:
     return f"{invocation.client}/{invocation.task}/{invocation.attempt}"
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a task stands on this node.
+
+    Attributes:
+        attempt: The latest attempt that is known of; 0: none is.
+        running: What it was asked for, unless it has ended.
+        outcome: How it ended; None: it runs, or that is not known any more.
+    """
+
+    attempt: int = 0
+    running: Invocation | None = None
+    outcome: Outcome | None = None
+
+
 class OutcomeMemory:
     """The last outcomes by (client, task, attempt), so that nothing runs twice.
 
@@ -560,7 +575,9 @@ class Execution:
     def stop_error(self) -> FoamError:
         """Return the error for a run that was stopped or ran out of time."""
         if self.stopped_by is not None and self.stopped_by != "deadline":
-            return TaskCancelled(f"cancelled: {self.stopped_by}", reason=self.stopped_by)
+            by_client = self.stopped_by == "client"
+            why = "the client cancelled the task" if by_client else f"cancelled: {self.stopped_by}"
+            return TaskCancelled(why, reason=self.stopped_by)
         limit_ms = self.spec.limits.timeout_ms
         if limit_ms is not None and self._clock() < self.invocation.deadline:
             return DeadlineExceeded(

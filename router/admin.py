@@ -142,6 +142,7 @@ class AdminDesk:
             "live": len(self._dispatcher),
             "waiting": len(self._dispatcher.usher.room),
             "nodes": sum(view.live for view in views),
+            "asleep": sum(view.asleep for view in views),
             "functions": len(self._fleet.records),
             "threshold": round(self._meaning.search.threshold, 4),
             "ledger": {"pending": self._ledger.pending, "failing": self._ledger.failing},

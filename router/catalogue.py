@@ -4,8 +4,9 @@ A node is live when it has announced itself, has not gone offline in that same e
 heartbeats (load messages) keep coming: some brokers lose last wills (PROTOCOL section 5). A will
 with an older epoch kills nobody, and neither does one of a process that never made itself known
 (a second one with the same id, turned away). A node that sleeps is not dead: its heartbeats are
-missed only when it should have been back. Times are the router's own, of receipt: node clocks
-differ.
+missed only when it should have been back. One that was lost against its will a moment ago is often
+back in seconds (a supervisor starts it anew, a broker had cut it): it may be waited for. Times are
+the router's own, of receipt: node clocks differ.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -21,6 +22,8 @@ from router.sharing import Sharing
 from router.waiting import allowance
 
 _IDLE = FunctionLoad()
+_LONGEST_SLEEP_MS = 400 * 86_400_000
+"""Sleep that is believed, milliseconds: a clock that is wrong names any time."""
 _LAST = "\uffff"
 """Sorts after every identifier."""
 
@@ -47,6 +50,10 @@ class NodeView:
             does not say.
         unborn: Whether all that is known is the last will of a process whose birth was not heard.
         given: What it has of ``assigned``, by function.
+        said_at: When it said last that it was there, UTC milliseconds of its own clock.
+        lost_at: When it was lost last while it took work and had not said that it would go, UTC
+            milliseconds; None: it was not.
+        grace_ms: How long such a node may be waited for, milliseconds.
     """
 
     node: str
@@ -62,6 +69,9 @@ class NodeView:
     sleep_ms: int | None = None
     unborn: bool = False
     given: Counter[str] = field(default_factory=Counter)
+    said_at: int = -1
+    lost_at: int | None = None
+    grace_ms: int = 0
 
     @property
     def live(self) -> bool:
@@ -79,6 +89,20 @@ class NodeView:
         if not self.asleep or self.sleep_ms is None:
             return None
         return self.pulse.seen_at + self.sleep_ms
+
+    def just_lost(self, now: int) -> bool:
+        """Tell whether it was lost so short a time ago that it may be waited for, or is just back.
+
+        Args:
+            now: UTC milliseconds.
+        """
+        lost_at = self.lost_at
+        return lost_at is not None and not self.revoked and 0 <= now - lost_at < self.grace_ms
+
+    @property
+    def back_by(self) -> int | None:
+        """Until when it may be waited for, UTC milliseconds; None where it was not lost."""
+        return None if self.lost_at is None else self.lost_at + self.grace_ms
 
     @property
     def open(self) -> bool:
@@ -130,10 +154,12 @@ class Fleet:
         heartbeat_s: Interval assumed where a node names none.
         missed_heartbeats: So many missed in a row mean that a node is gone, more where they are
             often late.
+        grace_ms: How long a node that was just lost may be waited for, milliseconds; 0: not at all.
     """
 
     heartbeat_s: float = 5.0
     missed_heartbeats: int = 3
+    grace_ms: int = 0
     _nodes: dict[str, NodeView] = field(default_factory=dict)
     _records: dict[Key, CatalogRecord] = field(default_factory=dict)
     _keys: list[Key] = field(default_factory=list)
@@ -170,7 +196,7 @@ class Fleet:
         if view is None:
             pulse = Pulse(interval_s=self.heartbeat_s, missed=self.missed_heartbeats)
             view = self._nodes[node] = NodeView(
-                node=node, pulse=pulse, revoked=node in self._revoked
+                node=node, pulse=pulse, revoked=node in self._revoked, grace_ms=self.grace_ms
             )
         return view
 
@@ -279,6 +305,8 @@ class Fleet:
         if restarted and unborn:
             return None
         was_live, slept = view.live, view.asleep
+        view.lost_at = _lost_at(view, state, now)
+        view.said_at = max(view.said_at, state.at) if state.epoch == view.epoch else state.at
         view.presence, view.epoch, view.reason = state.state, state.epoch, state.reason
         view.unborn = unborn
         if state.state in {"birth", "draining"}:
@@ -310,6 +338,7 @@ class Fleet:
         if not known or restarted:
             view.presence, view.epoch, view.unborn = "birth", load.epoch, False
         view.pulse.beat(now)
+        view.said_at = load.at
         view.load, view.silent = load, False
         return "the node started anew" if restarted else None
 
@@ -319,7 +348,7 @@ class Fleet:
         if view is None:
             return False
         was_live = view.live
-        view.presence, view.load = None, None
+        view.presence, view.load, view.lost_at = None, None, None
         return was_live
 
     def revoke(self, member: str, *, revoked: bool = True) -> str | None:
@@ -354,6 +383,7 @@ class Fleet:
         for view in self._nodes.values():
             if view.live and view.pulse.is_overdue(now):
                 view.silent = True
+                view.lost_at = now if view.presence == "birth" else None
                 gone.append(view.node)
             wake_at = view.wake_at
             if wake_at is not None and now > wake_at + view.pulse.patience_ms:
@@ -371,6 +401,18 @@ class Fleet:
             self.node(node).cordoned = closed
 
 
+def _lost_at(view: NodeView, state: NodeState, now: int) -> int | None:
+    """Return when a node was lost last, with what it says now; None where it goes by itself."""
+    worked = view.live and view.presence == "birth"
+    if state.state == "offline":
+        if state.at > view.said_at:  # a last will is older: it was written at the connection
+            return None
+        return now if worked else view.lost_at
+    if state.state != "birth":
+        return None
+    return now if worked and state.epoch > view.epoch else view.lost_at
+
+
 def _left_of_sleep(state: NodeState, now: int, *, kept: bool) -> int | None:
     """Return how long a sleeper will still be away, milliseconds, whatever its clock says.
 
@@ -379,7 +421,7 @@ def _left_of_sleep(state: NodeState, now: int, *, kept: bool) -> int | None:
     """
     if state.wake_at is None:
         return None
-    whole_ms = max(0, state.wake_at - state.at)
+    whole_ms = min(max(0, state.wake_at - state.at), _LONGEST_SLEEP_MS)
     return min(whole_ms, max(0, state.wake_at - now)) if kept else whole_ms
 
 

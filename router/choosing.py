@@ -70,20 +70,23 @@ class Chooser:
             _log.error("task.selection_failed", task=live.arrival.task_id, exc_info=error)
             return Chosen((), FoamError("the router failed to select a node"))
         live.explanation = selection.explain
-        choices = selection.choices
+        choices, places = selection.choices, selection.places
         if choices and not called and self._others_wait_for(_place(choices[0])):
-            places = selection.places.union(_place(choice) for choice in choices)
+            places = places.union(_place(choice) for choice in choices)
             before = Overloaded(f"others wait for {choices[0].node}, and go first")
-            return Chosen((), before, places=places)
+            return Chosen((), before, places=self._everywhere(live, places))
         return Chosen(
             choices,
             selection.problem,
             min_confidence=selection.min_confidence,
             policy=self._routing.policy(live.wanted),
             hedge_after_ms=self._hedge_after_ms(live, choices),
-            places=selection.places,
+            places=places if choices or not places else self._everywhere(live, places),
             start_by=selection.start_by,
         )
+
+    def _everywhere(self, live: LiveTask, places: frozenset[Place]) -> frozenset[Place]:
+        return self._routing.everywhere(live.wanted, places, self._clock())
 
     def _hedge_after_ms(self, live: LiveTask, choices: tuple[Choice, ...]) -> int | None:
         """Return after what time the best candidate takes long; None: nobody is asked beside it."""

@@ -2,16 +2,16 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Iterator
+from functools import partial
 from typing import Any, Final, Protocol
 
 import structlog
 
 from broker.audit import Tally
 from broker.session.base import Message
-from capability_schemas.errors import ErrorCode, FoamError, Overloaded
+from capability_schemas.errors import FoamError, Overloaded
 from capability_schemas.invocation import Report
 from capability_schemas.reply import Accepted, Working
-from capability_schemas.task import FunctionRef, decode_task
 from capability_schemas.wire import encode
 from router.catalogue import Fleet
 from router.choosing import Chooser
@@ -54,6 +54,7 @@ from router.settings import RouterSettings
 from router.shadow import Route
 from router.statistics import RouterStats
 from router.usher import Usher
+from router.verdicts import is_want_of_room
 from router.waiting import Drain
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -144,6 +145,7 @@ class Dispatcher:
         )
         self._drain = Drain()
         self._overflowed = False
+        self._asked_by = 0
         self._errands = Errands(
             orders=orders,
             fleet=fleet,
@@ -218,9 +220,11 @@ class Dispatcher:
         """Take a node's report."""
         live = self._live.get((report.client, report.task))
         if live is not None:
-            full = report.status == "refused" and report.code == ErrorCode.OVERLOADED
-            if full and live.held_by is not None:
-                self.usher.rest(live.held_by, report.retry_after_ms)
+            place = live.place_of(report)
+            if place is not None and report.status == "admitted":
+                self.usher.take(place)
+            elif place is not None and is_want_of_room(report):
+                self.usher.rest(place, report.retry_after_ms)
             moves = live.machine.moves
             self._feed(live, Reported(report))
             self._stats.moved += live.machine.moves - moves
@@ -243,6 +247,7 @@ class Dispatcher:
     def missed(self) -> None:
         """Take it that something may not have been heard here: nodes are asked, not all at once."""
         self._overflowed = False
+        self._asked_by = self._clock() + len(self) // _ASKED_PER_MS
         for number, live in enumerate(self):
             self._feed(live, Missed(number // _ASKED_PER_MS))
 
@@ -289,22 +294,14 @@ class Dispatcher:
         """
         now = self._clock() - (self._settings.settle_ms if settled else 0)
         for entry in entries:
-            task = decode_task(entry.task, limit_bytes=max(len(entry.task), 1))
-            arrival = Arrival(
-                client=entry.client,
-                task_id=entry.task_id,
-                task=task,
-                reply=entry.reply,
-                received_at=entry.accepted_at,
-                deadline=entry.deadline,
-                function=FunctionRef.parse(task.function) if task.function else None,
-            )
+            arrival = Arrival.of(entry)
             machine = DoubtingMachine.restore(
                 entry, settings=self._settings, now=now, commons=self._commons, missed=missed
             )
-            machine.turns.floor = floor
+            machine.turns.floor = max(floor, entry.claimed_from)
             self.give_up(arrival.key)  # it may have come once more while it was being taken over
             live = LiveTask(arrival, machine, noted_seq=entry.next_seq)
+            machine.may_have = partial(self._routing.may_hold, live.wanted)
             self._live[arrival.key] = live
             self._quotas.restore(arrival.client)
             self.usher.hold(live, (entry.node, entry.function or "") if entry.node else None)
@@ -312,7 +309,7 @@ class Dispatcher:
 
     def note_progress(self) -> None:
         """Journal how far streams have come, see to what was dropped; for the sweep."""
-        if self._overflowed:
+        if self._overflowed and self._clock() >= self._asked_by:
             self.missed()
         self._notes.shown(self._live.values())
 
@@ -350,6 +347,7 @@ class Dispatcher:
             reply=arrival.reply,
             accepted_at=arrival.received_at,
             deadline=arrival.deadline,
+            claimed_from=live.machine.turns.floor,
         )
         try:
             known = await self._ledger.journal(entry)
@@ -415,7 +413,9 @@ class Dispatcher:
         """Take a task from its node, to choose for it anew or have it wait."""
         self._let_go(live)
         if isinstance(action, Wait):
-            self.usher.enter(live, action.places)
+            self._notes.forget_candidates(live)
+            if action.places:
+                self.usher.enter(live, action.places)
         else:
             self._spawn(self._choose_again(live), name="task")
 

@@ -12,8 +12,9 @@ own word counts. Everything else waits, the deadline too:
 - its last word once more (``finished`` and the terminal event before it, ``failed`` …);
 - ``unknown``: it never had the attempt, or was started anew since.
 
-Of a task whose journal names no node, all that may have it are asked, for a moment: the journal may
-have been full, or the router killed before it wrote.
+Of a task whose journal names no node, all that policy lets have it are asked, for a moment: the
+journal may have been full, or the router killed before it wrote. Of others nobody is told, and what
+they say of it counts for nothing.
 
 A node that is gone meanwhile is given ``RouterSettings.doubt_ms`` to come back: only who is gone
 for longer, or for ever, can leave an answer behind that nobody else here has heard.
@@ -22,7 +23,7 @@ What a client was told in such a time is not known either, so the router repeats
 its own name: a reader may have passed it over (PROTOCOL section 3, a lower attempt).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Self
 
@@ -33,6 +34,7 @@ from router.commons import Commons
 from router.entry import Entry
 from router.events import WITH_NODE, Action, End, Event, Phase
 from router.guard import GuardedMachine
+from router.ownership import GENERATION
 from router.settings import RouterSettings
 from router.times import is_due
 from router.turns import Turn
@@ -42,6 +44,16 @@ if TYPE_CHECKING:
 
 _UNWRITTEN: Final = 1
 """Attempts that a killed router may have made and not written down: it writes at once."""
+
+_FURTHEST: Final = 4 * GENERATION
+"""How far such an attempt may be beyond what is known, for the router may have claimed the task for
+itself and not written it: what names a higher one is made up."""
+
+_EARLY: Final = 32
+"""Words of nodes kept that came before it was known what the nodes offer."""
+
+MayHave = Callable[[str, int], bool]
+"""Tells of a node whether policy lets it have the task now (UTC milliseconds)."""
 
 
 @dataclass(slots=True)
@@ -55,6 +67,7 @@ class _Doubt:
         patience_ms: How long one is waited for when the node is gone.
         waiting: What has happened meanwhile, one of each kind.
         bound: Number up to which the client can have heard the attempt; None: not known.
+        asked: Whether it was asked.
     """
 
     turn: Turn
@@ -63,6 +76,7 @@ class _Doubt:
     patience_ms: int
     waiting: dict[object, Event] = field(default_factory=dict)
     bound: int | None = None
+    asked: bool = False
 
     def keep(self, event: Event) -> None:
         """Let an event wait."""
@@ -90,13 +104,21 @@ class _Doubt:
 
 
 class DoubtingMachine(GuardedMachine):
-    """A task's machine that hears the node out before it acts on half of what was said."""
+    """A task's machine that hears the node out before it acts on half of what was said.
+
+    Attributes:
+        may_have: Whose word counts on an attempt that is not known here; None: every node's.
+    """
 
     _doubt: _Doubt | None = None
     _retell = False
     _asked_for: int | None = None
-    _searched = False
+    _silent: Turn | None = None
+    _search_until: int | None = None
     _journaled: int | None = None
+    _known = 0
+    _early_words: dict[tuple[str, str], Event]
+    may_have: MayHave | None = None
 
     @classmethod
     def restore(
@@ -131,6 +153,7 @@ class DoubtingMachine(GuardedMachine):
         """
         self._retell, self._journaled = patience_ms > 0, entry.attempt
         self.turns.attempt = max(entry.attempt, entry.given) + _UNWRITTEN
+        self._early_words, self._known = {}, self.turns.attempt
         if self.turns.current is not None:
             ask_at, self._times.settle = self._times.settle or now, None
             self._wonder(self.turns.current, now, ask_at, patience_ms)
@@ -144,6 +167,7 @@ class DoubtingMachine(GuardedMachine):
     def handle(self, event: Event, now: int) -> list[Action]:
         """Take an event; see `TaskMachine.handle`."""
         self._recall(event, now)
+        self._note_word(event)
         if isinstance(event, ev.Missed):
             return self._on_missed(now, event.wait_ms)
         if self._doubt is not None:
@@ -151,7 +175,7 @@ class DoubtingMachine(GuardedMachine):
         elif isinstance(event, ev.Tick) and self._overdue(now):
             return self._ask_first(now)
         elif isinstance(event, ev.Tick) and self._unsearched(now):
-            return [ev.Ask()]
+            return self._search(now)
         else:
             actions = super().handle(event, now)
         if self.ended:
@@ -168,9 +192,21 @@ class DoubtingMachine(GuardedMachine):
             return []
         self._retell = True
         turn = self._speaking()
-        if turn is not None and not turn.over:
+        if turn is not None and not turn.over and turn is not self._silent:
             self._wonder(turn, now, now + wait_ms, self._settings.doubt_ms)
         return []
+
+    def _note_word(self, event: Event) -> None:
+        """Take note that a node that had not answered says something again."""
+        match event:
+            case ev.Reported(report=Report(node=node, attempt=attempt)):
+                pass
+            case ev.Observed(source=node, attempt=attempt):
+                pass
+            case _:
+                return
+        if self._silent is not None and self._silent.is_of(node, attempt):
+            self._silent = None
 
     def _speaking(self) -> Turn | None:
         """Return the attempt whose word counts until the next one is invoked."""
@@ -181,8 +217,14 @@ class DoubtingMachine(GuardedMachine):
         return self.turns.current if self.phase in WITH_NODE else None
 
     def _wonder(self, turn: Turn, now: int, ask_at: int, patience_ms: int) -> None:
-        waiting = self._doubt.waiting if self._doubt is not None else {}
+        doubt = self._doubt
+        if doubt is not None and doubt.turn is turn and doubt.patience_ms >= patience_ms:
+            doubt.ask_at = min(doubt.ask_at, ask_at)  # what is asked for already is not put off
+            return
+        waiting = doubt.waiting if doubt is not None else {}
         until = max(now, ask_at, self.deadline) + 2 * self._settings.doubt_ms
+        if self._closing is not None:
+            until = max(now, ask_at) + self._settings.doubt_ms
         self._doubt = _Doubt(turn, ask_at, until, patience_ms, waiting)
 
     def _overdue(self, now: int) -> bool:
@@ -207,19 +249,38 @@ class DoubtingMachine(GuardedMachine):
         turn, wait_ms = self.turns.current, self._commons.patience.timeout_ms
         if turn is None:
             return []
-        self._doubt = _Doubt(turn, now + wait_ms, now + wait_ms, 0)
+        self._doubt = _Doubt(turn, now + wait_ms, now + wait_ms, 0, asked=True)
         return [ev.Ask(turn.node, turn.attempt)]
 
     def _unsearched(self, now: int) -> bool:
-        """Tell, once, whether a restored task without a node has listened long enough."""
-        if self._searched or self._journaled is None or not is_due(self._times.settle, now):
+        """Tell whether a restored task without a node has listened long enough to be asked for.
+
+        Once; of one that was begun, as something was shown, until whoever did can be back.
+        """
+        if self._journaled is None or not is_due(self._times.settle, now):
             return False
-        self._searched, self._times.settle = True, now + self._commons.patience.timeout_ms
+        if self._search_until is None:
+            self._search_until = now + (self._settings.doubt_ms if self.next_seq else 0)
+        elif now >= self._search_until:
+            return False
+        self._times.settle = now + self._commons.patience.timeout_ms
         return True
 
+    def _search(self, now: int) -> list[Action]:
+        """Hear once more what came too early; if that was nothing, ask all that may have it."""
+        actions: list[Action] = []
+        for event in self._early_words.values():
+            actions += self.handle(event, now)
+        return actions if self.ended or self.turns.current is not None else [*actions, ev.Ask()]
+
     def _recall(self, event: Event, now: int) -> None:
-        """Learn of an attempt that was made and not written down before the router was killed."""
-        if self._journaled is None or self.turns.tried or self.ended:
+        """Learn of an attempt that was made and not written down before the router was killed.
+
+        What the router said itself it believes, a node only what it may have been asked for.
+        """
+        if self.turns.tried:
+            self._journaled = None  # for good, also when that attempt is forgiven
+        if self._journaled is None or self.ended:
             return
         origin: Origin | None = None
         match event:
@@ -234,12 +295,25 @@ class DoubtingMachine(GuardedMachine):
         if attempt <= self._journaled:
             return
         turns = self.turns
+        if not isinstance(event, ev.Fenced) and not self._believes(event, node, attempt, now):
+            return
         self._journaled, turns.attempt = attempt, max(turns.attempt, attempt)
         turns.current, self.phase = Turn(node, attempt), Phase.INVOKED
         self.course.origin, self._retell = origin or self.course.origin, True
-        self._times.settle = None
+        self._times.settle = self._times.look = None
+        self.waiting = False
         ask_at = now if self._doubt is None else self._doubt.ask_at
         self._wonder(turns.current, now, ask_at, self._settings.doubt_ms)
+
+    def _believes(self, event: Event, node: str, attempt: int, now: int) -> bool:
+        """Tell whether a node may speak of an attempt; what is too early waits for the search."""
+        if attempt > max(self._known, self.turns.floor) + _FURTHEST:
+            return False
+        if self.may_have is None or self.may_have(node, now):
+            return True
+        if self._search_until is None and len(self._early_words) < _EARLY:
+            self._early_words[type(event).__name__, node] = event
+        return False
 
     # ---- in doubt
 
@@ -269,7 +343,7 @@ class DoubtingMachine(GuardedMachine):
             return self._give_up(doubt, now)
         if now < doubt.ask_at:
             return []
-        doubt.ask_at = now + self._commons.patience.timeout_ms
+        doubt.ask_at, doubt.asked = now + self._commons.patience.timeout_ms, True
         return [ev.Ask(doubt.turn.node, doubt.turn.attempt)]
 
     def _on_word_in_doubt(self, event: ev.Observed, doubt: _Doubt, now: int) -> list[Action]:
@@ -285,6 +359,8 @@ class DoubtingMachine(GuardedMachine):
 
     def _on_account(self, report: Report, doubt: _Doubt, now: int) -> list[Action]:
         """Take the answer, or any other report of the node on that attempt."""
+        if report.status == "unknown" and not doubt.asked:
+            return []  # said to a router that took the task over: its own word is still to come
         turn, told = doubt.turn, report.seq or 0
         told = told if doubt.bound is None else min(told, doubt.bound)
         has_it = self._held is None and turn is self.turns.current and self.phase in WITH_NODE
@@ -319,7 +395,8 @@ class DoubtingMachine(GuardedMachine):
         return actions + self._go_on_with(waiting, now)
 
     def _give_up(self, doubt: _Doubt, now: int) -> list[Action]:
-        """Do without an answer."""
+        """Do without an answer; it is not asked again before it says something."""
+        self._silent = doubt.turn
         if self.phase in WITH_NODE and self._times.quiet is None:
             self._times.quiet = now + self._settings.hang_ms
         return self._go_on_with(list(doubt.waiting.values()), now)

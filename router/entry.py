@@ -28,6 +28,8 @@ class Entry:
         continues: What becomes of an answer of that function when its node is lost.
         model: Digest of the model file behind it.
         given: Highest number given to an attempt beside that one: announced, or a hedge.
+        claimed_by: The router that has it; None: the one whose journal this is.
+        claimed_from: First attempt of that router's own.
         attempt: The attempt that it has.
         next_seq: First number the client may not have seen; of an ended task, that of its end.
         ended_at: UTC milliseconds; None while it runs.
@@ -54,6 +56,8 @@ class Entry:
     continues: Continues = "restart"
     model: str | None = None
     given: int = 0
+    claimed_by: str | None = None
+    claimed_from: int = 1
 
     @property
     def origin(self) -> Origin | None:

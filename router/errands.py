@@ -65,7 +65,7 @@ class Errands:
         self._usher = usher
         self._router_id = router_id
         self._clock = clock
-        self._inquiries = InquiryDesk(orders=orders, fleet=fleet)
+        self._inquiries = InquiryDesk(orders=orders, fleet=fleet, routing=routing)
 
     def run(self, live: LiveTask, action: Errand) -> Event | None:
         """Do what the machine of a task wants; return what comes of it at once."""
@@ -139,7 +139,7 @@ class Errands:
 
     def _ask(self, live: LiveTask, action: ev.Ask) -> Event | None:
         if action.node is None:
-            self._inquiries.search(live.arrival)
+            self._inquiries.search(live, self._clock())
         elif not self._inquiries.ask(live.arrival, action.node, action.attempt):
             return ev.NodeGone(action.node, "it is not there")
         return None

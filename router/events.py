@@ -15,9 +15,6 @@ from capability_schemas.task import TaskPolicy
 if TYPE_CHECKING:
     from router.shown import Origin
 
-ENDS_HERE: Final = "it ends here"
-"""Reason of an attempt that nobody gets: it is announced before an end of the router's own."""
-
 Verdict = Literal["good", "failed", "lost", "refused", "unsure"]
 """What an attempt says about its node."""
 
@@ -295,7 +292,7 @@ class Wait:
     """Have the task wait until one of these has room; then feed ``Chosen``.
 
     Attributes:
-        places: ``(node, function)`` of those who could do it.
+        places: ``(node, function)`` of those who could do it; none where it waits by its own clock.
     """
 
     places: frozenset[tuple[str, str]]

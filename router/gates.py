@@ -12,6 +12,8 @@ from enum import Enum, auto
 from functools import cache, cached_property
 from typing import Final
 
+import structlog
+
 from capability_schemas.capability import EVERY_TENANT, CatalogRecord
 from capability_schemas.errors import InvalidTask
 from capability_schemas.functions import check_input, effective_input
@@ -24,9 +26,9 @@ from router.finish import UNKNOWN, Finish, predict_finish
 from router.rules.patterns import compile_expression
 
 POLICY_GATES: Final = ("tenant", "zones", "data", "grants", "local", "cost", "rules")
-FIT_GATES: Final = ("version", "skills", "schema", "size", "context")
+FIT_GATES: Final = ("sound", "version", "skills", "schema", "size", "context")
 PASSING_GATES: Final = (
-    *("memory", "liveness", "asleep", "open"),
+    *("memory", "liveness", "asleep", "lost", "open"),
     *("capacity", "breaker", "deadline"),
 )
 """Gates that a node fails for the moment only."""
@@ -34,7 +36,7 @@ PASSING_GATES: Final = (
 GATES: Final = (*POLICY_GATES, *FIT_GATES, *PASSING_GATES)
 
 PLAIN_GATES: Final = frozenset(GATES) - {
-    *("rules", "schema", "size", "context"),
+    *("rules", "sound", "schema", "size", "context"),
     *("memory", "breaker", "deadline"),
 }
 """Gates that ``glance`` looks at."""
@@ -47,6 +49,8 @@ code and of other languages; what has more tokens than fit even so is too long f
 USUAL_TOKEN_BYTES: Final = 3.0
 """The cautious estimate: a request that fits only if its tokens are longer may not fit."""
 
+_log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
+
 _NAMED: Final = 8
 _ASKED: Final = frozenset({"version", "skills"})
 _BOUNDS: Final = Bounds(expression=compile_expression)
@@ -55,6 +59,7 @@ _BOUNDS: Final = Bounds(expression=compile_expression)
 _AFTER_POLICY: Final = frozenset((*FIT_GATES, *PASSING_GATES))
 _AFTER_FIT: Final = frozenset(PASSING_GATES)
 _TIME: Final = frozenset({"deadline"})
+_AFTER_SOUND: Final = frozenset(GATES) - {"sound"}
 _NONE: Final[frozenset[str]] = frozenset()
 
 
@@ -72,7 +77,7 @@ class Outlook(Enum):
 
     OPEN = auto()
     FULL = auto()
-    ASLEEP = auto()
+    RETURNING = auto()
     AWAY = auto()
     NEVER = auto()
 
@@ -116,9 +121,10 @@ def glance(request: Request, *, now: int) -> Glance:
         ):
             return Outlook.NEVER
         lapsed = record.expires_at is not None and record.expires_at <= now
-        if node.asleep and not lapsed:
-            return Outlook.ASLEEP
-        if lapsed or not node.live or not node.open:
+        if lapsed or not node.live:
+            returns = not lapsed and (node.asleep or node.just_lost(now))
+            return Outlook.RETURNING if returns else Outlook.AWAY
+        if not node.open:
             return Outlook.AWAY
         if node.full or (node.given and not node.has_room(record, session=record.node == prefer)):
             return Outlook.FULL
@@ -148,12 +154,23 @@ class Gatekeeper:
         self._mismatches: dict[str, str | None] = {}
 
     def judge(self, offer: Offer, *, thorough: bool = True) -> Candidate:
-        """Take an offer through the gates.
+        """Take an offer through the gates; one that breaks them is not ``sound``.
 
         Args:
             offer: What is judged.
             thorough: Whether to look at every gate even when an earlier stage has decided.
         """
+        try:
+            return self._judge(offer, thorough=thorough)
+        except Exception as error:  # noqa: BLE001  # supervision boundary: one node's word, not all tasks
+            kind, record = type(error).__name__, offer.record
+            _log.error(
+                "offer.unsound", node=record.node, function=record.function, error=repr(error)
+            )
+            why = f"what node {record.node} says of itself cannot be judged ({kind})"
+            return Candidate(offer, {"sound": why}, _AFTER_SOUND, UNKNOWN)
+
+    def _judge(self, offer: Offer, *, thorough: bool) -> Candidate:
         record = offer.record
         failed = self.failed_policy(record)
         if failed and not thorough:
@@ -251,16 +268,8 @@ class Gatekeeper:
         return self._mismatches[text]
 
     def _failed_moment(self, offer: Offer) -> dict[str, str]:
-        failed: dict[str, str] = {}
         record, node, now = offer.record, offer.node, self._now
-        if node.asleep:
-            failed["asleep"] = _sleep(node, now)
-        elif not node.live:
-            failed["liveness"] = _absence(node)
-        lapses = record.expires_at
-        if (node.live or node.asleep) and lapses is not None and lapses <= now:
-            late_ms = now - lapses
-            failed["liveness"] = f"the lease of the capability ran out {late_ms} ms ago"
+        failed = _failed_presence(record, node, now)
         if node.presence == "draining":
             failed["open"] = "draining"
         elif node.cordoned:
@@ -273,13 +282,15 @@ class Gatekeeper:
         elif not node.has_room(record, session=node.node == self._request.prefer):
             given = node.given[record.function]
             failed["capacity"] = f"it has {given} tasks of this function, more would wait there"
-        lacking = _memory_lacking(offer)
+        lacking = memory_lacking(record, node)
         if lacking is not None:
             failed["memory"] = lacking
         blocked = (
             self._breakers.blocked(record.node, record.function, now) if self._breakers else None
         )
-        if blocked is not None:
+        if blocked is not None and node.just_lost(now):  # what it had is what was lost
+            failed["lost"] = f"{tell_loss(node, now)}; {blocked}"
+        elif blocked is not None:
             failed["breaker"] = blocked
         return failed
 
@@ -296,12 +307,33 @@ class Gatekeeper:
         }
 
 
-def _sleep(node: NodeView, now: int) -> str:
+def _failed_presence(record: CatalogRecord, node: NodeView, now: int) -> dict[str, str]:
+    failed: dict[str, str] = {}
+    if node.asleep:
+        failed["asleep"] = tell_sleep(node, now)
+    elif not node.live and node.just_lost(now):
+        failed["lost"] = tell_loss(node, now)
+    elif not node.live:
+        failed["liveness"] = _absence(node)
+    lapses = record.expires_at
+    if "liveness" not in failed and lapses is not None and lapses <= now:
+        failed["liveness"] = f"the lease of the capability ran out {now - lapses} ms ago"
+    return failed
+
+
+def tell_sleep(node: NodeView, now: int) -> str:
+    """Say until when a node sleeps, at ``now`` (UTC milliseconds)."""
     if node.wake_at is None:
         return "asleep, and does not say until when"
     at = datetime.fromtimestamp(node.wake_at / 1000, UTC)
     away_s = max(0, node.wake_at - now) / 1000
     return f"asleep until {at:%H:%M:%S} UTC, {away_s:.0f} s from now"
+
+
+def tell_loss(node: NodeView, now: int) -> str:
+    """Say when a node was lost, and until when it is waited for, at ``now`` (UTC milliseconds)."""
+    since_s, left_s = (now - (node.lost_at or 0)) / 1000, ((node.back_by or 0) - now) / 1000
+    return f"{since_s:.1f} s ago, and may be back within {left_s:.1f} s"
 
 
 def _absence(node: NodeView) -> str:
@@ -312,11 +344,12 @@ def _absence(node: NodeView) -> str:
     return "silent" if node.silent else (node.presence or "never heard of")
 
 
-def _memory_lacking(offer: Offer) -> str | None:
-    load, need = offer.node.load, offer.record.resources.memory_bytes
+def memory_lacking(record: CatalogRecord, node: NodeView) -> str | None:
+    """Say how much memory a node lacks for a function of it that has no instance; None: none."""
+    load, need = node.load, record.resources.memory_bytes
     if load is None or load.memory_free_bytes is None or need is None:
         return None
-    if offer.node.function(offer.record.function).instances or need <= load.memory_free_bytes:
+    if node.function(record.function).instances or need <= load.memory_free_bytes:
         return None
     free = load.memory_free_bytes
     return f"needs {need} bytes, {free} are free: {need - free} too few"

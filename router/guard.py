@@ -10,8 +10,9 @@ which readers pass over.
 from dataclasses import replace
 from typing import Final
 
+from capability_schemas.reply import ENDS_HERE
 from router import events as ev
-from router.events import ENDS_HERE, WITH_NODE, Action, Choice, End, Event
+from router.events import WITH_NODE, Action, Choice, End, Event
 from router.patient import PatientMachine
 from router.turns import Turn
 

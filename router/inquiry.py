@@ -1,16 +1,21 @@
 """Asking nodes how an attempt stands; the answers come as reports (`router.doubt`)."""
 
+import asyncio
 from typing import Any, Final
 
 import structlog
 
 from capability_schemas.errors import FoamError
-from router.catalogue import Fleet
+from capability_schemas.invocation import ACCOUNTS_AT_ONCE
+from router.catalogue import Fleet, Key
 from router.intake import Arrival
+from router.live import LiveTask
 from router.orders import OrderDesk
+from router.routing import TaskRouting
 
-_SEARCHES: Final = 4_096
-"""Most questions of a router about tasks of an earlier process whose journal names no node."""
+_SEARCHES: Final = 65_536
+"""Most questions of a router about tasks of an earlier process whose journal names no node: at a
+restart that are all that wait, at each node that may have them. Many go in one order."""
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -21,12 +26,15 @@ class InquiryDesk:
     Args:
         orders: Tells nodes what to do.
         fleet: Who is there.
+        routing: Knows who may have a task.
     """
 
-    def __init__(self, *, orders: OrderDesk, fleet: Fleet) -> None:
+    def __init__(self, *, orders: OrderDesk, fleet: Fleet, routing: TaskRouting) -> None:
         self._orders = orders
         self._fleet = fleet
+        self._routing = routing
         self._searches = _SEARCHES
+        self._wanted: dict[str, list[Key]] = {}
 
     def ask(self, arrival: Arrival, node: str, attempt: int | None) -> bool:
         """Ask a node for an attempt; tell whether the node passes for alive.
@@ -39,18 +47,29 @@ class InquiryDesk:
         self._send(node, task=arrival.task_id, client=arrival.client, attempt=attempt)
         return self._fleet.node(node).live
 
-    def search(self, arrival: Arrival) -> None:
-        """Ask all that may have a task; none when too much has been asked already."""
-        wanted = arrival.function
-        able = {
-            node
-            for node, function in self._fleet.records
-            if wanted is None or wanted.name == function
-        }
-        for node in sorted(able):
-            if self._searches and self._fleet.node(node).live:
-                self._searches -= 1
-                self.ask(arrival, node, None)
+    def search(self, live: LiveTask, now: int) -> None:
+        """Ask all that may have a task; none when too much has been asked already.
+
+        Args:
+            live: The task. Those that policy keeps it from are not even told of it.
+            now: UTC milliseconds.
+        """
+        function, fleet = live.arrival.function, self._fleet
+        nodes = fleet.nodes if function is None else fleet.named(function.name)
+        there = (node for node in sorted(nodes) if fleet.node(node).live)
+        for node in self._routing.holders(live.wanted, there, now) if self._searches else ():
+            if not self._wanted:  # those of other tasks that are due now go with it
+                asyncio.get_running_loop().call_soon(self._ask_many)
+            self._wanted.setdefault(node, []).append(live.arrival.key)
+            self._searches -= 1
+            if not self._searches:
+                return
+
+    def _ask_many(self) -> None:
+        wanted, self._wanted = self._wanted, {}
+        for node, keys in wanted.items():
+            for first in range(0, len(keys), ACCOUNTS_AT_ONCE):
+                self._send(node, tasks=tuple(keys[first : first + ACCOUNTS_AT_ONCE]))
 
     def _send(self, node: str, **fields: Any) -> None:
         try:

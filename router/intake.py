@@ -6,11 +6,13 @@ Order: topic, size, decoding, then the fields that need the mesh to judge them (
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Self
 
 from capability_schemas.errors import FoamError, InvalidTask, TooLarge
 from capability_schemas.ids import is_identifier
 from capability_schemas.task import FunctionRef, Task, decode_task, peek_task_id, skim_task_id
 from capability_schemas.topics import TopicKind, Topics
+from router.entry import Entry
 from router.ownership import made_id, mark_of
 
 _REPLY_LEVELS = 3
@@ -41,6 +43,20 @@ class Arrival:
     function: FunctionRef | None
     mark: str = ""
     size_bytes: int = 0
+
+    @classmethod
+    def of(cls, entry: Entry) -> Self:
+        """Return a task as it came before it was journaled."""
+        task = decode_task(entry.task, limit_bytes=max(len(entry.task), 1))
+        return cls(
+            client=entry.client,
+            task_id=entry.task_id,
+            task=task,
+            reply=entry.reply,
+            received_at=entry.accepted_at,
+            deadline=entry.deadline,
+            function=FunctionRef.parse(task.function) if task.function else None,
+        )
 
     @property
     def key(self) -> tuple[str, str]:

@@ -50,7 +50,8 @@ _EXPLANATION_CHARS: Final = 256 * 1024
 # goes when the task has ended.
 _COLUMNS: Final = (
     "client, id, ifnull(task, x''), reply, accepted_at, deadline, node, function, version,"
-    " attempt, next_seq, ended_at, code, terminal, chunks, continues, model, given"
+    " attempt, next_seq, ended_at, code, terminal, chunks, continues, model, given, claimed_by,"
+    " claimed_from"
 )
 
 _Work = Callable[[sqlite3.Connection], Any]
@@ -154,9 +155,15 @@ class Ledger:
 
         def work(db: sqlite3.Connection) -> Entry | None:
             done = db.execute(
-                "INSERT INTO tasks (client, id, reply, accepted_at, deadline)"
-                " VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-                (*entry.key, entry.reply, entry.accepted_at, entry.deadline),
+                "INSERT INTO tasks (client, id, reply, accepted_at, deadline, claimed_from)"
+                " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                (
+                    *entry.key,
+                    entry.reply,
+                    entry.accepted_at,
+                    entry.deadline,
+                    entry.claimed_from,
+                ),
             )
             if not done.rowcount:
                 return _find(db, *entry.key)
@@ -215,6 +222,39 @@ class Ledger:
         self._tell(
             "UPDATE tasks SET given = max(given, ?) WHERE client = ? AND id = ?", (attempt, *key)
         )
+
+    def note_claim(self, key: tuple[str, str], router: str | None, attempt: int) -> None:
+        """Write which router has a task, and who holds it there is not known; does not wait.
+
+        Args:
+            key: ``(client, task id)``.
+            router: Which; None: this one.
+            attempt: First attempt that it makes itself.
+        """
+
+        def work(db: sqlite3.Connection) -> None:
+            db.execute(
+                "UPDATE tasks SET claimed_by = ?, claimed_from = ?, node = NULL, function = NULL,"
+                " version = NULL WHERE client = ? AND id = ? AND ended_at IS NULL",
+                (router, attempt, *key),
+            )
+            if router is None:  # what was shown meanwhile is noted anew, from the beginning
+                db.execute("DELETE FROM shown WHERE client = ? AND id = ?", key)
+
+        self._note(work)
+
+    def forget(self, key: tuple[str, str]) -> None:
+        """Drop a task that another router was left, unless its outcome is known; does not wait."""
+
+        def work(db: sqlite3.Connection) -> None:
+            done = db.execute(
+                "DELETE FROM tasks WHERE client = ? AND id = ? AND ended_at IS NULL", key
+            )
+            if done.rowcount:
+                db.execute("DELETE FROM requests WHERE client = ? AND id = ?", key)
+                db.execute("DELETE FROM shown WHERE client = ? AND id = ?", key)
+
+        self._note(work)
 
     def note_explanation(self, key: tuple[str, str], explanation: dict[str, Any]) -> None:
         """Write why it went where it went; does not wait."""

@@ -8,7 +8,7 @@ from typing import Final
 
 from capability_schemas.errors import ConfigurationError
 
-_VERSION: Final = 4
+_VERSION: Final = 5
 _BUSY_TIMEOUT_S: Final = 0.5
 _KEPT: Final = 2
 """Damaged ledgers kept, each up to the largest size of a ledger; the oldest go first."""
@@ -47,7 +47,11 @@ CREATE TABLE shown (
 _GIVEN: Final = """
 ALTER TABLE tasks ADD COLUMN given INTEGER NOT NULL DEFAULT 0;
 """
-_STEPS: Final = (_SCHEMA, _MEMOS, _SHOWN, _GIVEN)
+_CLAIMED: Final = """
+ALTER TABLE tasks ADD COLUMN claimed_by TEXT;
+ALTER TABLE tasks ADD COLUMN claimed_from INTEGER NOT NULL DEFAULT 1;
+"""
+_STEPS: Final = (_SCHEMA, _MEMOS, _SHOWN, _GIVEN, _CLAIMED)
 """What makes each version of the file out of the one before it."""
 
 

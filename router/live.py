@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from capability_schemas.invocation import Report
 from router.intake import Arrival
 from router.meaning import Query
 from router.patient import PatientMachine
@@ -47,6 +48,13 @@ class LiveTask:
         """Derive what routing needs."""
         arrival = self.arrival
         self.wanted = Wanted(arrival.client, arrival.task, arrival.function, arrival.deadline)
+
+    def place_of(self, report: Report) -> Place | None:
+        """Return the place that a report speaks for; None when it is not of who has the task."""
+        turn, place = self.machine.turns.current, self.held_by
+        if turn is None or place is None or not turn.is_of(report.node, report.attempt):
+            return None
+        return place if place[0] == report.node else None
 
 
 class AlarmClock:

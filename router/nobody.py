@@ -20,10 +20,10 @@ from router.gates import FIT_GATES, PASSING_GATES, POLICY_GATES, may_be_meant
 from router.waiting import Place
 
 _INPUT_GATES: Final = frozenset({"schema", "size", "context"})
-_AWAY_GATES: Final = frozenset({"liveness", "asleep", "open", "breaker"})
-_ASLEEP_GATES: Final = frozenset({"asleep", "deadline"})
+_RETURN_GATES: Final = frozenset({"asleep", "lost"})
+_AWAY_GATES: Final = _RETURN_GATES | {"liveness", "open", "breaker"}
 _BUSY_GATES: Final = frozenset({"capacity", "memory"})
-_WAITABLE: Final = _BUSY_GATES | {"asleep"}
+_WAITABLE: Final = _BUSY_GATES | _RETURN_GATES
 _MOST_PLACES: Final = 128
 _LEAST_RETRY_MS: Final = 500
 _MOST_RETRY_MS: Final = 60_000
@@ -71,7 +71,7 @@ def why_nobody(
 def waits_for(
     judged: Sequence[Candidate], *, threshold: float, floor: float, deadline: int
 ) -> tuple[frozenset[Place], int | None]:
-    """Return who could do it but has no room, or sleeps, and until when it can wait for them.
+    """Return who could do it but has no room, sleeps or was just lost, and how long it can wait.
 
     Args:
         judged: Everything that was found, judged.
@@ -80,8 +80,9 @@ def waits_for(
         deadline: Of the task, UTC milliseconds.
 
     Returns:
-        Places, the most promising of many, and when the last of them can no longer end in time,
-        UTC milliseconds; None without any.
+        Places, the most promising of many, and when to look again at the latest, UTC milliseconds:
+        when the last of them can no longer end in time, or is gone for good, where all were just
+        lost. None without any.
     """
     least = max(threshold, floor)
     full = [
@@ -95,7 +96,10 @@ def waits_for(
     if not full:
         return frozenset(), None
     places = frozenset((one.offer.record.node, one.offer.record.function) for one in full)
-    return places, deadline - int(min(one.finish.least_run_ms for one in full)) + 1
+    start_by = deadline - int(min(one.finish.least_run_ms for one in full)) + 1
+    if all("lost" in one.failed for one in full):
+        start_by = min(start_by, max(one.offer.node.back_by or 0 for one in full))
+    return places, start_by
 
 
 def _denied(relevant: Sequence[Candidate], misses: list[dict[str, Any]]) -> FoamError:
@@ -108,11 +112,15 @@ def _momentary(able: Sequence[Candidate], deadline: int, misses: list[dict[str, 
     """Everyone who could is away, busy or too slow at the moment."""
     there = [one for one in able if not one.failed.keys() & _AWAY_GATES]
     hopeless = all("deadline" in one.failed and not one.finish.wait_ms for one in there)
-    sleepers = [
-        one for one in able if "asleep" in one.failed and one.failed.keys() <= _ASLEEP_GATES
+    returning = [
+        one
+        for one in able
+        if one.failed.keys() & _RETURN_GATES and one.failed.keys() <= _WAITABLE | {"deadline"}
     ]
-    if hopeless and sleepers:
-        return _asleep(sleepers, deadline, misses)
+    if hopeless and returning:
+        error = _returning(returning, deadline, misses)
+        if error is not None:
+            return error
     if not there:
         return NoCapableNode(
             f"every node that could is away: {able[0].verdict}", retryable=True, nearest=misses
@@ -133,26 +141,28 @@ def _momentary(able: Sequence[Candidate], deadline: int, misses: list[dict[str, 
     return DeadlineExceeded(f"nobody can do it in time: {quickest.verdict}", nearest=misses)
 
 
-def _asleep(
-    sleepers: Sequence[Candidate], deadline: int, misses: list[dict[str, Any]]
-) -> FoamError:
-    """Everyone who could do it in time sleeps; the task may wait for the one that wakes first."""
-    expected = [
-        (wake_at, one)
-        for one in sleepers
-        if (wake_at := one.offer.node.wake_at) is not None
-        and wake_at + one.finish.least_ms <= deadline
-    ]
+def _returning(
+    away: Sequence[Candidate], deadline: int, misses: list[dict[str, Any]]
+) -> FoamError | None:
+    """Everyone who could do it in time sleeps or was just lost; the task may wait for the first.
+
+    None: nobody sleeps, and too little time is left for whoever was lost.
+    """
+    expected = [(back_at, one) for one in away if (back_at := _back_at(one, deadline)) is not None]
     if expected:
-        wake_at, first = min(expected, key=lambda pair: pair[0])
-        node = first.offer.record.node
+        back_at, first = min(expected, key=lambda pair: pair[0])
+        node, asleep = first.offer.record.node, first.failed.get("asleep")
+        why = f"is {asleep}" if asleep else f"was lost {first.failed['lost']}"
         return NoCapableNode(
-            f"{node} could, but is {first.failed['asleep']}",
+            f"{node} could, but {why}",
             retryable=True,
             node=node,
-            wake_at=wake_at,
+            wake_at=back_at,
             nearest=misses,
         )
+    sleepers = [one for one in away if "asleep" in one.failed]
+    if not sleepers:
+        return None
     first = sleepers[0]
     node = first.offer.record.node
     if first.offer.node.wake_at is None:
@@ -160,12 +170,22 @@ def _asleep(
             f"{node} could, but is {first.failed['asleep']}", retryable=True, nearest=misses
         )
     return DeadlineExceeded(
-        f"{node} could, but is {first.failed['asleep']}, too late for this task: give it a "
-        "timeout_ms beyond that",
+        f"{node} could, but is {first.failed['asleep']}, too late for this task: give it "
+        "more time (timeout_ms; foam ask --timeout)",
         node=node,
         wake_at=first.offer.node.wake_at,
         nearest=misses,
     )
+
+
+def _back_at(one: Candidate, deadline: int) -> int | None:
+    """Return when a node that is away will be back, if that is known and not too late."""
+    node = one.offer.node
+    if "lost" in one.failed:
+        return None if "deadline" in one.failed else node.back_by
+    wake_at = node.wake_at
+    in_time = wake_at is not None and wake_at + one.finish.least_ms <= deadline
+    return wake_at if in_time else None
 
 
 def _refused_input(one: Candidate, misses: list[dict[str, Any]]) -> FoamError:

@@ -15,6 +15,9 @@ from router.live import LiveTask
 
 _GATHERED_S: Final = 0.02
 
+_KEPT: Final = ("by", "chosen", "problem")
+"""What is kept of the explanation of a task that waits."""
+
 
 class TaskNotes:
     """Writes notes on live tasks. Owned by the router's event loop.
@@ -77,6 +80,13 @@ class TaskNotes:
         self._ledger.note_explanation(live.arrival.key, explanation)
         if cascade is None or live.machine.ended:
             live.explanation = None
+
+    def forget_candidates(self, live: LiveTask) -> None:
+        """Keep of an explanation only why nobody had room: thousands of tasks may wait."""
+        if live.explanation is not None:
+            told = live.explanation()
+            brief = {name: told.get(name) for name in _KEPT} | {"candidates": []}
+            live.explanation = lambda: brief
 
     def _note_fresh(self) -> None:
         fresh, self._fresh, self._timer = self._fresh, {}, None

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from capability_schemas.ids import is_identifier
-from router.events import ENDS_HERE, Observed
+from capability_schemas.reply import ENDS_HERE
+from router.events import Observed
 from router.ownership import Claim
 from router.shadow import Route
 

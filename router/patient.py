@@ -2,7 +2,12 @@
 
 In the words of ``router.machine`` a task that waits is accepted and has no node: it can be
 cancelled, and its deadline ends it. It leaves the waiting room (``router.waiting``) when it is
-chosen for anew, or is shed. A refusal for want of room costs no attempt, for nothing was begun.
+chosen for anew, or is shed. A refusal for want of room costs no attempt, for nothing was begun; but
+it costs a number, and of those a router has a hundred for a task. So a task that is refused over
+and over is offered ever less often: what numbers are left last until its deadline.
+
+It waits in the same way for a node that sleeps, or was lost a moment ago: also when that node was
+lost with the task itself, before anything was shown, and nobody else can have it.
 
 A task is moved (``router.stealing``) by asking its node to give it back, which that does only if it
 has not begun. Until the node has said so, the task is the node's.
@@ -10,17 +15,21 @@ has not begun. Until the node has said so, the task is the node's.
 
 from typing import Final
 
-from capability_schemas.errors import ErrorCode, FoamError, Overloaded
+from capability_schemas.errors import FoamError, NodeLost, Overloaded
 from capability_schemas.invocation import Report
 from router import events as ev
 from router.events import Action, Event, Phase
 from router.machine import TaskMachine
+from router.verdicts import is_want_of_room
 
 MOST_MOVES: Final = 2
 """How often one task is moved."""
 
+_SPARED: Final = 50
+"""Numbers of attempts that are spread over the time that is left."""
+
 _WAKES: Final = "wake_at"
-"""What the problem of a task says whose node sleeps, and will be back in time."""
+"""What the problem of a task says whose node sleeps, or was just lost, and is to be waited for."""
 
 
 class PatientMachine(TaskMachine):
@@ -34,9 +43,13 @@ class PatientMachine(TaskMachine):
     _begun = 0
     _asked_back = 0
     _given_back = False
+    _lost = False
+    _returns = False
+    _now = 0
 
     def handle(self, event: Event, now: int) -> list[Action]:
         """Take an event; see `TaskMachine.handle`."""
+        self._now = now
         match event:
             case ev.Shed(error):
                 waited, self.waiting = self.waiting, False
@@ -46,6 +59,9 @@ class PatientMachine(TaskMachine):
             case ev.Chosen():
                 self.waiting = False
                 self._places, self._start_by = event.places, event.start_by
+                self._returns = event.problem is not None and _WAKES in event.problem.detail
+            case ev.NodeGone():
+                self._lost = event.node == self.node
             case ev.Observed():
                 turn = self.turns.current
                 if turn is not None and turn.is_of(event.source, event.attempt):
@@ -53,7 +69,7 @@ class PatientMachine(TaskMachine):
             case ev.Reported(report):
                 self._note(report)
         actions = super().handle(event, now)
-        self._given_back = False
+        self._given_back = self._lost = self._returns = False
         if self.ended:
             self.waiting = False
         return actions
@@ -90,7 +106,7 @@ class PatientMachine(TaskMachine):
         asked = turn.attempt == self._asked_back
         if report.status == "admitted" and asked:
             self._begun = turn.attempt  # that is how a node says that it goes on with it
-        elif report.status == "refused" and report.code == ErrorCode.OVERLOADED:
+        elif is_want_of_room(report):
             self._refusals += 1
             if asked:
                 self._given_back, self.moves = True, self.moves + 1
@@ -98,23 +114,47 @@ class PatientMachine(TaskMachine):
             elif turn.choice is not None:
                 self._places |= {(turn.node, turn.choice.function)}
 
+    def _mend(
+        self, problem: FoamError, now: int, *, choose: bool = False, begun: bool = True
+    ) -> list[Action]:
+        """Go on without a node; look anew for one that is gone when no candidate is left."""
+        turns = self.turns
+        bereft = self._lost and not turns.waiting and turns.left > 0 and self._draft is None
+        # Those that have failed with the task are not asked again.
+        unfailed = all(isinstance(one, NodeLost | Overloaded) for one in turns.problems)
+        choose = choose or (bereft and unfailed)
+        return super()._mend(problem, now, choose=choose, begun=begun)
+
     def _end(self, error: FoamError) -> list[Action]:
         """Wait, or look anew for a task that was given back, where that is the remedy; else end."""
-        passes = isinstance(error, Overloaded) or _WAKES in error.detail
+        passes = isinstance(error, Overloaded) or _WAKES in error.detail or self._returns
         if not passes or self._closing is not None or self.course.midway:
             return super()._end(error)
         if self._given_back:
             self._forgive()
             return self._choose_anew()
-        if not self._places or self._draft is not None:
+        if not self._places or self._draft is not None or not self.turns.numbers:
             return super()._end(error)
         self._forgive()
         dropped = self._rivalry.drop()
         self._choose_anew()
         self._times.stop()
-        self._times.look = self._start_by
-        self.waiting = True
-        return [*dropped, ev.Wait(self._places)]
+        # Thousands may wait: the room keeps one set of places for all that wait for the same.
+        places, self._places = self._places, frozenset()
+        pause_ms = self._pause_ms
+        if pause_ms is None:
+            self._times.look, self.waiting = self._start_by, True
+        else:
+            self._times.look, places = self._now + pause_ms, frozenset()
+        return [*dropped, ev.Wait(places)]
+
+    @property
+    def _pause_ms(self) -> int | None:
+        """How long a task is offered to nobody that was refused again and again; None: no pause."""
+        numbers = self.turns.numbers
+        if numbers > _SPARED:
+            return None
+        return max(0, self.deadline - self._now) // max(1, numbers)
 
     def _forgive(self) -> None:
         """Count refusals for want of room no longer."""

@@ -24,8 +24,9 @@ from capability_schemas.provenance import Signer
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import MAX_COUNT, WirePart, decode, encode
 from router.dispatch import Dispatcher
+from router.ends import tell_end
 from router.observation import RouterWord
-from router.ownership import Claim, RouterBook
+from router.ownership import Claim, RouterBook, first_attempt
 from router.reception import Reception
 from router.replies import Outcome
 
@@ -180,7 +181,15 @@ class PeerDesk:
         self._reception.router_gone(router)
 
     def tell(self, router: str) -> None:
-        """Tell a newcomer what this router has, and what it has ended of the newcomer's tasks."""
+        """Tell a newcomer what this router has, and what it has ended of the newcomer's tasks.
+
+        And that it is there: a broker may have forgotten the retained state, and a newcomer asks
+        for the ends of what its journal holds (`hear_claims`) only where it knows of somebody.
+        """
+        try:
+            self._session.post(self.topic, self.state())
+        except FoamError as error:
+            _log.warning("router.not_shown", peer=router, error=error.message)
         held = [
             {
                 "client": live.arrival.client,
@@ -189,6 +198,15 @@ class PeerDesk:
                 "deadline": live.arrival.deadline,
             }
             for live in self._dispatcher
+        ]
+        held += [  # the least of claims: whoever has the task says so, or how it ended
+            {
+                "client": left.key[0],
+                "task": left.key[1],
+                "attempt": first_attempt(0),
+                "deadline": left.deadline,
+            }
+            for left in self._reception.left
         ]
         for first in range(0, len(held), _BATCH):
             self._events.emit(CLAIMS, {"tasks": held[first : first + _BATCH]})
@@ -200,7 +218,7 @@ class PeerDesk:
         if claims is None:
             return
         for held in claims.tasks:
-            self._reception.hear_router(
+            await self._hear_claim(
                 RouterWord(
                     (held.client, held.task),
                     "",
@@ -209,6 +227,20 @@ class PeerDesk:
                     deadline=held.deadline,
                 )
             )
+
+    async def _hear_claim(self, word: RouterWord) -> None:
+        """Take what a router has that came: it may have missed how that ended.
+
+        The end is told whichever attempt it is of: a task that was taken over before a word of the
+        newcomer had been heard, or before this router was itself restarted, is in the journal only.
+        """
+        known = None
+        if self._dispatcher.live(word.key) is None:
+            known = await self._reception.find_outcome(word.key)
+        if known is None:
+            self._reception.hear_router(word)
+        else:
+            tell_end(self._events, known)
 
     async def hear_outcome(self, message: Message) -> None:
         """Take how another router ended a task of ours while we were away."""

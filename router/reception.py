@@ -18,24 +18,19 @@ from broker.session.base import Message
 from capability_schemas.errors import FoamError, Overloaded, ProtocolError, TooLarge
 from router.catalogue import Fleet
 from router.dispatch import Dispatcher, Spawn, note_refusal
+from router.ends import tell_end
 from router.entry import Entry
 from router.intake import Arrival, Intake, Refusal
 from router.ledger import Ledger
 from router.live import LiveTask
 from router.observation import Observation, RouterWord
 from router.orders import OrderDesk
-from router.ownership import Claim, RouterBook, first_attempt
+from router.ownership import Claim, RouterBook, first_attempt, generation_of
 from router.replies import Key, Outcome, ReplyDesk
 from router.settings import RouterSettings
 from router.shadow import Shadow, ShadowTable
 from router.statistics import RouterStats
 from router.takeover import Takeover
-
-OUTCOME: Final = "outcome"
-"""Kind of the event by which a router tells others how a task ended."""
-
-_TOLD_BYTES: Final = 256 * 1024
-"""Longest final event that is told; a longer one is not known to those who did not see it."""
 
 _LOOK_UPS: Final = 32
 """Refused tasks at a time that may be repetitions: of more nobody looks in the journal."""
@@ -130,6 +125,15 @@ class Reception:
         """Whether tasks may be another router's; not known before all has been heard."""
         return not (self._book.alone and self.caught_up)
 
+    @property
+    def left(self) -> list[Shadow]:
+        """Tasks of this router's journal that others have, and of which it may not know the end."""
+        return [shadow for shadow in self.shadows if shadow.journaled and shadow.doubtful]
+
+    def restore(self, entries: list[Entry]) -> None:
+        """Take up the tasks of an earlier process; what it had left to others is watched."""
+        self._takeover.restore(entries)
+
     # ---- tasks
 
     async def take(self, message: Message) -> None:
@@ -171,8 +175,11 @@ class Reception:
         except ProtocolError:
             self._stats.dropped["topic"] += 1
             return
-        if refusal.named and self._dispatcher.live(refusal.key) is not None:
-            return  # a repetition: the task itself is safe
+        if refusal.named and (
+            self._dispatcher.live(refusal.key) is not None
+            or self._replies.recall(refusal.key) is not None
+        ):
+            return  # a repetition: the task itself is safe, and its outcome
         if self._is_ours(refusal.subject):
             self._refuse(refusal, refusal.error)
 
@@ -219,7 +226,7 @@ class Reception:
             self._stats.repeated += 1
             self._replies.repeat(outcome.reply, [outcome.terminal])
         elif self._book.epoch_of(first) > outcome.ended_at:
-            self._tell(outcome)  # it came after the end and may not know of it
+            tell_end(self._events, outcome)  # it came after the end and may not know of it
         return True
 
     def _place(self, read: Arrival | Refusal, now: int) -> None:
@@ -293,7 +300,7 @@ class Reception:
                 self._watch(item)
         elif item.event.source in self._book:
             if item.event.event in {"result", "error"}:
-                self._yield(live).claim = Claim(item.event.source)
+                self._yield(live, Claim(item.event.source))
                 self._watch(item)
         else:
             self._dispatcher.observe(item)
@@ -312,16 +319,11 @@ class Reception:
         """Take another router's word on a task: that it has it, or whom it asked."""
         live = self._dispatcher.live(word.key)
         if live is not None:
-            if word.claim is None or word.router not in self._book:
+            if not self._gives_up(live, word):
                 return
-            own = Claim(self._own, live.machine.turns.floor)
-            if not word.claim.outranks(own, live.arrival.subject):
-                self._dispatcher.accept_again(live)
-                return
-            self._yield(live)
         elif (outcome := self._replies.recall(word.key)) is not None:
             if word.claim is not None and word.claim.attempt > outcome.attempt:
-                self._tell(outcome)  # it missed the end, and begins anew
+                tell_end(self._events, outcome)  # it missed the end, and begins anew
             return
         shadow = self._shadow_of(word)
         if word.claim is not None and (
@@ -329,6 +331,7 @@ class Reception:
         ):
             shadow.claim, shadow.deadline = word.claim, word.deadline
             shadow.due = None if self._book.is_live(word.router) else shadow.due
+            self._takeover.note_claim(shadow)
         elif word.claim is not None and shadow.claim and shadow.claim.router == self._own:
             self._takeover.repeat_claim(shadow)
         if (
@@ -371,6 +374,11 @@ class Reception:
         if shadow is None:
             shadow = self.shadows.find(item.key)
         if shadow is not None:
+            # A kept session brings an end that a router repeats before the routers' states.
+            own = shadow.route is not None and event.attempt == shadow.route.attempt
+            routers = event.source in self._book or (own and not self.caught_up)
+            if not routers and shadow.has_passed_over(event):
+                return
             self.shadows.drop(shadow.key)
         if self._replies.recall(item.key) is not None:
             return
@@ -402,7 +410,7 @@ class Reception:
         live = self._dispatcher.live(outcome.key)
         if live is not None:
             fresh = live.arrival.received_at > outcome.ended_at
-            shadow = self._yield(live)
+            shadow = self._yield(live, None)
             if shadow.given_up is not None:
                 self._cancel(shadow.key, *shadow.given_up)
             if fresh:  # a repeated id: the client waits for its outcome
@@ -428,8 +436,27 @@ class Reception:
 
     # ---- two routers with one task
 
-    def _yield(self, live: LiveTask) -> Shadow:
+    def _gives_up(self, live: LiveTask, word: RouterWord) -> bool:
+        """Give a task up to a router whose word on it counts rather than ours; tell whether."""
+        claim = word.claim
+        if claim is None and word.route is not None:  # who asks nodes has the task
+            claim = Claim(word.router, first_attempt(generation_of(word.route.attempt)))
+        if claim is None or word.router not in self._book:
+            return False
+        own = Claim(self._own, live.machine.turns.floor)
+        if claim.outranks(own, live.arrival.subject):
+            shadow = self._yield(live, claim)
+            if not self._book.is_live(word.router):
+                self._takeover.schedule(shadow, self._clock())
+            return True
+        if word.claim is not None:
+            self._dispatcher.accept_again(live)
+        return False
+
+    def _yield(self, live: LiveTask, claim: Claim | None) -> Shadow:
         """Give a task up to a router with a better claim, and watch it from now on.
+
+        The journal knows of it: a restart does not make the task ours again.
 
         The node that runs it is left alone until the other router asks another one: it may have
         gone on with the very same run.
@@ -440,7 +467,9 @@ class Reception:
             read=arrival,
             reply=arrival.reply,
             deadline=arrival.deadline,
+            claim=claim,
             next_seq=machine.next_seq,
+            journaled=True,
         )
         for seq, payload in machine.course.shown.chunks:
             shadow.shown.append((seq, payload))
@@ -448,6 +477,7 @@ class Reception:
         if machine.node is not None:
             shadow.given_up = machine.node, machine.attempt
         self._dispatcher.give_up(arrival.key)
+        self._takeover.note_claim(shadow)
         self._stats.given_up += 1
         self.shadows.enter(shadow)
         _log.info("task.given_up", client=arrival.client, task=arrival.task_id)
@@ -479,29 +509,15 @@ class Reception:
         for key, owner in self._takeover.taken.items():
             outcome = self._replies.recall(key) if owner == router else None
             if outcome is not None:
-                self._tell(outcome)
-
-    def _tell(self, outcome: Outcome) -> None:
-        if len(outcome.terminal) > _TOLD_BYTES:
-            return
-        client, task = outcome.key
-        fields = {
-            "client": client,
-            "task": task,
-            "reply": outcome.reply,
-            "seq": outcome.seq,
-            "attempt": outcome.attempt,
-            "code": outcome.code,
-            "at": outcome.ended_at,
-            "terminal": outcome.terminal.decode(),
-        }
-        self._events.emit(OUTCOME, fields)
+                tell_end(self._events, outcome)
 
     def catch_up(self) -> None:
         """Begin to take tasks: what others have said of those that waited has been heard."""
         for shadow in self.shadows:
-            if shadow.claim is not None and shadow.claim.router not in self._book:
+            unknown = shadow.claim is not None and shadow.claim.router not in self._book
+            if unknown and not shadow.journaled:
                 shadow.claim = None
+        self.shadows.caught_up_at = self._clock()
         self._takeover.begin()
 
     def fall_behind(self) -> None:
@@ -522,3 +538,5 @@ class Reception:
         for shadow in self.shadows:
             if shadow.due is None and shadow.deadline + _LINGER_MS < now:
                 self.shadows.drop(shadow.key)
+                if shadow.journaled:
+                    self._ledger.forget(shadow.key)

@@ -7,13 +7,14 @@ events and chunks of tasks that ended lately are kept in memory for ``resume`` a
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Self
 
 import structlog
 from pydantic import BaseModel
 
+from broker.replays import Replays
 from broker.session.base import Session
 from capability_schemas.errors import BrokerUnavailable, FoamError, Overloaded
 from capability_schemas.reply import Chunk, ErrorEvent
@@ -80,8 +81,8 @@ class Outcome:
         """What it takes to keep."""
         return len(self.terminal) + sum(len(payload) for _, payload in self.shown)
 
-    def replay(self, from_seq: int) -> list[bytes]:
-        """Return the events from a number on, without gaps.
+    def replay(self, from_seq: int) -> Iterator[bytes]:
+        """Make the events from a number on, without gaps, one by one.
 
         A reader goes by the numbers, so chunks that are no longer kept are stood in for by empty
         ones: the whole answer is in the result.
@@ -92,12 +93,10 @@ class Outcome:
         kept = dict(self.shown)
         task, first = self.key[1], max(0, min(from_seq, self.seq))
         first = max(first, self.seq - _REPLAY_LIMIT)
-        events = [
-            kept.get(seq)
-            or encode(Chunk(task=task, at=self.ended_at, seq=seq, attempt=self.attempt, data=""))
-            for seq in range(first, self.seq)
-        ]
-        return [*events, self.terminal]
+        for seq in range(first, self.seq):
+            chunk = Chunk(task=task, at=self.ended_at, seq=seq, attempt=self.attempt, data="")
+            yield kept.get(seq) or encode(chunk)
+        yield self.terminal
 
 
 class ReplyDesk:
@@ -121,6 +120,7 @@ class ReplyDesk:
         clock: Callable[[], int],
     ) -> None:
         self._session = session
+        self._replays = Replays(session=session)
         self._ledger = ledger
         self._router_id = router_id
         self._recent_limit = recent_bytes
@@ -145,6 +145,14 @@ class ReplyDesk:
                 self._session.post(topic, payload)
         except FoamError as error:
             _log.warning("reply.dropped", topic=topic, error=error.message)
+
+    def replay(self, key: Key, reply: str, payloads: Iterable[bytes]) -> None:
+        """As `repeat`, for a client that has missed some: a little at a time (`Replays`)."""
+        self._replays.begin(key, f"{reply}/{self._router_id}", iter(payloads))
+
+    def stop(self) -> None:
+        """Repeat nothing any more."""
+        self._replays.stop()
 
     def recall(self, key: Key) -> Outcome | None:
         """Return the outcome of a task that ended lately."""

@@ -53,8 +53,12 @@ _HIDDEN: Final = 8
 """Offers looked at of a capability that the demands keep from being found: they all miss."""
 
 _KEPT_CANDIDATES: Final = 16
+_MOST_PLACES: Final = 4_096
+"""Nodes that one task waits for; those that wait for the same share them."""
+
 _AS_IT_IS: Final = Supposition()
 _OUTLOOKS: Final = tuple(Outlook)
+_HOPELESS: Final = frozenset({Outlook.AWAY, Outlook.NEVER})
 
 _Pair = tuple[CatalogRecord, NodeView]
 
@@ -185,20 +189,66 @@ class TaskRouting:
                 f"node {choice.node} no longer offers {choice.function} {choice.version}",
                 retryable=True,
             )
-        effect = self._effect(wanted)
-        request = Request(
-            _ruled(wanted.task, effect),
-            wanted.function,
-            wanted.deadline,
-            effect=effect,
-            tenant=self._tenant_of(wanted.client),
-        )
+        request = self._request(wanted)
         failed = [*Gatekeeper(request, now=now).failed_policy(record).values()]
         if record.policy.external and not choice.external:
             failed.append("hands the task to a service outside the site by now")
         if record.cost.money > choice.cost:
             failed.append(f"costs {record.cost.money:g} by now, {choice.cost:g} was counted on")
         return PolicyDenied(f"node {choice.node}: {'; '.join(failed)}") if failed else None
+
+    def may_hold(self, wanted: Wanted, node: str, now: int) -> bool:
+        """Tell whether a node that was not seen to get a task may have been given it."""
+        return any(self.holders(wanted, (node,), now))
+
+    def holders(self, wanted: Wanted, nodes: Iterable[str], now: int) -> Iterator[str]:
+        """Yield the nodes that may have been given a task, so far as policy goes.
+
+        Args:
+            wanted: The task.
+            nodes: Who is looked at, be it away, full or draining.
+            now: UTC milliseconds.
+        """
+        request, named, fleet = self._request(wanted), wanted.function, self._fleet
+        look, gatekeeper = glance(request, now=now), Gatekeeper(request, now=now)
+
+        def may_run(key: Key, view: NodeView) -> bool:
+            record = fleet.records.get(key)
+            return (
+                record is not None
+                and look(record, view) is not Outlook.NEVER
+                and not gatekeeper.failed_policy(record)
+            )
+
+        for node in nodes:
+            view = fleet.nodes.get(node)
+            if view is None or view.revoked:
+                continue
+            functions = fleet.functions(node) if named is None else (named.name,)
+            if any(may_run((node, function), view) for function in functions):
+                yield node
+
+    def everywhere(self, wanted: Wanted, places: Iterable[Place], now: int) -> frozenset[Place]:
+        """Return all places that a task may wait for when it has to wait for some.
+
+        A selection looks at so many nodes of a function and leaves the others. A task waits for all
+        of them: else they would stand idle, and newcomers would get them first.
+
+        Args:
+            wanted: The task.
+            places: Those that were found, with their functions.
+            now: UTC milliseconds.
+        """
+        found, request = set(places), self._request(wanted)
+        look, records = glance(request, now=now), self._fleet.records
+        for function in sorted({function for _, function in found}):
+            for node in self._fleet.serving(request.tenant, function):
+                if len(found) >= _MOST_PLACES:
+                    break
+                place, view = (node, function), self._fleet.nodes.get(node)
+                if view is not None and look(records[place], view) not in _HOPELESS:
+                    found.add(place)
+        return frozenset(found)
 
     def may_have(self, wanted: Wanted, place: Place | None, node: str, now: int) -> bool:
         """Tell whether a task that one node has may go to another one of the same function.
@@ -336,6 +386,12 @@ class TaskRouting:
             # The next ones may do; else the client is told who comes nearest, whatever its skills.
             selection, _ = decide(_WIDER * most, others=True)
         return selection, {"demands": [sorted(demand)[:_DEMANDS] for demand in demands]}
+
+    def _request(self, wanted: Wanted) -> Request:
+        """Return a task as the gates of policy see it."""
+        effect = self._effect(wanted)
+        task, tenant = _ruled(wanted.task, effect), self._tenant_of(wanted.client)
+        return Request(task, wanted.function, wanted.deadline, effect=effect, tenant=tenant)
 
     def _effect(self, wanted: Wanted) -> RuleEffect:
         return (

@@ -332,8 +332,16 @@ def _describe(ranking: Ranking, problem: FoamError | None) -> dict[str, Any]:
         "chosen": [best.node, best.function] if best else None,
         "competing": ranking.competing,
         "explored": [tried.node, tried.function] if tried else None,
-        "problem": {"code": problem.code.value, "message": problem.message} if problem else None,
+        "problem": _told(problem) if problem else None,
     }
+
+
+def _told(problem: FoamError) -> dict[str, Any]:
+    """Return why nobody was chosen; ``waits_for`` names a node that will be back in time."""
+    told: dict[str, Any] = {"code": problem.code.value, "message": problem.message}
+    if problem.retryable and "wake_at" in problem.detail:
+        told["waits_for"] = problem.detail.get("node")
+    return told
 
 
 def _in_order(ranking: Ranking, judged: Sequence[Candidate]) -> list[Candidate]:

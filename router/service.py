@@ -29,6 +29,7 @@ from router.administration import AdminLine
 from router.breaker import Breakers
 from router.catalogue import Fleet
 from router.dispatch import Dispatcher
+from router.ends import OUTCOME
 from router.intake import Intake
 from router.ledger import Ledger
 from router.meaning import EncoderFactory, Meaning, QueryEncoder
@@ -39,7 +40,7 @@ from router.ownership import RouterBook
 from router.peers import CLAIMS, PeerDesk, encode_state
 from router.people import People
 from router.quota import QuotaBook, QuotaFile, Quotas
-from router.reception import OUTCOME, Reception
+from router.reception import Reception
 from router.replies import ReplyDesk
 from router.reputation import Reputation
 from router.routing import TaskRouting
@@ -151,6 +152,7 @@ class RouterService(Service):
         self.fleet = Fleet(
             heartbeat_s=self._settings.heartbeat_s,
             missed_heartbeats=self._settings.missed_heartbeats,
+            grace_ms=self._settings.grace_ms,
         )
         self._meaning = Meaning(
             search=search,
@@ -322,7 +324,7 @@ class RouterService(Service):
         await self._steering.restore()
         await self._meaning.restore()
         unfinished, untold = await self._ledger.unfinished(), await self._ledger.untold()
-        self.dispatcher.restore(unfinished)
+        self.reception.restore(unfinished)
         self._forget_connection = self._session.on_connection(self._on_connection)
         await self.listen()
         self._session.announce(self._peers.topic, self._peers.state)
@@ -363,6 +365,7 @@ class RouterService(Service):
             _log.warning("reputation.unsaved", error=error.message)
 
     async def _on_stopped(self) -> None:
+        self._replies.stop()
         await self._meaning.close()
 
     def show_passport(self) -> None:
@@ -450,6 +453,7 @@ class RouterService(Service):
     # ---- tasks
 
     async def _on_cancel(self, message: Message) -> None:
+        self._upkeep.heard()  # a task that is withdrawn already had better not begin
         client = self._frames.level(message, "client")
         request = self._frames.read(CancelRequest, message)
         if client is not None and request is not None:
@@ -465,11 +469,11 @@ class RouterService(Service):
         live = self.dispatcher.live(key)
         if live is not None:
             missed = [data for _, data in live.machine.course.shown.since(request.from_seq)]
-            self._replies.repeat(live.arrival.reply, missed)
+            self._replies.replay(key, live.arrival.reply, missed)
             return
         outcome = await self.reception.find_outcome(key)
         if outcome is not None:
-            self._replies.repeat(outcome.reply, outcome.replay(request.from_seq))
+            self._replies.replay(key, outcome.reply, outcome.replay(request.from_seq))
 
     # ---- nodes
 

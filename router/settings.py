@@ -178,6 +178,9 @@ class RouterSettings(BaseModel):
         takeover_ms: How long the router that a task belongs to may leave it without a word before
             the next one takes it; the one after that waits twice as long, and so on.
         shadow_bytes: Bytes kept of the tasks of other routers.
+        grace_ms: How long a task waits for a node that was lost a moment ago, where nobody else can
+            do it: a supervisor starts a crashed one anew within 1 to 3 s, on a machine with much
+            else to do within 6 s; one that its broker cut comes back as soon. 0: not at all.
         sweep_s: Interval of liveness checks and housekeeping.
         shown_events: Chunks kept per live task for ``resume``; the oldest go first.
         shown_bytes: Bytes of chunks kept per live task. An answer of which the beginning is no
@@ -225,6 +228,7 @@ class RouterSettings(BaseModel):
     quiet_ms: Milliseconds = 250
     heartbeat_s: Annotated[float, Field(gt=0)] = 5.0
     missed_heartbeats: Annotated[int, Field(ge=1)] = 3
+    grace_ms: Milliseconds = 10_000
     router_heartbeat_s: Annotated[float, Field(gt=0)] = 2.0
     takeover_ms: Milliseconds = 2_000
     shadow_bytes: Annotated[int, Field(ge=0)] = 64 * _MIB

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+from broker.fair_memory import FairMemory
 from capability_schemas.capability import CatalogRecord
-from router.entry import Entry, pack_chunks
+from router.entry import Entry, pack_chunks, unpack_chunks
 from router.events import Observed
 from router.intake import Arrival, Refusal
 from router.ownership import Claim, generation_of, is_made_from
@@ -23,7 +24,13 @@ _ORPHANS: Final = 32
 """Ends heard before their tasks, remembered for each client."""
 
 _ORPHANED_CLIENTS: Final = 1_000
-_RETRACTED: Final = 4_096
+_RETRACTED: Final = 16_384
+"""Cancellations heard before their tasks, remembered of all clients together."""
+
+_RETRACTED_MS: Final = 60_000
+"""How long such a cancellation waits for its task, milliseconds: after an outage a kept session may
+hand over thousands of both, each kind in its own order."""
+
 _ORPHAN_MS: Final = 10_000
 """How long such an end is waited for by its task, milliseconds."""
 
@@ -39,7 +46,7 @@ class Route:
         function: Its function.
         version: Version of the function.
         attempt: Number of the attempt.
-        last: Whether nobody gets the attempt, for the router ends the task (`events.ENDS_HERE`).
+        last: Whether nobody gets the attempt, for the router ends the task (`Routed.is_nobodys`).
     """
 
     node: str
@@ -77,6 +84,7 @@ class Shadow:
         doubtful: Whether this router was cut off meanwhile and may have missed its end.
         lost: The router it was taken from.
         given_up: Node and attempt of our own that have not been called off yet.
+        journaled: Whether it stands in this router's journal, as a task without an outcome.
     """
 
     key: Key
@@ -91,8 +99,24 @@ class Shadow:
     doubtful: bool = False
     lost: str = ""
     given_up: tuple[str, int] | None = None
+    journaled: bool = False
     shown: deque[tuple[int, bytes]] = field(default_factory=deque)
     shown_bytes: int = 0
+
+    @classmethod
+    def of(cls, entry: Entry, claim: Claim) -> "Shadow":
+        """Return what the journal knows of a task that was left to another router.
+
+        Args:
+            entry: The task.
+            claim: Whose it is.
+        """
+        read = Arrival.of(entry)
+        shadow = cls(read.key, read, read.reply, read.deadline, claim, next_seq=entry.next_seq)
+        shadow.doubtful = shadow.journaled = True
+        shadow.shown.extend(unpack_chunks(entry.chunks or b""))
+        shadow.shown_bytes = sum(len(payload) for _, payload in shadow.shown)
+        return shadow
 
     @property
     def size_bytes(self) -> int:
@@ -123,13 +147,24 @@ class Shadow:
         """
         if event.seq is None or event.event != "chunk" or event.seq < self.next_seq:
             return
-        if self.route is not None and (event.attempt or 0) < self.route.attempt:
+        if self.has_passed_over(event):
             return
         self.next_seq = event.seq + 1
         self.shown.append((event.seq, event.payload))
         self.shown_bytes += len(event.payload)
         while self.shown and (len(self.shown) > most_events or self.shown_bytes > most_bytes):
             self.shown_bytes -= len(self.shown.popleft()[1])
+
+    def has_passed_over(self, event: Observed) -> bool:
+        """Tell whether readers pass over what a node said: another one has the task by now."""
+        route = self.route
+        if route is None:
+            return False
+        if event.attempt is None:
+            return event.source != route.node
+        return (event.attempt, event.source) != (route.attempt, route.node) and (
+            event.attempt <= route.attempt
+        )
 
     def entry(self, arrival: Arrival, task: bytes, record: CatalogRecord | None) -> Entry:
         """Return it as the ledger would keep it.
@@ -165,9 +200,13 @@ class ShadowTable:
         limit: Most shadows.
         limit_bytes: Most bytes of them.
         evicted: Told of each shadow that found no room.
+
+    Attributes:
+        caught_up_at: Since when tasks are taken as they come, UTC milliseconds.
     """
 
     def __init__(self, *, limit: int, limit_bytes: int, evicted: Callable[[Shadow], None]) -> None:
+        self.caught_up_at = 0
         self._evicted = evicted
         self._limit = limit
         self._limit_bytes = limit_bytes
@@ -176,7 +215,7 @@ class ShadowTable:
         self._bytes = 0
         self._nameless: dict[str, list[Key]] = {}
         self._orphans: OrderedDict[str, deque[tuple[str, int]]] = OrderedDict()
-        self._retracted: OrderedDict[Key, int] = OrderedDict()
+        self._retracted: FairMemory[int] = FairMemory(limit=_RETRACTED)
 
     def __len__(self) -> int:
         return len(self._shadows)
@@ -250,15 +289,12 @@ class ShadowTable:
 
     def retract(self, key: Key, now: int) -> None:
         """Remember the cancellation of a task that was not heard of: it may be on its way."""
-        self._retracted[key] = now
-        self._retracted.move_to_end(key)
-        if len(self._retracted) > _RETRACTED:
-            self._retracted.popitem(last=False)
+        self._retracted.put(key, now)
 
     def was_retracted(self, key: Key, now: int) -> bool:
         """Tell whether the cancellation of a task came before the task; true once for each."""
-        at = self._retracted.pop(key, None)
-        return at is not None and at + _ORPHAN_MS >= now
+        at = self._retracted.pop(key)
+        return at is not None and max(at, self.caught_up_at) + _RETRACTED_MS >= now
 
     def awaited(self, read: Arrival | Refusal) -> str | None:
         """Return the id under which another router has a task that came without one."""

@@ -138,7 +138,8 @@ class Takeover:
             if shadow is None or shadow.due != due or not self.running:
                 continue
             shadow.due, read = None, shadow.read
-            if isinstance(read, Refusal) or (read is not None and self._book.alone):
+            fresh = self._book.alone and not shadow.journaled
+            if isinstance(read, Refusal) or (read is not None and fresh):
                 self._shadows.drop(key)
                 begin(read)
                 if shadow.cancelled:
@@ -161,9 +162,15 @@ class Takeover:
             _log.warning("task.not_taken_over", task=arrival.task_id, error=error.message)
             self.schedule(shadow, self._clock() + self._settings.takeover_ms)
             return
-        claim = shadow.claim
-        if self._shadows.get(shadow.key) is not shadow or (claim and not self._may_claim(claim)):
-            return  # it has ended, or somebody else has it, since we asked
+        shadow.journaled, claim = True, shadow.claim
+        if self._shadows.get(shadow.key) is not shadow:  # it has ended since we asked
+            unknown = self._replies.recall(arrival.key) is None
+            if unknown and self._dispatcher.live(arrival.key) is None:
+                self._ledger.forget(arrival.key)
+            return
+        if claim is not None and not self._may_claim(claim):
+            self.note_claim(shadow)
+            return
         if known is not None and known.terminal is not None:
             self._shadows.drop(shadow.key)
             self._replies.repeat(known.reply, [known.terminal])
@@ -171,12 +178,32 @@ class Takeover:
         if claim is None or claim.router != self._book.own:
             place = self._book.order(shadow.subject).index(self._book.own)
             attempt = first_attempt(shadow.next_generation + place)
-            shadow.lost = claim.router if claim is not None else ""
+            first = self._book.order(shadow.subject)[0]  # it may have taken it without being heard
+            lost = claim.router if claim is not None else first
+            shadow.lost = lost if lost != self._book.own else ""
             shadow.claim = Claim(self._book.own, attempt)
         self.repeat_claim(shadow)
         self.schedule(
             shadow, self._clock() + self._settings.takeover_ms
         )  # if it does not come back
+
+    def note_claim(self, shadow: Shadow) -> None:
+        """Note whose a task is that stands in the journal: a restarted router leaves it to them."""
+        if shadow.journaled and shadow.claim is not None:
+            own = shadow.claim.router == self._book.own
+            router = None if own else shadow.claim.router
+            self._ledger.note_claim(shadow.key, router, shadow.claim.attempt)
+
+    def restore(self, entries: list[Entry]) -> None:
+        """Take up what an earlier process had, and watch over what it had left to others."""
+        own = []
+        for entry in entries:
+            if entry.claimed_by is None:
+                own.append(entry)
+            else:
+                claim = Claim(entry.claimed_by, entry.claimed_from)
+                self._shadows.enter(Shadow.of(entry, claim))
+        self._dispatcher.restore(own)
 
     def repeat_claim(self, shadow: Shadow) -> None:
         """Say that a task is ours which is not gone on with yet."""
@@ -199,6 +226,7 @@ class Takeover:
         if shadow is None or shadow.claim != claim or not isinstance(shadow.read, Arrival):
             return
         self._shadows.drop(key)
+        self.note_claim(shadow)
         entry = self._journaled(shadow, shadow.read)
         self._dispatcher.restore([entry], floor=claim.attempt, settled=True, missed=shadow.doubtful)
         if shadow.cancelled:

@@ -3,13 +3,17 @@
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from capability_schemas.errors import FoamError
 from capability_schemas.invocation import Cascade
 from capability_schemas.reply import CascadeStep
 from router.cascade import Escalation, is_stronger
 from router.events import Choice, Chosen, Draft
+from router.ownership import first_attempt, generation_of
 from router.shown import Origin
+
+_KEPT_NUMBERS: Final = 10
 
 
 @dataclass(slots=True)
@@ -70,7 +74,17 @@ class Turns:
     @property
     def left(self) -> int:
         """Attempts that may still be made."""
-        return max(0, self._most - self.tried)
+        return max(0, min(self._most - self.tried, self.numbers))
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that may still be given to attempts: never those of the next generation.
+
+        They belong to whichever router takes the task over (`router.ownership`). Some are kept for
+        the announcement of an end, and for what a killed router did not write down.
+        """
+        following = first_attempt(generation_of(max(self.attempt, self.floor)) + 1)
+        return max(0, following - _KEPT_NUMBERS - self._next_number)
 
     @property
     def draft(self) -> Draft | None:
@@ -183,7 +197,11 @@ class Turns:
             return f"{self.tried} nodes were tried"
         return origin.why_not(known) if origin is not None else "nobody knows what began it"
 
+    @property
+    def _next_number(self) -> int:
+        return max(self.attempt + 1, self.floor)
+
     def _new(self, choice: Choice, now: int) -> Turn:
         self.tried += 1
-        self.attempt = max(self.attempt + 1, self.floor)
+        self.attempt = self._next_number
         return Turn(choice.node, self.attempt, choice, now)

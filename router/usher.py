@@ -6,29 +6,32 @@ that no task is chosen for in the middle of another one's event.
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
 from capability_schemas.errors import Overloaded
 from router.catalogue import Fleet
 from router.finish import predict_finish
+from router.gates import memory_lacking, tell_loss, tell_sleep
 from router.live import LiveTask
+from router.rests import Rests
 from router.settings import RouterSettings
 from router.statistics import RouterStats
 from router.stealing import Crowd, Held, Idle, Mover
 from router.waiting import Key, Place, Waiter, WaitingRoom
 
-_OVERHEAD_BYTES: Final = 2_048
-"""What a waiting task takes beside its message: its machine, its words as a vector."""
+_OVERHEAD_BYTES: Final = 8_192
+"""What a waiting task takes beside its message: its machine, its words as a vector (measured)."""
 
-_LEAST_REST_MS: Final = 100
-_MOST_REST_MS: Final = 5_000
-_RESTS: Final = 10_000
 _ABSENCE_MS: Final = 10_000
 """How long tasks wait for a place none of which is there; then they are chosen for anew."""
 
 _TAKERS: Final = 32
 """Idle nodes of a function that are looked at."""
+
+_NAMED: Final = 3
+"""Functions that a client is told of which its task waits for."""
 
 
 class Floor(Protocol):
@@ -93,10 +96,11 @@ class Usher:
         )
         self._mover = Mover(per_s=settings.moves_per_s)
         self._given: dict[Place, int] = {}
-        self._rests: dict[Place, int] = {}
+        self._rests = Rests()
         self._absent: dict[Key, int] = {}
         self._free: set[Place] = set()
         self._serving = False
+        self._calling = False
 
     # ---- in and out
 
@@ -116,8 +120,9 @@ class Usher:
         live.waited = True
         for one in self.room.enter(waiter, now):
             self._shed(one, now)
-        for place in places:  # it may have come free since it was looked at
-            self.mark(place)
+        if not self._calling:
+            for place in places:  # it may have come free since it was looked at
+                self.mark(place)
 
     def make_way(self, client: str, priority: int) -> bool:
         """Shed a waiting task for a newcomer that goes before it; tell whether there was one."""
@@ -165,16 +170,17 @@ class Usher:
 
     def rest(self, place: Place, pause_ms: int | None) -> None:
         """Leave a place alone for a while: its node has just refused for want of room."""
-        pause_ms = min(_MOST_REST_MS, max(_LEAST_REST_MS, pause_ms or 0))
-        if len(self._rests) < _RESTS:
-            self._rests[place] = self._clock() + pause_ms
+        self._rests.rest(place, self._clock(), wanted_ms=pause_ms or 0)
+
+    def take(self, place: Place) -> None:
+        """Take it that a node has admitted a task: it refuses no longer."""
+        self._rests.serve(place)
 
     def heard(self, node: str) -> None:
         """Take it that a node has said how it is: it may have room."""
         if len(self.room):
-            for place in self.room.places:
-                if place[0] == node:
-                    self.mark(place)
+            for function in self.room.functions:
+                self.mark((node, function))
 
     def mark(self, place: Place) -> None:
         """Serve a place soon, if anybody waits for it."""
@@ -197,8 +203,13 @@ class Usher:
             if waiter is None:
                 return
             self._absent.pop(waiter.key, None)
-            self._floor.call_in(waiter.key, waiter.level)
-            if waiter.key in self.room:  # it cannot use it after all; the next sweep looks again
+            self._calling = True
+            try:
+                self._floor.call_in(waiter.key, waiter.level)
+            finally:
+                self._calling = False
+            if self.room.wants(waiter.key, place):  # of no use at the moment, though it seems free
+                self._rests.rest(place, self._clock())
                 return
 
     def is_free(self, place: Place) -> bool:
@@ -206,16 +217,13 @@ class Usher:
         record, view = self._fleet.records.get(place), self._fleet.nodes.get(place[0])
         if record is None or view is None or not view.live or not view.open or view.full:
             return False
-        until = self._rests.get(place)
-        if until is not None:
-            if 0 < until - self._clock() <= _MOST_REST_MS:
-                return False
-            del self._rests[place]
-        return view.has_room(record)
+        if self._rests.is_resting(place, self._clock()):
+            return False
+        return view.has_room(record) and memory_lacking(record, view) is None
 
     def others_wait_for(self, place: Place) -> bool:
         """Tell whether somebody waits for a place who may be before a newcomer."""
-        return self.room.waits_for(place) > 0
+        return self.room.waits_for(place)
 
     # ---- time
 
@@ -228,14 +236,12 @@ class Usher:
     def tend(self) -> None:
         """Serve what has come free unnoticed, tell those that wait, even out queues."""
         now = self._clock()
+        self._rests.tidy(now)
         if len(self.room):
             for place in self.room.places:
                 self.mark(place)
             for waiter in self.room.reminded(now):
-                names = ", ".join(sorted(waiter.functions)[:3])
-                self._floor.remind(
-                    waiter.key, f"waits for a node that has room for {names}: all are busy"
-                )
+                self._floor.remind(waiter.key, self._what_for(waiter, now))
             self._look_for_absent(now)
         if self._given and self._ready():
             self._even_out(now)
@@ -247,6 +253,28 @@ class Usher:
             if not 0 <= now - since < _ABSENCE_MS:
                 self.leave(key)
                 self._floor.call_in(key, absent[key])
+
+    def _what_for(self, waiter: Waiter, now: int) -> str:
+        """Say what a task waits for."""
+        names = ", ".join(sorted(waiter.functions)[:_NAMED])
+        nodes = {node for node, _ in waiter.places}
+        views = [view for node in sorted(nodes) if (view := self._fleet.nodes.get(node))]
+        if any(view.live for view in views):
+            scant = all(self._lacks_memory(place) for place in waiter.places)
+            why = "too little memory is free" if scant else "all are busy"
+            return f"waits for a node that has room for {names}: {why}"
+        asleep = [view for view in views if view.asleep]
+        if asleep:
+            first = min(asleep, key=lambda view: view.wake_at or math.inf)
+            return f"waits for {first.node}, {tell_sleep(first, now)}"
+        lost = [view for view in views if view.just_lost(now)]
+        if lost:
+            return f"waits for {lost[0].node}, lost {tell_loss(lost[0], now)}"
+        return f"waits for a node that has {names}: all are away"
+
+    def _lacks_memory(self, place: Place) -> bool:
+        record, view = self._fleet.records.get(place), self._fleet.nodes.get(place[0])
+        return record is None or view is None or memory_lacking(record, view) is not None
 
     def _is_there(self, place: Place) -> bool:
         view = self._fleet.nodes.get(place[0])

@@ -64,6 +64,11 @@ def verdict_on_failure(report: Report, *, stopped: bool) -> Verdict | None:
     return "failed" if against and not stopped else None
 
 
+def is_want_of_room(report: Report) -> bool:
+    """Tell whether a node refuses a task because it is full: that says nothing against it."""
+    return report.status == "refused" and report.code == ErrorCode.OVERLOADED
+
+
 def problem_of(report: Report) -> FoamError:
     """Turn a refusal or failure into the error a client would get if nobody else could help."""
     message = f"node {report.node}: {report.reason[:_REASON_CHARACTERS] or report.status}"

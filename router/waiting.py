@@ -11,8 +11,11 @@ in an order that looks at all clients. Whose turn it is:
    had nothing waiting goes first once (RFC 8290 section 4.2: sparse flows);
 3. of a client's tasks the one with the nearest deadline.
 
-The room is bounded in tasks and bytes. When it is full, the latest task of the client with most
-waiting at the lowest priority makes room for one of a higher priority, or of a client with fewer.
+The room is bounded in tasks and bytes. When it is full, the client that has most of it (in relation
+to its weight) makes room: its latest task of its lowest priority goes for one of a client that has
+less, or has as much and a higher priority. So priority, which clients give themselves, decides
+among the tasks of one client and among equals, and nobody can have the tasks of others shed by
+sending many, large or important ones.
 """
 
 import heapq
@@ -41,6 +44,12 @@ never stands idle, and less than anybody minds to wait behind."""
 _AHEAD: Final = 64
 """Most invocations given ahead, however short they are."""
 
+_MOST_PLACES: Final = 256
+"""Most places of a function that a node is believed to have; more of its tasks wait here."""
+
+_PLACE_BYTES: Final = 128
+"""What a place takes in a set of them, as measured."""
+
 _HIGHEST: Final = 9
 _SPARE: Final = 64
 """Entries of heaps that may be out of date beyond as many as are not."""
@@ -62,13 +71,14 @@ def allowance(load: FunctionLoad | None, resources: Resources) -> int:
     """Return how many invocations of a function a node is given at a time by one router.
 
     As many as it runs at a time, and what it gets done of them in ``LEAD_MS``. Of a function whose
-    run time is not known yet it gets one more than it has places.
+    run time is not known yet it gets one more than it has places. How many it runs is its own word,
+    so that is believed up to a bound: whoever boasts shall not get everything.
 
     Args:
         load: The function's live figures; None where its node has told none.
         resources: What its record promises.
     """
-    places = resources.concurrency if load is None else load.concurrency
+    places = min(_MOST_PLACES, resources.concurrency if load is None else load.concurrency)
     run_ms = None if load is None else load.total_ms
     if run_ms is None:
         return places + 1
@@ -85,10 +95,11 @@ class Waiter:
         priority: As the client gave it, 0 to 9.
         deadline: UTC milliseconds.
         places: Who could do it; any of them will do.
-        size_bytes: What it takes to keep.
+        size_bytes: What it takes to keep, but for the places.
         since: When it was taken, UTC milliseconds.
         level: Its priority with what it has risen.
         gone: Whether it has left.
+        functions: Names of what could do it.
     """
 
     key: Key
@@ -100,15 +111,12 @@ class Waiter:
     since: int
     level: int = 0
     gone: bool = False
+    functions: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         """Begin at its own priority."""
         self.level = self.priority
-
-    @property
-    def functions(self) -> set[str]:
-        """Names of what could do it."""
-        return {function for _, function in self.places}
+        self.functions = frozenset(function for _, function in self.places)
 
 
 _Heap = list[tuple[int, int, int, Waiter]]
@@ -200,50 +208,84 @@ def _is_past(item: tuple[int, int, int, Waiter]) -> bool:
     return item[3].gone or item[3].level != item[2]
 
 
-class _Rank:
-    """What waits at one priority, and the client with most of it in relation to its weight."""
+class _Stock:
+    """What waits of one client, by priority."""
 
-    def __init__(self, weight: Callable[[str], float]) -> None:
-        self._weight = weight
-        self._clients: dict[str, OrderedDict[Key, Waiter]] = {}
-        # Shares as they once were: each client has an entry that is no less than its share now.
-        self._shares: list[tuple[float, str]] = []
+    def __init__(self) -> None:
+        self.count = self.size_bytes = 0
+        self._ranks: dict[int, OrderedDict[Key, Waiter]] = {}
+
+    @property
+    def last(self) -> Waiter:
+        """The latest task of the lowest priority."""
+        return next(reversed(self._ranks[min(self._ranks)].values()))
 
     def add(self, waiter: Waiter) -> None:
-        self._clients.setdefault(waiter.client, OrderedDict())[waiter.key] = waiter
-        heapq.heappush(self._shares, (-self._share(waiter.client), waiter.client))
-        if len(self._shares) > 2 * len(self._clients) + _SPARE:
-            self._shares = [(-self._share(client), client) for client in self._clients]
-            heapq.heapify(self._shares)
+        self._ranks.setdefault(waiter.priority, OrderedDict())[waiter.key] = waiter
+        self.count, self.size_bytes = self.count + 1, self.size_bytes + waiter.size_bytes
 
-    def remove(self, waiter: Waiter) -> bool:
-        """Take a task out; tell whether any is left."""
-        tasks = self._clients[waiter.client]
+    def remove(self, waiter: Waiter) -> None:
+        tasks = self._ranks[waiter.priority]
         del tasks[waiter.key]
         if not tasks:
-            del self._clients[waiter.client]
-        return bool(self._clients)
+            del self._ranks[waiter.priority]
+        self.count, self.size_bytes = self.count - 1, self.size_bytes - waiter.size_bytes
 
-    def victim(self, newcomer: str | None) -> Waiter | None:
-        """Return the latest task of the client with most; None when a newcomer would have as much.
 
-        Args:
-            newcomer: Whose task comes at this very priority; None: it comes at a higher one.
+class _Shares:
+    """What each client has of the room in relation to its weight, and who has to go for whom."""
+
+    def __init__(self, *, limit: int, limit_bytes: int, weight: Callable[[str], float]) -> None:
+        self._limit, self._limit_bytes = max(1, limit), max(1, limit_bytes)
+        self._weight = weight
+        self._stocks: dict[str, _Stock] = {}
+        # Shares as they once were: each client has an entry that is no less than its share now.
+        self._known: list[tuple[float, str]] = []
+
+    def add(self, waiter: Waiter) -> None:
+        self._stocks.setdefault(waiter.client, _Stock()).add(waiter)
+        heapq.heappush(self._known, (-self._share(waiter.client), waiter.client))
+        if len(self._known) > 2 * len(self._stocks) + _SPARE:
+            self._known = [(-self._share(client), client) for client in self._stocks]
+            heapq.heapify(self._known)
+
+    def remove(self, waiter: Waiter) -> None:
+        stock = self._stocks[waiter.client]
+        stock.remove(waiter)
+        if not stock.count:
+            del self._stocks[waiter.client]
+
+    def victim(self, client: str, priority: int, size_bytes: int) -> Waiter | None:
+        """Return who has to go for a newcomer; None when it is itself.
+
+        A client with most of the room makes room for its own tasks. Another one takes from that
+        client what is below its own priority; anything, while it stays below its share.
         """
-        while True:
-            share, fullest = self._shares[0]
-            now = self._share(fullest)
-            if now == -share:
-                break
-            heapq.heappop(self._shares)
-            if now:
-                heapq.heappush(self._shares, (-now, fullest))
-        if newcomer is not None and self._share(newcomer, 1) >= now:
+        if not self._stocks:
             return None
-        return next(reversed(self._clients[fullest].values()))
+        fullest = self._fullest()
+        most, has = self._share(fullest), self._share(client)
+        if has >= most:
+            fullest = client
+        last = self._stocks[fullest].last
+        has_less = self._share(client, 1, size_bytes) < most
+        return last if has_less or priority > last.priority else None
 
-    def _share(self, client: str, more: int = 0) -> float:
-        return (len(self._clients.get(client, ())) + more) / self._weight(client)
+    def _fullest(self) -> str:
+        while True:
+            share, client = self._known[0]
+            now = self._share(client)
+            if now == -share:
+                return client
+            heapq.heappop(self._known)
+            if now:
+                heapq.heappush(self._known, (-now, client))
+
+    def _share(self, client: str, more: int = 0, more_bytes: int = 0) -> float:
+        stock = self._stocks.get(client)
+        count, size = (0, 0) if stock is None else (stock.count, stock.size_bytes)
+        share = max((count + more) / self._limit, (size + more_bytes) / self._limit_bytes)
+        return share / self._weight(client)
 
 
 class Drain:
@@ -314,9 +356,13 @@ class WaitingRoom:
         self._weight = weight
         self.size_bytes = 0
         self._waiting: dict[Key, Waiter] = {}
+        # Who waits for the same shares one set, for sets are large: those in use, and by how many;
+        # and how many sets a place is in.
         self._at: Counter[Place] = Counter()
+        self._sets: dict[frozenset[Place], frozenset[Place]] = {}
+        self._users: Counter[frozenset[Place]] = Counter()
         self._rounds: dict[str, dict[int, _Round]] = {}
-        self._ranks: dict[int, _Rank] = {}
+        self._shares = _Shares(limit=limit, limit_bytes=limit_bytes, weight=weight)
         self._rises: list[tuple[int, int, Waiter]] = []
         self._words: list[tuple[int, int, Waiter]] = []
         self._drains: OrderedDict[str, Drain] = OrderedDict()
@@ -335,9 +381,19 @@ class WaitingRoom:
         """Places that somebody waits for."""
         return list(self._at)
 
-    def waits_for(self, place: Place) -> int:
-        """Return how many tasks could use a place."""
-        return self._at.get(place, 0)
+    @property
+    def functions(self) -> list[str]:
+        """Functions that somebody waits for."""
+        return list(self._rounds)
+
+    def waits_for(self, place: Place) -> bool:
+        """Tell whether anybody waits who could use a place."""
+        return place in self._at
+
+    def wants(self, key: Key, place: Place) -> bool:
+        """Tell whether a task waits here and could use a place."""
+        waiter = self._waiting.get(key)
+        return waiter is not None and place in waiter.places
 
     # ---- in
 
@@ -351,21 +407,20 @@ class WaitingRoom:
         Returns:
             Those that have to go for it; itself when none of them may.
         """
-        shed: list[Waiter] = []
-        while (
-            len(self._waiting) >= self._limit
-            or self.size_bytes + waiter.size_bytes > self._limit_bytes
-        ):
-            victim = self.victim(waiter.client, waiter.priority)
-            if victim is None:
-                return [*shed, waiter]
+        shed = self._victims(waiter)
+        if shed is None:
+            return [waiter]
+        for victim in shed:
             self.leave(victim.key)
-            shed.append(victim)
         self._waiting[waiter.key] = waiter
-        self.size_bytes += waiter.size_bytes
-        self._at.update(waiter.places)
+        self.size_bytes += self._needs_bytes(waiter)
+        if waiter.places not in self._sets:
+            self._sets[waiter.places] = waiter.places
+            self._at.update(waiter.places)
+        waiter.places = self._sets[waiter.places]
+        self._users[waiter.places] += 1
         self._needed += len(waiter.functions)
-        self._ranks.setdefault(waiter.priority, _Rank(self._weight)).add(waiter)
+        self._shares.add(waiter)
         waiter.level = min(_HIGHEST, waiter.priority + max(0, now - waiter.since) // AGING_MS)
         self._line_up(waiter)
         self._numbers += 1
@@ -381,12 +436,23 @@ class WaitingRoom:
             client: Whose the newcomer is.
             priority: Its priority.
         """
-        if not self._ranks:
-            return None
-        lowest = min(self._ranks)
-        if priority < lowest:
-            return None
-        return self._ranks[lowest].victim(client if priority == lowest else None)
+        return self._shares.victim(client, priority, 0)
+
+    def _victims(self, newcomer: Waiter) -> list[Waiter] | None:
+        """Return all that have to go for a newcomer; None where it would find no room even so."""
+        found: list[Waiter] = []
+        count, size_bytes = len(self._waiting), self.size_bytes + self._needs_bytes(newcomer)
+        fits = True
+        while fits and (count >= self._limit or size_bytes > self._limit_bytes):
+            victim = self._shares.victim(newcomer.client, newcomer.priority, newcomer.size_bytes)
+            fits = victim is not None
+            if victim is not None:
+                self._shares.remove(victim)
+                found.append(victim)
+                count, size_bytes = count - 1, size_bytes - victim.size_bytes
+        for victim in reversed(found):  # nobody goes before it is sure that it is of use
+            self._shares.add(victim)
+        return found if fits else None
 
     # ---- out
 
@@ -398,7 +464,7 @@ class WaitingRoom:
             now: UTC milliseconds.
         """
         self._age(now)
-        if not self._at.get(place):
+        if place not in self._at:
             return None
         rounds = self._rounds.get(place[1], {})
         for level in sorted(rounds, reverse=True):
@@ -416,14 +482,16 @@ class WaitingRoom:
         if waiter is None:
             return None
         waiter.gone = True
-        self.size_bytes -= waiter.size_bytes
-        for place in waiter.places:
-            self._at[place] -= 1
-            if self._at[place] <= 0:
-                del self._at[place]
+        self._users[waiter.places] -= 1
+        if not self._users[waiter.places]:
+            del self._users[waiter.places], self._sets[waiter.places]
+            for place in waiter.places:
+                self._at[place] -= 1
+                if self._at[place] <= 0:
+                    del self._at[place]
+        self.size_bytes -= self._needs_bytes(waiter)
         self._needed -= len(waiter.functions)
-        if not self._ranks[waiter.priority].remove(waiter):
-            del self._ranks[waiter.priority]
+        self._shares.remove(waiter)
         self._tidy()
         return waiter
 
@@ -501,6 +569,11 @@ class WaitingRoom:
             "functions": rows[:_SHOWN],
         }
 
+    def _needs_bytes(self, waiter: Waiter) -> int:
+        """Return what a task takes that is not here: its set of places, if it is the only one."""
+        shares = waiter.places in self._sets
+        return waiter.size_bytes + (0 if shares else _PLACE_BYTES * len(waiter.places))
+
     # ---- order
 
     def _line_up(self, waiter: Waiter) -> None:
@@ -523,9 +596,14 @@ class WaitingRoom:
         self._tidy()
 
     def _remind(self, waiter: Waiter, now: int) -> None:
-        pause_ms = min(_LONGEST_SILENCE_MS, max(_FIRST_WORD_MS, now - waiter.since))
+        # At fixed times: one that is called in vain again and again is reminded of all the same.
+        waited, told = now - waiter.since, _FIRST_WORD_MS
+        while told <= min(waited, _LONGEST_SILENCE_MS):
+            told *= 2
+        if told <= waited:
+            told = waited + _LONGEST_SILENCE_MS - (waited - told) % _LONGEST_SILENCE_MS
         self._numbers += 1
-        heapq.heappush(self._words, (now + pause_ms, self._numbers, waiter))
+        heapq.heappush(self._words, (waiter.since + told, self._numbers, waiter))
 
     def _tidy(self) -> None:
         """Drop what is out of date, once it is more than what is not."""

@@ -11,6 +11,7 @@ from foam.cli.app import app
 from foam.cli.codes import CODES_EPILOG
 from foam.cli.connection import connected
 from foam.cli.look import JsonOption, new_table, print_rich, show
+from foam.cli.several import summed_stats, told_best, waiting_of_all
 from foam.settings import Settings
 
 __all__ = ["admin", "quotas", "waiting"]
@@ -27,7 +28,7 @@ _UNIT: Final = 1024
 NodeArgument = Annotated[str, typer.Argument(help="The node.")]
 TargetOption = Annotated[
     str | None,
-    typer.Option("--target", help="Router (or registry) to ask; that of the mesh otherwise."),
+    typer.Option("--target", help="Router (or registry) to ask, and no other."),
 ]
 
 
@@ -63,8 +64,8 @@ def stats(
     *,
     target: TargetOption = None,
 ) -> None:
-    """Show the counters of the router."""
-    show(settings, "stats", _draw, target=target)
+    """Show the counters of the routers: summed up, and of each where there are several."""
+    show(settings, "stats", _draw, target=target, merge=summed_stats)
 
 
 @admin.command(epilog=CODES_EPILOG)
@@ -78,7 +79,7 @@ def task(
 ) -> None:
     """Show what became of a task, and why it went where it went."""
     args: dict[str, Any] = {"id": task_id} if client is None else {"id": task_id, "client": client}
-    show(settings, "task", _draw, target=target, **args)
+    show(settings, "task", _draw, target=target, merge=told_best, **args)
 
 
 @admin.command(epilog=CODES_EPILOG)
@@ -141,10 +142,12 @@ def _limit(name: str, value: float | None) -> str:
 def _draw_quotas(answer: dict[str, Any]) -> None:
     if answer["problem"]:
         sys.stderr.write(f"not in force: {answer['problem']}\n")
-    table = new_table("who", "role", "tasks/s", "burst", "at a time", "bytes/s", "left", "refused")
+    table = new_table(
+        "who", "role", "tasks/s", "burst", "at a time", "bytes/s", "weight", "left", "refused"
+    )
 
     def add(who: str, limits: dict[str, Any], *, role: str = "", use: tuple[str, ...]) -> None:
-        names = ("tasks_per_s", "burst", "concurrent", "bytes_per_s")
+        names = ("tasks_per_s", "burst", "concurrent", "bytes_per_s", "weight")
         shown = [_limit(name, limits[name]) for name in names]
         shown[2] = use[0] + shown[2]
         table.add_row(who, role, *shown, *use[1:])
@@ -212,4 +215,11 @@ def waiting(
     as_json: JsonOption = False,
 ) -> None:
     """Show which accepted tasks wait for a node with room: by function, priority and client."""
-    show(settings, "waiting", _draw_waiting, target=target, as_json=as_json)
+    show(
+        settings,
+        "waiting",
+        _draw_waiting,
+        target=target,
+        as_json=as_json,
+        merge=waiting_of_all,
+    )

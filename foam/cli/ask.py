@@ -11,8 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from broker.replies import AnswerText
-from capability_schemas.errors import FoamError, InvalidTask, TaskCancelled
-from capability_schemas.reply import Chunk, ErrorEvent, Result, Routed, Step
+from capability_schemas.errors import (
+    DeadlineExceeded,
+    FoamError,
+    InvalidTask,
+    NotFound,
+    TaskCancelled,
+)
+from capability_schemas.reply import Chunk, ErrorEvent, Result, Routed, Step, Working
 from foam.cli.app import app, complain, drop_output, run_async
 from foam.cli.codes import CODES_EPILOG
 from foam.cli.connection import connected
@@ -28,6 +34,9 @@ __all__ = ["EventPrinter", "ask", "read_json_option", "read_numbers"]
 
 _CANCEL_GRACE_S: Final = 5.0
 _STEP_CHARS: Final = 60
+
+_WANTED: Final = ("text", "function", "skills", "input")
+"""What says what is wanted; without any of it an id is that of a task asked before."""
 
 
 def read_json_option(value: str | None, what: str) -> Any:
@@ -100,6 +109,7 @@ class EventPrinter:
         self._quiet = quiet
         self._text_open = False
         self._shown = False
+        self._waits_for = ""
         self._answer = AnswerText()
 
     def show(self, event: "ReplyEvent") -> None:
@@ -113,6 +123,8 @@ class EventPrinter:
                 self._say_text(self._answer.add(event))
             case Chunk(data=data):
                 self._say_json(data)
+            case Routed(is_nobodys=True):  # the error after it tells
+                pass
             case Routed():
                 self._close_text()
                 again = f", attempt {event.attempt}" if event.attempt > 1 else ""
@@ -121,6 +133,10 @@ class EventPrinter:
                     f"-> {event.node}: {event.function} {event.version}, "
                     f"score {event.score:.2f}{again}{why}"
                 )
+            case Working(reason=str(reason)) if reason != self._waits_for:
+                self._close_text()
+                self._waits_for = reason
+                self._note("   " + "".join(c if c.isprintable() else " " for c in reason), dim=True)
             case Step(state=state) if state != "running":
                 self._close_text()
                 self._note(_step_line(event), dim=True)
@@ -232,17 +248,28 @@ def _short(value: Any) -> str:
     return text if len(text) <= _STEP_CHARS else text[: _STEP_CHARS - 1] + "…"
 
 
-async def _follow(handle: "TaskHandle", printer: EventPrinter) -> FoamError | None:
+async def _follow(
+    handle: "TaskHandle", printer: EventPrinter, *, asked_now: bool
+) -> FoamError | None:
     failure: FoamError | None = None
     told: Direct | None = None
+    heard = False
     try:
         async for event in handle:
             if handle.direct is not None and handle.direct != told:
                 told = handle.direct
                 printer.show_direct(told)
             printer.show(event)
+            heard = True
             if isinstance(event, ErrorEvent):
                 failure = event.to_error()
+    except DeadlineExceeded as error:
+        if asked_now or heard:
+            return error
+        return NotFound(
+            f"nothing was heard of {handle.id}: no router knows such a task of this client (any "
+            "more), or it has said nothing yet; say what is wanted to ask it anew"
+        )
     except FoamError as error:
         return error
     except OSError as error:  # a reader that left (EPIPE), a full disk
@@ -258,6 +285,10 @@ async def _cancel_when_asked(handle: "TaskHandle", end: "ProcessEnd") -> None:
     await handle.cancel()
 
 
+def _is_asked_now(task: dict[str, Any]) -> bool:
+    return task["task_id"] is None or any(task[name] not in (None, ()) for name in _WANTED)
+
+
 async def _run(
     settings: Settings, *, printer: EventPrinter, task: dict[str, Any], direct: bool
 ) -> int:
@@ -268,9 +299,16 @@ async def _run(
     address = find_mesh(settings)
     mesh = MeshClient.at(address, direct=direct, on_wait=printer.show_wait)
     async with ProcessEnd() as end, mesh:
-        handle = await mesh.submit(**task)
+        asked_now = _is_asked_now(task)
+        handle = await (
+            mesh.submit(**task)
+            if asked_now
+            else mesh.follow(task["task_id"], timeout_s=task["timeout_s"])
+        )
         async with asyncio.TaskGroup() as group:
-            following = group.create_task(_follow(handle, printer), name="foam.cli.ask.follow")
+            following = group.create_task(
+                _follow(handle, printer, asked_now=asked_now), name="foam.cli.ask.follow"
+            )
             cancelling = group.create_task(
                 _cancel_when_asked(handle, end), name="foam.cli.ask.cancel"
             )
@@ -355,7 +393,10 @@ def ask(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the answer.")] = False,
 ) -> None:
-    """Ask the mesh, and watch the answer come. Ctrl-C cancels the task."""
+    """Ask the mesh, and watch the answer come. Ctrl-C cancels the task.
+
+    With --id alone it shows what became of a task that was asked before under this id.
+    """
     task = {
         "text": _read_text(text) if text is not None else None,
         "input": read_json_option(input_, "input"),

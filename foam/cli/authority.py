@@ -99,11 +99,12 @@ def retire(
     as_json: JsonOption = False,
 ) -> None:
     """Drop the old root, when every member has a certificate of the new one."""
+    args: dict[str, Any] = {"force": True} if force else {}
     ask(
         settings,
         "authority_retire",
         _draw,
         target=LEADING_REGISTRY,
         as_json=as_json,
-        **({"force": True} if force else {}),
+        **args,
     )

@@ -33,6 +33,10 @@ def chaos(
     ] = None,
     nodes: Annotated[int, typer.Option("--nodes", help="Number of nodes.", min=1)] = 4,
     devices: Annotated[int, typer.Option("--devices", help="Number of clients.", min=1)] = 3,
+    sleepers: Annotated[
+        int,
+        typer.Option("--sleepers", help="Simulated: nodes that sleep when idle.", min=0),
+    ] = 0,
     model: Annotated[
         bool, typer.Option("--model/--no-model", help="Have a language model answer, too.")
     ] = True,
@@ -83,9 +87,17 @@ def chaos(
     twice, no number is missing. With --simulated, meshes are simulated under virtual time instead;
     a failure names its seed, and `python -m foam.simulation --seed N --shrink` shows what it takes.
     """
+    if sleepers > (nodes if simulated else 0):
+        raise typer.BadParameter(
+            f"{sleepers} of {nodes} nodes cannot sleep"
+            if simulated
+            else "nodes sleep in simulations only: add --simulated",
+            param_hint="--sleepers",
+        )
     if simulated:
         arguments = {
             "nodes": nodes,
+            "sleepers": sleepers,
             "devices": devices,
             "tasks": tasks or _SIMULATED_TASKS,
             "routers": routers,

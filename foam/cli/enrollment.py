@@ -336,13 +336,14 @@ def revoke(
     ] = False,
 ) -> None:
     """Throw a member out: its connections are cut, its password and papers are void."""
+    args: dict[str, Any] = {"force": True} if force else {}
     show(
         settings,
         "revoke",
         _say_revoked,
         target=LEADING_REGISTRY,
         id=identity,
-        **({"force": True} if force else {}),
+        **args,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from capability_schemas.errors import DeadlineExceeded, FoamError, NotFound
+from capability_schemas.errors import FoamError, NotFound, Unavailable
 from capability_schemas.topics import TopicKind
 from foam.cli.app import app, run_async
 from foam.cli.codes import CODES_EPILOG
@@ -46,6 +46,9 @@ _AGAIN_S: Final = 0.5
 ANSWER_S: Final = 10.0
 """How long a router may take to answer, seconds."""
 
+Merge = Callable[[Mapping[str, Mapping[str, Any]]], dict[str, Any]]
+"""Makes one answer of those of several routers, by router."""
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Write the answer as JSON.")]
 
 
@@ -55,6 +58,7 @@ async def ask_admin(
     *,
     target: str | None = None,
     timeout_s: float = ANSWER_S,
+    merge: Merge | None = None,
     **args: Any,
 ) -> dict[str, Any]:
     """Connect as the administrator, ask one verb, return the answer, all pages of it.
@@ -65,6 +69,8 @@ async def ask_admin(
         target: Who shall do it; the router when None, and the registry that leads when it is
             `LEADING_REGISTRY`.
         timeout_s: How long an answer may take, seconds.
+        merge: Where nobody in particular is asked, all routers are, and this makes one answer of
+            theirs; who is silent is said on stderr.
         args: Arguments of the verb.
 
     Raises:
@@ -80,10 +86,18 @@ async def ask_admin(
         try:
             if target == LEADING_REGISTRY:
                 return await _ask_leader(mesh, verb, timeout_s=timeout_s, **args)
-            return await mesh.admin_pages(verb, target=target, timeout_s=timeout_s, **args)
+            if merge is None or target is not None:
+                answer = await mesh.admin_pages(verb, target=target, timeout_s=timeout_s, **args)
+                if mesh.router != address.router:
+                    sys.stderr.write(f"{address.router} does not answer: {mesh.router} does\n")
+                return answer
+            answers = await mesh.admin_all(verb, timeout_s=timeout_s, **args)
         except NotFound as error:
             # Its code on the wire is that of a task nobody can do, and nobody asked for that.
             raise NotFound(error.message, **error.detail) from error
+    for router in answers.silent:
+        sys.stderr.write(f"{router} does not answer: what it has is missing here\n")
+    return merge(answers.given)
 
 
 async def _ask_leader(
@@ -96,9 +110,9 @@ async def _ask_leader(
         left -= 1
         try:
             return await mesh.admin_pages(verb, target=leader, timeout_s=timeout_s, **args)
-        except (NotFound, DeadlineExceeded):
+        except NotFound:
             raise
-        except FoamError as error:  # it refused, and so nothing was done
+        except FoamError as error:  # it refused, and so nothing was done; silence says retryable=no
             if not (error.retryable and left):
                 raise
         await asyncio.sleep(_AGAIN_S)
@@ -112,6 +126,7 @@ def show(
     as_json: bool = False,
     target: str | None = None,
     timeout_s: float = ANSWER_S,
+    merge: Merge | None = None,
     **args: Any,
 ) -> None:
     """Ask one verb and show the answer.
@@ -123,11 +138,14 @@ def show(
         as_json: Write it as JSON instead.
         target: Who is asked.
         timeout_s: How long an answer may take, seconds.
+        merge: As for `ask_admin`.
         args: Arguments of the verb.
     """
 
     async def main() -> None:
-        answer = await ask_admin(settings, verb, target=target, timeout_s=timeout_s, **args)
+        answer = await ask_admin(
+            settings, verb, target=target, timeout_s=timeout_s, merge=merge, **args
+        )
         if as_json:
             sys.stdout.write(json.dumps(answer, ensure_ascii=False, indent=2) + "\n")
         else:
@@ -198,14 +216,12 @@ def _draw_routers(answer: dict[str, Any]) -> None:
 
 
 def _draw_registries(rows: list[dict[str, Any]]) -> None:
-    table = new_table("registry", "state", "term", "lets members in")
+    table = new_table("registry", "state", "lets members in")
     for row in rows:
         state = "leads" if row["leads"] else "follows"
         if row["state"] != "birth" or row["reason"]:
             state = row["reason"] or str(row["state"])
-        table.add_row(
-            row["registry"], state, str(row["term"] or ""), "yes" if row["enrolls"] else "no"
-        )
+        table.add_row(row["registry"], state, "yes" if row["enrolls"] else "no")
     print_rich(table)
 
 
@@ -256,7 +272,35 @@ def routers(
     as_json: JsonOption = False,
 ) -> None:
     """List the routers that share the tasks of the mesh."""
-    show(settings, "routers", _draw_routers, as_json=as_json)
+
+    async def main() -> None:
+        try:
+            answer = await ask_admin(settings, "routers")
+        except Unavailable as error:
+            answer = await _last_words(settings)
+            if not answer["routers"]:
+                raise
+            sys.stderr.write(f"{error.message}; this is what the broker has kept\n")
+        if as_json:
+            sys.stdout.write(json.dumps(answer, indent=2) + "\n")
+        else:
+            _draw_routers(answer)
+
+    run_async(main())
+
+
+async def _last_words(settings: Settings) -> dict[str, Any]:
+    """Return what routers said of themselves last, in the shape of a router's answer."""
+    from foam.sdk.address import find_mesh
+    from foam.sdk.client import MeshClient
+
+    async with MeshClient.at(find_mesh(settings, admin=True)) as mesh:
+        heard = await mesh.routers()
+    rows = [
+        {"router": state.router, "state": state.state, "live": live, "seen_ms_ago": None}
+        for state, live in heard
+    ]
+    return {"routers": rows, "answered_by": None}
 
 
 @app.command(epilog=CODES_EPILOG)

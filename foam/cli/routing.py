@@ -11,6 +11,7 @@ from foam.cli.ask import read_json_option, read_numbers
 from foam.cli.codes import CODES_EPILOG
 from foam.cli.connection import connected
 from foam.cli.look import JsonOption, new_table, print_rich, show
+from foam.cli.several import told_best
 from foam.settings import Settings
 
 __all__ = ["calibrate", "explain", "weights", "whatif"]
@@ -146,7 +147,7 @@ def _outcome(told: Mapping[str, Any], shown: int) -> Iterator[str]:
         doubt = " (ambiguous: another function may be meant)" if told.get("ambiguous") else ""
         yield f"chosen: {_chosen(told)}{doubt}"
     elif told.get("problem"):
-        yield f"nobody: {told['problem'].get('code')}: {told['problem'].get('message')}"
+        yield _problem(told["problem"])
     cascade = told.get("cascade") or {}
     for step in cascade.get("steps", ()):
         yield (
@@ -156,6 +157,13 @@ def _outcome(told: Mapping[str, Any], shown: int) -> Iterator[str]:
         )
     for veto in cascade.get("vetoed", ()):
         yield f"not asked: {veto['node']}/{veto['function']}: {veto['why']}"
+
+
+def _problem(problem: Mapping[str, Any]) -> str:
+    """Say why nobody is chosen; or for whom the task would wait."""
+    if problem.get("waits_for"):
+        return f"would wait for {problem['waits_for']}: {problem.get('message')}"
+    return f"nobody: {problem.get('code')}: {problem.get('message')}"
 
 
 def _draw_answer(answer: dict[str, Any]) -> None:
@@ -195,7 +203,7 @@ def _draw_whatif(answer: dict[str, Any]) -> None:
     print_rich(f"now: {_chosen(now)}")
     print_rich(f"then: {_chosen(then)}{same}")
     if then.get("problem"):
-        print_rich(f"nobody: {then['problem'].get('code')}: {then['problem'].get('message')}")
+        print_rich(_problem(then["problem"]))
 
 
 def _draw_weights(answer: dict[str, Any]) -> None:
@@ -262,7 +270,9 @@ def explain(
     args: dict[str, Any] = {"task": task or fields}
     if client is not None:
         args["client"] = client
-    show(settings, "explain", _draw_answer, as_json=as_json, **args)
+    # Any router can choose; how a past task was chosen for, the one knows that had it.
+    merge = None if task is None else told_best
+    show(settings, "explain", _draw_answer, as_json=as_json, merge=merge, **args)
 
 
 @app.command(epilog=CODES_EPILOG)

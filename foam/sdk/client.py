@@ -13,7 +13,7 @@ from pydantic import SecretStr, ValidationError
 
 from broker.presence import RouterPresence
 from broker.replies import AnswerText
-from broker.rpc import ReplyInbox, TaskStream, call_admin
+from broker.rpc import ReplyInbox, TaskStream
 from broker.session.mqtt import MqttSession
 from broker.session.settings import SessionSettings
 from capability_schemas.errors import (
@@ -25,7 +25,8 @@ from capability_schemas.errors import (
     Overloaded,
     TooLarge,
 )
-from capability_schemas.ids import new_uuid7, now_ms
+from capability_schemas.ids import is_identifier, new_uuid7, now_ms
+from capability_schemas.node import RouterState
 from capability_schemas.passport import PassportBook
 from capability_schemas.provenance import check_result
 from capability_schemas.reply import Chunk, ErrorEvent, ReplyEvent, Result, Routed
@@ -33,6 +34,7 @@ from capability_schemas.task import (
     TASK_LIMIT_BYTES,
     CancelRequest,
     Preference,
+    ResumeRequest,
     RouteWeights,
     Task,
     TaskPolicy,
@@ -41,6 +43,7 @@ from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode, first_problem
 from foam.logging import configure_library_logging
 from foam.sdk.address import MeshAddress, find_mesh
+from foam.sdk.administration import Administration, Answers
 from foam.sdk.direct import PATIENCE_S, Direct, DirectRoad, DirectStream, RoutersAreBack
 from foam.sdk.registries import RegistryWatch
 from foam.sdk.retries import Retries
@@ -50,9 +53,6 @@ __all__ = ["MeshClient", "TaskHandle"]
 
 _CONNECT_S: Final = 10.0
 _TIMEOUT_S: Final = 60.0
-_EVERYWHERE: Final = frozenset({"cordon", "uncordon"})
-"""Orders that every router keeps for itself."""
-
 _SILENCE_S: Final = 2.0
 """Silence after which a task is published again, seconds; doubles each time."""
 
@@ -123,7 +123,7 @@ class TaskHandle:
         """
         event = await (anext(self._stream) if self._heard else self._first())
         self._heard = True
-        if isinstance(event, Routed):
+        if isinstance(event, Routed) and not event.is_nobodys:
             self.routed = event
         elif isinstance(event, Result | ErrorEvent):
             if self._book is not None and isinstance(event, Result):
@@ -315,6 +315,12 @@ class MeshClient:
         )
         self._inbox = ReplyInbox(session=self._session, topics=self._topics, client=self.client)
         self._routers = RouterPresence(session=self._session, topics=self._topics)
+        self._administration = Administration(
+            inbox=self._inbox,
+            presence=self._routers,
+            router=address.router,
+            signer=address.signer,
+        )
         self.registries = RegistryWatch(session=self._session, topics=self._topics)
         self._road = DirectRoad(
             session=self._session,
@@ -360,8 +366,7 @@ class MeshClient:
                     f"{error.message}: check the name ({self.address.username}) and the password",
                     url=self.address.url,
                 ) from error
-            if self._goes_past:
-                await self._routers.listen()
+            await self._routers.listen()
             await stack.enter_async_context(self._inbox)
             self._stack = stack.pop_all()
         return self
@@ -374,6 +379,11 @@ class MeshClient:
     ) -> None:
         """Disconnect; open handles end."""
         await self._stack.__aexit__(kind, error, trace)
+
+    @property
+    def router(self) -> str:
+        """The router that `admin` asks: that of the mesh, or the one that answered in its place."""
+        return self._administration.router
 
     @property
     def bereft(self) -> bool:
@@ -490,11 +500,37 @@ class MeshClient:
         except BaseException:
             opened.close()
             raise
-        detour = None
-        if self._goes_past and not given_id:
-            since = asyncio.get_running_loop().time()
-            detour = partial(self._road.after, task, deadline=deadline, since=since)
+        since = asyncio.get_running_loop().time()
+        kept = given_id or not self._goes_past
+        detour = partial(self._road.after, task, deadline=deadline, since=since, kept=kept)
         return TaskHandle(stream=opened, client=self, publish=publish, book=book, detour=detour)
+
+    async def follow(self, task_id: str, *, timeout_s: float = _TIMEOUT_S) -> TaskHandle:
+        """Listen to a task that this client submitted before, from its first event that is kept.
+
+        Routers tell what they know; about a task that none knows nobody says anything.
+
+        Args:
+            task_id: Its id.
+            timeout_s: How long to listen, 0 to 86,400 seconds; the task's own deadline stays.
+
+        Raises:
+            InvalidTask: That is no id.
+            BrokerUnavailable: The broker did not confirm the question in time.
+        """
+        if not is_identifier(task_id):
+            raise InvalidTask(f"id: {task_id!r:.80} is no id of a task", field="id")
+        topic = self._topics.build(TopicKind.RESUME, client=self.client)
+        publish = partial(
+            self._session.publish, topic, encode(ResumeRequest(task=task_id, from_seq=0))
+        )
+        opened = self._inbox.open(task_id, deadline=now_ms() + round(timeout_s * 1000), grace_ms=0)
+        try:
+            await publish()
+        except BaseException:
+            opened.close()
+            raise
+        return TaskHandle(stream=opened, client=self, publish=publish)
 
     def return_to_routers(
         self, stream: DirectStream
@@ -571,8 +607,8 @@ class MeshClient:
 
         Args:
             verb: What to do: ``nodes``, ``functions``, ``explain``, ``stats``, ``drain`` …
-            target: Who shall do it; when omitted the router of the mesh, or another live one if
-                that is gone. What every router keeps for itself, all of them are told.
+            target: Who shall do it; when omitted a router that answers, that of the mesh before
+                others. What every router keeps for itself, all of them are told.
             timeout_s: Time limit, seconds.
             args: Arguments of the verb, JSON values.
 
@@ -581,26 +617,31 @@ class MeshClient:
 
         Raises:
             AccessDenied: This client is known to be no administrator or operator.
-            DeadlineExceeded: No answer: it is not running, or this client may not ask it.
+            Unavailable: No answer: none is running, or this client may not ask it.
             FoamError: What it answered.
         """
         self.address.require(TopicKind.ADMIN)
-        ask = partial(
-            call_admin,
-            self._inbox,
-            verb=verb,
-            args=args,
-            timeout_s=timeout_s,
-            signer=self.address.signer,
-        )
-        if target is not None:
-            return await ask(target=target)
-        live = await self._routers.live(preferred=self.address.router)
-        first, *others = live or [self.address.router]
-        answer = await ask(target=first)
-        for router in others if verb in _EVERYWHERE else ():
-            await ask(target=router)
-        return answer
+        return await self._administration.ask(verb, target=target, timeout_s=timeout_s, **args)
+
+    async def admin_all(self, verb: str, *, timeout_s: float = 10.0, **args: Any) -> Answers:
+        """Ask all routers about tasks, of which each has its own.
+
+        Args:
+            verb: What to ask: ``task``, ``waiting``, ``stats`` …
+            timeout_s: Time limit, seconds.
+            args: Arguments of the verb, JSON values.
+
+        Raises:
+            NotFound: No router knows what was asked about.
+            FoamError: As for `admin`.
+        """
+        self.address.require(TopicKind.ADMIN)
+        return await self._administration.ask_all(verb, timeout_s=timeout_s, **args)
+
+    async def routers(self) -> list[tuple[RouterState, bool]]:
+        """Return what each router said of itself last, and whether it passes for alive."""
+        await self._routers.live()
+        return self._routers.states()
 
     async def admin_pages(
         self, verb: str, *, target: str | None = None, timeout_s: float = 10.0, **args: Any
@@ -619,17 +660,8 @@ class MeshClient:
         Raises:
             FoamError: As for `admin`.
         """
-        ask = partial(self.admin, verb, target=target, timeout_s=timeout_s)
-        answer: dict[str, Any] = await ask(**args)
-        while answer.get("next") is not None:
-            page: dict[str, Any] = await ask(**{**args, "after": answer["next"]})
-            rows = {
-                name: [*answer[name], *value]
-                for name, value in page.items()
-                if isinstance(value, list)
-            }
-            answer = {**page, **rows}
-        return answer
+        self.address.require(TopicKind.ADMIN)
+        return await self._administration.pages(verb, target=target, timeout_s=timeout_s, **args)
 
     async def live_functions(self) -> set[tuple[str, str]]:
         """Return the pairs (node, function) that the router routes to: now, or when they wake.

@@ -19,6 +19,7 @@ from broker.session.base import Session
 from capability_schemas.capability import CatalogRecord
 from capability_schemas.errors import (
     BrokerUnavailable,
+    DeadlineExceeded,
     FoamError,
     NodeLost,
     Overloaded,
@@ -53,7 +54,7 @@ _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
 class RoutersAreBack(Unavailable):
-    """A node refuses a task because a router lives, which should have it."""
+    """A node refuses a task that routers should have: one lives, or they let nobody past them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ class DirectStream:
         inbox: Where events arrive.
         view: Tells whether a node lives.
         given_id: Whether the id is the caller's.
+        told: Called with what the task waits for, in words.
 
     Attributes:
         task: Id of the task, as the node that is asked knows it.
@@ -115,8 +117,10 @@ class DirectStream:
         inbox: ReplyInbox,
         view: "FleetView",
         given_id: bool,
+        told: Callable[[str], None],
     ) -> None:
         self.given_id = given_id
+        self._told = told
         self.task = str(task.id)
         self.direct: Direct | None = None
         self.asked = task
@@ -128,6 +132,7 @@ class DirectStream:
         self._view = view
         self._stream: TaskStream | None = None
         self._heard = False
+        self._cancelled = False
 
     def __aiter__(self) -> AsyncIterator[ReplyEvent]:
         return self
@@ -151,10 +156,12 @@ class DirectStream:
             if not (isinstance(event, ErrorEvent) and event.detail.get("refused")):
                 self._heard = True
                 return event
-            if "router" in event.detail:
+            closed = event.code == "policy_denied" and event.retryable and not self._left
+            if "router" in event.detail or (closed and not self._cancelled):
+                self._told(f"the task goes to the routers after all: {event.message}")
                 raise RoutersAreBack(event.message)
             _log.info("direct.refused", node=self._record.node, reason=event.message)
-            if not self._left or event.code in _FINAL_CODES:
+            if self._cancelled or not self._left or event.code in _FINAL_CODES:
                 return event
             self._drop()
 
@@ -164,6 +171,7 @@ class DirectStream:
         Raises:
             BrokerUnavailable: The broker did not confirm it in time.
         """
+        self._cancelled = True  # nobody else is asked, even if this node has not begun
         await self._session.publish(self._topic(TopicKind.DIRECT_CANCEL), self._cancellation())
 
     def close(self) -> None:
@@ -202,7 +210,8 @@ class DirectStream:
         with contextlib.suppress(Overloaded):
             self._session.post(self._topic(TopicKind.DIRECT_CANCEL), self._cancellation())
         lost = NodeLost(f"{self._record.node} does not answer", node=self._record.node)
-        if not self._left or self._record.continues == "none":  # it may have begun
+        spent = self._cancelled or not self._left
+        if spent or self._record.continues == "none":  # it may have begun
             raise lost
         _log.info("direct.silent", node=self._record.node)
         self._drop()
@@ -274,6 +283,7 @@ class DirectRoad:
         self._view: FleetView | None = None
         self._tried_at = 0.0
         self.why: str | None = None
+        self._left: str | None = None  # which task that was
 
     async def instead(self, task: Task, *, deadline: int, given_id: bool) -> DirectStream | None:
         """Find a node for a task that no router has been given.
@@ -298,18 +308,32 @@ class DirectRoad:
             return None
         return await self._stream(task, deadline=deadline, given_id=given_id)
 
-    async def after(self, task: Task, *, deadline: int, since: float) -> DirectStream | None:
+    async def after(
+        self, task: Task, *, deadline: int, since: float, kept: bool = False
+    ) -> DirectStream | None:
         """Find a node for a task that routers were given and none has accepted.
 
         Args:
-            task: The task, with an id of our own making.
+            task: The task, with its id.
             deadline: UTC milliseconds.
             since: When routers were given it, seconds of the loop's clock.
+            kept: Whether routers keep it whatever happens: its id is the caller's, or no node is to
+                be asked.
 
         Returns:
             Its events to be, under another id; None, as long as the routers shall keep it: then
             nothing has happened. A function that may run once at the most stays with them.
+
+        Raises:
+            DeadlineExceeded: Its time is over, and no router lives that would say so.
         """
+        if self._clock() >= deadline and self._presence.absent:
+            why = f": {self.why}" if self._left == task.id else ""
+            raise DeadlineExceeded(
+                f"no router lives, and nobody took task {task.id} in time{why}", task=task.id
+            )
+        if kept:
+            return None
         now = asyncio.get_running_loop().time()
         if now - max(since, self._tried_at) < self.patience_s or not self._presence.absent:
             return None
@@ -322,22 +346,22 @@ class DirectRoad:
     async def _stream(
         self, task: Task, *, deadline: int, given_id: bool, taken_back: bool = False
     ) -> DirectStream | None:
-        view = await self._open_view()
+        view = await self._open_view(task)
         if view is None or self._presence.present() is not None:
             return None
         barring = self._presence.forbids
         if barring is not None:
-            self._leave(f"{barring} is gone, and let nobody past it: rules or quotas hold")
+            self._leave(task, f"{barring} is gone, and let nobody past it: rules or quotas hold")
             return None
         try:
             records = view.choose(task, deadline=deadline, steady=given_id)
         except FoamError as exc:
-            self._leave(exc.message)
+            self._leave(task, exc.message)
             return None
         if taken_back:
             records = [record for record in records if record.continues != "none"]
             if not records:
-                self._leave("the function may run once at the most, and a router may have it")
+                self._leave(task, "the function may run once at the most, and a router may have it")
                 return None
             await self._take_back(str(task.id))
             task = task.model_copy(update={"id": new_uuid7()})
@@ -350,19 +374,20 @@ class DirectRoad:
             inbox=self._inbox,
             view=view,
             given_id=given_id,
+            told=self._told,
         )
 
-    def _leave(self, why: str) -> None:
+    def _leave(self, task: Task, why: str) -> None:
         if why != self.why:
             _log.warning("direct.left_to_routers", reason=why)
             self._told(f"the task waits for a router, and none lives: {why}")
-        self.why = why
+        self.why, self._left = why, task.id
 
     async def _take_back(self, task: str) -> None:
         topic = self._topics.build(TopicKind.CANCEL, client=self._inbox.client)
         await self._session.publish(topic, encode(CancelRequest(task=task)))
 
-    async def _open_view(self) -> "FleetView | None":
+    async def _open_view(self, task: Task) -> "FleetView | None":
         from foam.sdk.fleet import FleetView  # noqa: PLC0415 - numpy and all, needed only here
 
         if self._view is None:
@@ -376,6 +401,6 @@ class DirectRoad:
         try:
             await self._view.open(_VIEW_S)
         except FoamError as exc:
-            self._leave(exc.message)
+            self._leave(task, exc.message)
             return None
         return self._view

@@ -41,6 +41,9 @@ _EPOCH_MS: Final = 1_700_000_000_000
 _VALID_MS: Final = 30 * 86_400_000
 """How long a passport is good, before and after the epoch: no clock here is wrong by that much."""
 _COMMIT_S: Final = 0.001
+_MEMORY_BYTES: Final = 8 * 2**30
+"""Free on every node: what this machine has would make each run another one."""
+
 _FAREWELL_S: Final = 60.0
 
 
@@ -292,7 +295,13 @@ class Node(Member):
     """
 
     def __init__(
-        self, name: str, place: Place, *, load_interval_s: float, sleep: Sleep | None = None
+        self,
+        name: str,
+        place: Place,
+        *,
+        load_interval_s: float,
+        claim_lease_s: float,
+        sleep: Sleep | None = None,
     ) -> None:
         super().__init__(name, place)
         self.agent: NodeAgent | None = None
@@ -300,6 +309,7 @@ class Node(Member):
         self.settings = NodeSettings(
             node=name,
             load_interval_s=load_interval_s,
+            claim_lease_s=claim_lease_s,
             cut_off_s=2 * load_interval_s,
             memory_reserve_bytes=0,
             sleep=sleep,
@@ -323,6 +333,7 @@ class Node(Member):
             runtimes={RUNTIME: SimulatedRuntime()},
             epoch=self.next_epoch(),
             clock=self.clock,
+            available=lambda: _MEMORY_BYTES,
         )
         agents.append(self.agent)
         await stack.enter_async_context(self.session)

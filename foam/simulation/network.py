@@ -102,6 +102,7 @@ class SimulatedBroker:
     def __init__(self, *, quality: Quality, seed: str, tap: Tap) -> None:
         self.network = Network()
         self.retained: dict[str, Message] = {}
+        self._shelves: dict[str, dict[str, Message]] = {}
         self.messages = 0
         self.dropped = 0
         self.quality = quality
@@ -139,6 +140,7 @@ class SimulatedBroker:
             self._away.clear()
         if not self.quality.keeps_retained:
             self.retained.clear()
+            self._shelves.clear()
 
     def up(self) -> None:
         """Come back."""
@@ -188,10 +190,12 @@ class SimulatedBroker:
         self._tap(publisher, message)
         self.messages += 1
         if message.retain:
-            if message.payload:
-                self.retained[message.topic] = message
-            else:
-                self.retained.pop(message.topic, None)
+            shelf = self._shelves.setdefault(_stem(message.topic), {})
+            for kept in (self.retained, shelf):
+                if message.payload:
+                    kept[message.topic] = message
+                else:
+                    kept.pop(message.topic, None)
         for link, granted in self._takers(message.topic):
             link.deliver(Message(message.topic, message.payload, min(granted, message.qos)))
         for filters, waiting in self._away.values():
@@ -206,7 +210,7 @@ class SimulatedBroker:
         if self._links.get(link.client_id) is not link:
             return
         self._enter(link, topic_filter, qos)
-        for message in tuple(self.retained.values()):
+        for message in self._retained_for(topic_filter):
             if matches(topic_filter, message.topic):
                 level = min(qos, message.qos)
                 link.deliver(Message(message.topic, message.payload, level, retain=True))
@@ -219,6 +223,14 @@ class SimulatedBroker:
     def loses(self) -> bool:
         """Draw whether a QoS 0 message is lost."""
         return self._chance.random() < self.quality.loss
+
+    def _retained_for(self, topic_filter: str) -> list[Message]:
+        """Return what may match a filter."""
+        if not _is_wild(topic_filter):
+            message = self.retained.get(topic_filter)
+            return [] if message is None else [message]
+        stem = _stem(topic_filter)
+        return list((self._shelves.get(stem, {}) if stem else self.retained).values())
 
     def _takers(self, topic: str) -> "list[tuple[SimulatedLink, int]]":
         takers = self._routes.get(topic)
@@ -362,9 +374,11 @@ class SimulatedLink:
             self._upwards(self._say_goodbye, gone)
             ended = asyncio.get_running_loop().create_task(self._ended.wait())
             ready = asyncio.get_running_loop().create_task(gone.wait())
-            await asyncio.wait([ended, ready], return_when=asyncio.FIRST_COMPLETED)
-            ended.cancel()
-            ready.cancel()
+            try:
+                await asyncio.wait([ended, ready], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                ended.cancel()
+                ready.cancel()
         self.end("closed")
 
     def abort(self) -> None:

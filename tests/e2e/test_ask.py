@@ -110,6 +110,13 @@ def test_same_id_gives_same_outcome_and_runs_once(mesh: FoamUp) -> None:
     answers = [mesh.ask(*arguments, "-q").stdout.strip() for _ in range(3)]
     assert answers == [b"1", b"1", b"1"]
     assert tally.read_text() == "x"
+    assert mesh.ask("--id", "once", "-q").stdout.strip() == b"1"
+
+
+def test_what_became_of_an_id_nobody_knows_is_not_known(mesh: FoamUp) -> None:
+    done = mesh.ask("--id", "never-asked", "--timeout", "2")
+    assert done.returncode == 23
+    assert b"nothing was heard of never-asked" in done.stderr
 
 
 def test_ctrl_c_cancels_the_task(mesh: FoamUp) -> None:

@@ -37,3 +37,19 @@ def test_simulated_meshes_are_judged_from_the_command_line() -> None:
     assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
     assert b"20 tasks" in done.stdout
     assert b"every promise kept" in done.stdout
+
+
+def test_simulated_nodes_sleep_when_they_are_told_to() -> None:
+    done = run_foam(
+        *("chaos", "--simulated", "--json", "--seeds", "1", "--seed", "2", "--nodes", "2"),
+        *("--sleepers", "2", "--tasks", "10", "--minutes", "0.2", "--faults", "0"),
+        timeout_s=100,
+    )
+    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+    assert json.loads(done.stdout)["sleepers"] == 2
+
+
+def test_nodes_sleep_in_simulations_only() -> None:
+    done = run_foam("chaos", "--sleepers", "2", timeout_s=60)
+    assert done.returncode == 2
+    assert b"add --simulated" in done.stderr

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -57,6 +58,55 @@ async def _ask_and_kill(up: FoamUp) -> None:
     for stream in streams:
         numbers = stream.result()
         assert numbers == list(range(len(numbers)))
+
+
+async def _echo(up: FoamUp, *ids: str) -> None:
+    person = up.facts["device"]
+    async with MeshClient(
+        up.facts["broker"], username=person["username"], password=person["password"]
+    ) as mesh:
+        for task_id in ids:
+            await mesh.ask("hello", function="echo", task_id=task_id)
+
+
+def _foam(up: FoamUp, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Run an administrator's command that answers with JSON."""
+    done = run_foam(*arguments, "--data", str(up.data))
+    return done.returncode, json.loads(done.stdout or b"{}"), done.stderr.decode()
+
+
+def test_an_administrator_gets_answers_while_routers_hang(tmp_path: Path, trial_node: Path) -> None:
+    options = ("--broker", "embedded", "--routers", "2", "--node", str(trial_node))
+    with foam_up(tmp_path, *options) as up:
+        routers = {
+            "router-2" if "router-2" in process.cmdline() else "router-1": process
+            for process in _routers(up)
+        }
+        asyncio.run(_echo(up, "t-0", "t-1", "t-2"))
+        stats = _foam(up, "admin", "stats")[1]
+        assert set(stats["routers"]) == {"router-1", "router-2"}
+        assert stats["ended"]["result"] == 3
+        for number in range(3):  # each is told by the router that had it
+            told = _foam(up, "admin", "task", f"t-{number}")[1]
+            assert (told["outcome"], told["function"]) == ("result", "echo")
+            assert told["explanation"]
+
+        routers["router-1"].suspend()
+        code, answer, said = _foam(up, "functions", "--json")
+        assert code == 0, said
+        assert answer["functions"]
+        code, answer, said = _foam(up, "waiting", "--json")
+        assert code == 0, said
+        assert answer["waiting"] == 0
+
+        routers["router-2"].suspend()
+        code, _, said = _foam(up, "nodes", "--json")
+        assert code == 22, said
+        code, answer, said = _foam(up, "routers", "--json")
+        assert code == 0, said
+        assert {row["router"] for row in answer["routers"]} == set(routers)
+        for process in routers.values():
+            process.resume()
 
 
 def test_a_killed_router_costs_no_task(tmp_path: Path, trial_node: Path) -> None:

@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 
-from capability_schemas.errors import DeadlineExceeded, InvalidTask, NodeLost, TaskCancelled
+from capability_schemas.errors import DeadlineExceeded, InvalidTask, TaskCancelled
 from capability_schemas.reply import Chunk, Result
 from conftest import require_broker
 from support.broker_site import run_site
@@ -113,6 +113,42 @@ async def test_what_was_given_to_a_router_that_died_is_taken_back_and_runs_once(
     assert agent.counters.finished == ran
 
 
+async def test_what_a_node_has_done_for_a_router_answers_the_same_id_without_it(embedded):
+    plant = embedded
+    agent, _ = await plant.start_node(direct_per_client=1)
+    mesh = await plant.client()
+    async with contextlib.AsyncExitStack() as stack:
+        await plant.start_router(stack)
+        first = await mesh.ask(function="add", input={"a": 1}, task_id="sum")
+        ran = agent.counters.finished
+    for _ in range(2):  # and none of them takes a place
+        handle = await mesh.submit(function="add", input={"a": 1}, task_id="sum")
+        again = await handle.result()
+        assert handle.direct is not None
+        assert (again.output, again.attempt) == (first.output, first.attempt)
+    assert agent.counters.finished == ran
+    assert (await mesh.ask(function="add", input={"a": 2})).output == 4.0
+
+
+async def test_a_client_that_goes_while_a_routers_attempt_runs_hears_its_end(embedded):
+    plant = embedded
+    agent, _ = await plant.start_node(direct_per_client=1)
+    mesh = await plant.client()
+    recite = {"function": "recite", "input": {"lines": 60, "pause_s": 0.05}, "task_id": "long"}
+    async with contextlib.AsyncExitStack() as stack:
+        await plant.start_router(stack)
+        handle = await mesh.submit(**recite)
+        async for event in handle:
+            if isinstance(event, Chunk):
+                break
+        handle.close()
+    handle = await mesh.submit(**recite)
+    assert "".join([piece async for piece in handle.text()]) == recited(60)
+    assert handle.direct is not None
+    assert agent.counters.finished == 1
+    assert (await mesh.ask(function="add", input={"a": 2})).output == 4.0
+
+
 async def test_a_link_that_is_cut_costs_no_word(embedded):
     plant = embedded
     await plant.start_node()
@@ -142,7 +178,7 @@ async def test_a_client_that_shall_not_waits_for_a_router(embedded):
     assert agent.counters.finished == 1
 
 
-async def test_a_node_that_is_closed_or_a_function_that_is_not_there_is_said(embedded):
+async def test_a_node_that_is_closed_or_a_function_that_is_not_there_is_said(embedded, eventually):
     plant = embedded
     await plant.start_node(direct="never")
     await plant.router_was_here()
@@ -152,7 +188,12 @@ async def test_a_node_that_is_closed_or_a_function_that_is_not_there_is_said(emb
     assert mesh.bereft
     assert "one is waited for" in told[0]
     assert "nobody offers" in told[1]
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(DeadlineExceeded, match=r"no router lives, and nobody took .*nobody offers"):
         await handle.result()
-    with pytest.raises(NodeLost, match="edge-1 does not answer"):
-        await mesh.ask(function="add", input={"a": 1})
+    handle = await mesh.submit(function="add", input={"a": 1})
+    waits = asyncio.ensure_future(handle.result())
+    await eventually(lambda: "edge-1 obeys routers only" in told[-1], timeout_s=30)
+    async with contextlib.AsyncExitStack() as stack:
+        await plant.start_router(stack)
+        assert (await waits).output == 3.0
+        assert handle.direct is None

@@ -326,6 +326,7 @@ async def test_a_cancelled_task_ends_with_one_error(agent, router, tmp_path, eve
     router.control(verb="cancel", task="t1", client="pump-7", reason="client")
     (error,) = await router.ended()
     assert (error["code"], error["seq"]) == ("cancelled", 0)
+    assert error["message"] == "the client cancelled the task"
     os.kill(int(marker.read_text()), 0)
 
 
@@ -451,6 +452,18 @@ async def test_a_node_tells_once_more_how_an_attempt_ended(agent, router, eventu
     assert await router.ended(times=3) == [result, result, result]
     assert router.reports[-1]["seq"] == result["seq"] + 1
     assert agent.counters.finished == 1
+
+
+async def test_a_node_is_asked_for_many_tasks_at_once(agent, router, eventually):
+    router.invoke("add", {"a": 1})
+    router.invoke("add", {"a": 2}, task="t2")
+    (one,), (two,) = await router.ended(), await router.ended("t2")
+    known = [("pump-7", name) for name in ("t1", "never", "t2")]
+    router.control(verb="account", tasks=known, sender="router-1")
+    assert await router.ended(times=2) == [one, one]
+    assert await router.ended("t2", times=2) == [two, two]
+    assert router.statuses("never") == []
+    assert agent.counters.finished == 2
 
 
 async def test_a_node_says_what_it_runs_and_what_it_does_not_know(

@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 
+from broker.session.base import Message
+from capability_schemas.capability import CapabilityPolicy
+from capability_schemas.ids import now_ms
 from capability_schemas.topics import TopicKind, Topics
+from router import Ledger
+from router.entry import Entry
 from router.events import Phase
 from support.capabilities import make_record
 from support.scripted_mesh import (
@@ -432,6 +437,74 @@ async def test_a_router_whose_session_was_not_kept_asks_for_the_end_it_missed(
     mesh.submit(id="t", function="echo")
     await eventually(lambda: mesh.router.stats.repeated)
     assert len(node.invocations) == 1
+
+
+async def test_nobody_else_is_asked_or_believed_about_a_task_without_a_node(
+    mesh: Mesh, eventually: Any
+) -> None:
+    await mesh.stop_router()
+    now, words = now_ms(), mesh.words
+    task = {"id": "t", "function": "echo", "text": "private", "policy": {"zones": ["hall-3"]}}
+    reply = mesh.topics.build(TopicKind.REPLY, client="pump-7", task="t", source="x")
+    async with Ledger(path=mesh.path / "router-1.sqlite") as ledger:
+        await ledger.journal(
+            Entry(
+                client="pump-7",
+                task_id="t",
+                task=json.dumps(task).encode(),
+                reply=reply.rpartition("/")[0],
+                accepted_at=now,
+                deadline=now + 30_000,
+            )
+        )
+    zone = CapabilityPolicy(zones=("hall-3",))
+    right = await mesh.node("edge-1", answer, make_record(words, "edge-1", "echo", policy=zone))
+    wrong = await mesh.node("edge-2", answer, make_record(words, "edge-2", "echo"))
+    await mesh.start_router(QUICK.model_copy(update={"settle_ms": 500}))
+    (live,) = mesh.router.dispatcher
+    forged = {"v": 1, "task": "t", "event": "result", "at": 1, "attempt": 7, "seq": 0}
+    topic = mesh.topics.build(TopicKind.REPLY, client="pump-7", task="t", source="edge-2")
+    wrong.session.post(topic, json.dumps(forged | {"output": "forged"}).encode())
+    await eventually(lambda: right.invocations)
+    await eventually(lambda: live.machine.ended)
+    assert live.machine.node == "edge-1"
+    assert (wrong.questions, right.questions) == ([], [None])
+
+
+async def test_of_many_tasks_that_waited_a_node_is_asked_in_few_orders(
+    mesh: Mesh, eventually: Any
+) -> None:
+    await mesh.stop_router()
+    now = now_ms()
+    async with Ledger(path=mesh.path / "router-1.sqlite") as ledger:
+        for number in range(300):
+            name = f"t-{number}"
+            reply = mesh.topics.build(TopicKind.REPLY, client="pump-7", task=name, source="x")
+            task = json.dumps({"id": name, "function": "echo", "text": "x"}).encode()
+            where = reply.rpartition("/")[0]
+            await ledger.journal(Entry("pump-7", name, task, where, now, now + 60_000))
+    node = await mesh.node("edge-1", answer)
+    await mesh.start_router()
+    await eventually(lambda: len(node.invocations) == 300, timeout_s=60.0)
+    assert len(node.questions) == 2
+
+
+async def test_after_an_overflow_nodes_have_time_to_answer_before_they_are_asked_again(
+    mesh: Mesh, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await mesh.node("edge-1", admit)
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: len(mesh.router.dispatcher))
+    (live,) = mesh.router.dispatcher
+    await eventually(lambda: live.machine.phase is Phase.ADMITTED)
+    monkeypatch.setattr("router.dispatch._ASKED_PER_MS", 1e-5)  # as if there were many tasks
+    dropped = Message(topic="x", payload=b"")
+    for _ in range(3):
+        mesh.router.dispatcher.overflow(dropped)
+        mesh.router.dispatcher.note_progress()
+        await eventually(lambda: node.questions)
+        await mesh.broker.settle()
+    assert node.questions == [1]
 
 
 async def test_an_id_is_known_though_the_disk_is_full(mesh: Mesh, eventually: Any) -> None:

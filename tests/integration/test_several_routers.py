@@ -15,7 +15,9 @@ from capability_schemas.signing import sign, verify
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.trust import TrustState
 from capability_schemas.wire import encode
-from router.ownership import rank
+from router.entry import Entry
+from router.ledger import Ledger
+from router.ownership import Claim, rank
 from router.quota import QuotaFile
 from support.capabilities import make_record
 from support.members import REGISTRY_KEY, make_book, make_signer
@@ -184,6 +186,27 @@ async def test_a_killed_routers_task_goes_on_with_the_other(
     assert [invocation.attempt for invocation in node.invocations] == [1]
 
 
+async def test_what_readers_pass_over_ends_a_task_for_no_router(
+    mesh: Mesh, eventually: Any
+) -> None:
+    cut_off, task = await held_task(mesh, eventually)
+    second = await mesh.node("edge-2", admit)
+    cut_off.be("offline")
+    await eventually(lambda: second.invocations)
+    await mesh.broker.settle()
+    cut_off.reply(cut_off.invocations[0], event="result", seq=0, output="late", node="edge-1")
+    await mesh.broker.settle()
+    await mesh.kill_router("router-1")
+    await eventually(lambda: mesh.routers["router-2"].stats.taken_over == 1)
+    second.reply(second.invocations[0], event="result", seq=0, output="hello", node="edge-2")
+    await eventually(lambda: not len(mesh.routers["router-2"].dispatcher))
+    await mesh.broker.settle()
+    assert [end["output"] for end in finals(mesh, task)] == ["late", "hello"]
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: len(finals(mesh, task)) > 2)
+    assert finals(mesh, task)[-1]["output"] == "hello"
+
+
 async def test_a_task_that_its_node_has_forgotten_is_given_anew_by_whoever_takes_it_over(
     mesh: Mesh, eventually: Any
 ) -> None:
@@ -282,6 +305,27 @@ async def test_a_restarted_router_learns_how_its_task_ended(mesh: Mesh, eventual
     assert len(node.invocations) == 2
 
 
+async def test_a_restarted_router_is_told_of_ends_that_only_a_journal_knows(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node, task = await held_task(mesh, eventually)
+    await mesh.broker.settle()
+    node.behaviour = answer
+    node.forget()
+    await mesh.kill_router("router-1")
+    await eventually(lambda: mesh.final(task))
+    await mesh.broker.settle()
+    await mesh.kill_router("router-2")
+    mesh.broker.forget_absent()
+    await mesh.start_router(PATIENT, name="router-2", epoch=2)
+    node.behaviour = admit  # who asks it once more gets no answer in a hurry
+    again = await mesh.start_router(PATIENT, name="router-1", epoch=2)
+    await eventually(lambda: len(again.dispatcher) == 0)
+    await mesh.broker.settle()
+    assert ended_once(mesh, task)
+    assert len(node.invocations) == 2
+
+
 async def test_a_router_hears_what_waited_for_it_before_it_takes_a_task_over(
     mesh: Mesh, eventually: Any
 ) -> None:
@@ -353,6 +397,99 @@ async def test_of_two_routers_that_did_not_see_each_other_one_keeps_the_task(
     await mesh.broker.settle()
     assert ended_once(mesh, task)
     assert len(node.invocations) == 2
+
+
+async def given_up_task(mesh: Mesh, eventually: Any) -> tuple[ScriptedNode, str]:
+    """Have router-1 leave a task to router-2 which has it from attempt 101 on, and then be gone."""
+    node, task = await held_task(mesh, eventually)
+    node.forget()
+    mesh.broker.hold("router-1")
+    await eventually(lambda: len(node.invocations) == 2)
+    mesh.broker.release("router-1")
+    await eventually(lambda: mesh.routers["router-1"].stats.given_up == 1)
+    await mesh.broker.settle()
+    await mesh.stop_router("router-1")
+    mesh.broker.forget_absent()
+    return node, task
+
+
+async def test_a_task_given_up_is_not_taken_back_by_a_restart(mesh: Mesh, eventually: Any) -> None:
+    node, task = await given_up_task(mesh, eventually)
+    before = len(node.invocations)
+    again = await mesh.start_router(PATIENT, name="router-1", epoch=2)
+    assert len(again.dispatcher) == 0
+    shadow = again.reception.shadows.get(("pump-7", task))
+    assert shadow is not None
+    assert shadow.claim == Claim("router-2", 101)
+    await know_each_other(mesh, eventually)
+    answer(node, node.invocations[1])
+    await eventually(lambda: mesh.final(task))
+    await no_shadow_is_left(mesh, eventually)
+    assert ended_once(mesh, task)
+    assert len(node.invocations) == before
+
+
+async def test_a_restarted_router_asks_how_the_task_ended_that_it_had_given_up(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node, task = await given_up_task(mesh, eventually)
+    answer(node, node.invocations[1])
+    await eventually(lambda: len(mesh.routers["router-2"].dispatcher) == 0)
+    await mesh.broker.settle()
+    await mesh.kill_router("router-2")  # nor does it remember whose the task was
+    await mesh.start_router(PATIENT, name="router-2", epoch=2)
+    again = await mesh.start_router(PATIENT, name="router-1", epoch=2)
+    await no_shadow_is_left(mesh, eventually)
+    outcome = await again.reception.find_outcome(("pump-7", task))
+    assert outcome is not None
+    assert outcome.attempt == 101
+    assert ended_once(mesh, task)
+
+
+async def test_a_task_given_up_is_taken_over_when_the_other_router_is_gone_too(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node, task = await given_up_task(mesh, eventually)
+    await mesh.kill_router("router-2")
+    node.behaviour = answer
+    await mesh.start_router(SETTINGS, name="router-1", epoch=2)
+    await eventually(lambda: mesh.final(task), timeout_s=60)
+    await mesh.broker.settle()
+    assert ended_once(mesh, task)
+    assert all(invocation.attempt > 200 for invocation in node.invocations[2:])
+
+
+async def test_a_router_that_asks_nodes_in_a_later_generation_has_the_task(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node, task = await held_task(mesh, eventually)
+    reply = node.invocations[0].reply
+    routed = {"task": task, "event": "routed", "at": now_ms(), "node": "edge-1"}
+    routed |= {"function": "echo", "version": "1.0.0", "score": 1.0, "reason": "x"}
+    other = await mesh.session("router-2-by-hand")
+    for attempt, given_up in ((1, 0), (101, 1)):  # no `accepted` of it was heard
+        word = json.dumps({"v": 1, **routed, "attempt": attempt}).encode()
+        other.post(f"{reply}/router-2", word)
+        await mesh.broker.settle()
+        assert mesh.routers["router-1"].stats.given_up == given_up
+
+
+async def test_a_task_that_others_must_have_ended_leaves_the_journal(
+    mesh: Mesh, eventually: Any
+) -> None:
+    long_ago = now_ms() - 600_000
+    task = Entry("pump-7", "t", b'{"v":1,"text":"x"}', "r", long_ago, long_ago + 1_000)
+    async with Ledger(path=mesh.path / "router-1.sqlite") as ledger:
+        await ledger.journal(task)
+        ledger.note_claim(task.key, "router-9", 101)
+        assert len(await ledger.unfinished()) == 1
+    router = await mesh.start_router(SETTINGS)
+    assert len(router.dispatcher) == 0
+    router.reception.sweep()
+    assert len(router.reception.shadows) == 0
+    await mesh.stop_router()
+    async with Ledger(path=mesh.path / "router-1.sqlite") as ledger:
+        assert await ledger.unfinished() == []
 
 
 async def test_a_cancellation_reaches_whoever_takes_the_task_over(

@@ -9,13 +9,18 @@ from typing import Any
 import pytest
 
 from broker.session.memory import MemorySession
+from capability_schemas.capability import Resources
 from capability_schemas.functions import FunctionSpec
 from capability_schemas.invocation import Invocation
+from capability_schemas.node import FunctionLoad, NodeLoad, NodeState
 from capability_schemas.topics import TopicKind, Topics
+from capability_schemas.wire import encode
 from node_agent.agent import NodeAgent
 from node_agent.settings import NodeSettings
 from router import usher
 from router import waiting as room_module
+from router.choosing import Chooser
+from router.events import Chosen
 from support.capabilities import make_record
 from support.scripted_mesh import QUICK, Mesh, ScriptedNode, admit
 
@@ -116,6 +121,112 @@ async def test_the_client_hears_that_its_task_waits(mesh: Mesh, eventually: Any)
     assert "echo" in said["reason"]
     topic = next(topic for topic, event in mesh.events if event == said)
     assert topic.endswith("/router-1")
+
+
+def reasons(mesh: Mesh, task: str) -> list[str]:
+    return [event["reason"] for event in mesh.of(task) if event["event"] == "working"]
+
+
+async def test_the_client_hears_until_when_the_node_sleeps(mesh: Mesh, eventually: Any) -> None:
+    node = await full_node(mesh)
+    asleep = NodeState(node="edge-1", state="sleeping", epoch=10, at=1, wake_at=60_001)
+    topic = mesh.topics.build(TopicKind.NODE_STATE, node="edge-1")
+    node.session.post(topic, encode(asleep), retain=True)
+    await mesh.broker.settle()
+    mesh.submit(id="waits", function="echo", timeout_ms=120_000)
+    await eventually(lambda: reasons(mesh, "waits"))
+    assert reasons(mesh, "waits")[0].startswith("waits for edge-1, asleep until ")
+
+
+@pytest.mark.parametrize("seems_free", [False, True])
+async def test_a_task_that_waits_for_memory_is_not_chosen_for_again_and_again(
+    mesh: Mesh, eventually: Any, monkeypatch: pytest.MonkeyPatch, *, seems_free: bool
+) -> None:
+    chosen = 0
+    choose = Chooser.choose
+
+    def count(*args: Any, **options: Any) -> Chosen:
+        nonlocal chosen
+        chosen += 1
+        return choose(*args, **options)
+
+    monkeypatch.setattr(Chooser, "choose", count)
+    if seems_free:  # whatever the reason: a place that nobody can use is left alone
+        monkeypatch.setattr(usher, "memory_lacking", lambda _record, _node: None)
+    record = make_record(mesh.words, "edge-1", resources=Resources(memory_bytes=10**9))
+    node = await mesh.node("edge-1", admit, record)
+    node.load(capacity=4, memory_free_bytes=1_000, functions=ONE_PLACE)
+    await mesh.broker.settle()
+    mesh.submit(id="waits", function="echo", timeout_ms=120_000)
+    await eventually(lambda: len(reasons(mesh, "waits")) == 2)  # two seconds
+    assert chosen <= (8 if seems_free else 1)
+    if not seems_free:
+        assert "too little memory" in reasons(mesh, "waits")[0]
+    node.load(capacity=4, memory_free_bytes=10**10, functions=ONE_PLACE)
+    await eventually(lambda: node.invocations)
+
+
+async def test_nobody_else_can_have_a_place_left_alone(mesh: Mesh, eventually: Any) -> None:
+    node = await full_node(mesh)
+    other = await mesh.node("edge-2", admit, make_record(mesh.words, "edge-2", "other"))
+    mesh.submit(id="runs", function="echo")
+    mesh.submit(id="waits", function="echo")
+    await eventually(lambda: node.invocations and waiting(mesh) == 1)
+    refusal = {"code": "overloaded", "retry_after_ms": 10**6}
+    other.report(node.invocations[0], "refused", **refusal)
+    late = node.invocations[0].model_copy(update={"attempt": 9})
+    node.report(late, "refused", **refusal)
+    await mesh.broker.settle()
+    finish(node, node.invocations[0])
+    await eventually(lambda: mesh.final("runs"))
+    assert mesh.router.dispatcher.usher.is_free(("edge-1", "echo")) or len(node.invocations) == 2
+    await eventually(lambda: len(node.invocations) == 2)
+
+
+async def test_on_a_large_site_a_task_waits_for_all_nodes_of_its_function(
+    mesh: Mesh, eventually: Any
+) -> None:
+    crowd, nodes = await mesh.session("crowd"), [f"n{number:03}" for number in range(700)]
+
+    def load(node: str, running: int) -> None:
+        message = NodeLoad(
+            node=node,
+            epoch=10,
+            at=1,
+            capacity=1,
+            queue_limit=1,
+            queued=running,
+            running=running,
+            functions={"echo": FunctionLoad(concurrency=1, total_ms=1_000)},
+        )
+        crowd.post(mesh.topics.build(TopicKind.NODE_LOAD, node=node), encode(message))
+
+    for number, node in enumerate(nodes):
+        topic = mesh.topics.build(TopicKind.CATALOG, node=node, function="echo")
+        mesh.client.post(topic, encode(make_record(mesh.words, node)), retain=True)
+        state = NodeState(node=node, state="birth", epoch=10, at=1, load_interval_s=600)
+        crowd.post(mesh.topics.build(TopicKind.NODE_STATE, node=node), encode(state), retain=True)
+        load(node, 1)
+        if number % 50 == 49:
+            await mesh.broker.settle()
+    await mesh.broker.settle()
+    mesh.submit(id="waits", function="echo", timeout_ms=120_000)
+    await eventually(lambda: waiting(mesh) == 1)
+    assert len(mesh.router.dispatcher.usher.room.places) == len(nodes)
+    load(nodes[-1], 0)
+    await eventually(lambda: waiting(mesh) == 0)
+
+
+async def test_a_task_that_waits_keeps_no_candidates(mesh: Mesh, eventually: Any) -> None:
+    await full_node(mesh)
+    mesh.submit(id="runs", function="echo")
+    mesh.submit(id="waits", function="echo")
+    await eventually(lambda: waiting(mesh) == 1)
+    live = mesh.router.dispatcher.live((mesh.client.client_id, "waits"))
+    assert live is not None
+    assert live.explanation is not None
+    told = live.explanation()
+    assert (told["by"], told["problem"]["code"], told["candidates"]) == ("name", "overloaded", [])
 
 
 async def test_what_waits_can_be_cancelled(mesh: Mesh, eventually: Any) -> None:

@@ -28,6 +28,7 @@ QUICK = RouterSettings(
     settle_ms=60,
     quiet_ms=10,
     doubt_ms=300,
+    grace_ms=500,
     sweep_s=0.05,
     calibration_delay_s=3_600,
 )
@@ -72,6 +73,7 @@ class ScriptedNode:
         self.behaviour = behaviour
         self.invocations: list[Invocation] = []
         self.orders: list[dict[str, Any]] = []
+        self.questions: list[int | None] = []
         self._said: dict[tuple[str, str, int], list[tuple[str, bytes]]] = {}
         self._last: dict[tuple[str, str, int], dict[str, Any]] = {}
 
@@ -127,7 +129,11 @@ class ScriptedNode:
     async def _on_control(self, message: Message) -> None:
         order = json.loads(message.payload)
         if order["verb"] == "account":
-            self._account(order)
+            self.questions.append(order.get("attempt"))
+            for client, task in order.get("tasks", ()):
+                self._account(order | {"client": client, "task": task})
+            if "task" in order:
+                self._account(order)
         else:
             self.orders.append(order)
 

@@ -66,13 +66,18 @@ class Plant:
         self, node: str = "edge-1", *, url: str | None = None, **settings: Any
     ) -> tuple[NodeAgent, MqttSession]:
         """Start a node with ``FUNCTIONS``, and have the registry admit them."""
-        session = await self.session(node, url=url, reconnect_floor_s=0.05)
+        session = MqttSession(
+            settings=self.site.settings(node, url=url, reconnect_floor_s=0.05),
+            will=lambda: agent.last_will(),  # noqa: PLW0108  # it comes after its session
+        )
         agent = NodeAgent(
             session=session,
             topics=self.site.topics,
             settings=NodeSettings(node=node, cancel_grace_s=0.5, drain_timeout_s=0.1, **settings),
             functions=tuple(FUNCTIONS.values()),
         )
+        await self.stack.enter_async_context(session)
+        await session.wait_connected(CONNECT_S)
         await self.stack.enter_async_context(agent)
         async with MqttSession(settings=self.site.settings("registry-1")) as registry:
             await registry.wait_connected(CONNECT_S)
@@ -97,7 +102,7 @@ class Plant:
         )
 
     async def start_router(
-        self, stack: contextlib.AsyncExitStack
+        self, stack: contextlib.AsyncExitStack, **settings: Any
     ) -> tuple[RouterService, MqttSession]:
         """Start the router, on the journal and the session it has left."""
         ledger = await stack.enter_async_context(Ledger(path=self.folder / "router.sqlite"))
@@ -112,7 +117,7 @@ class Plant:
             encoder=encoder,
             ledger=ledger,
             router_id="router-1",
-            settings=RouterSettings(calibration_delay_s=3_600),
+            settings=RouterSettings(calibration_delay_s=3_600, **settings),
         )
         await router.listen()
         await stack.enter_async_context(session)

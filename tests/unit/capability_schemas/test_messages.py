@@ -225,3 +225,18 @@ def test_a_report_holds_no_number_that_means_nothing(field: dict[str, Any]) -> N
         decode(Report, json.dumps(report | field).encode())
     with pytest.raises(MalformedPayload, match="confidence"):
         decode(Report, json.dumps(report | {"confidence": float("nan")}).encode())
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        (Report, {"task": "t", "client": "c", "node": "n", "status": "running", "attempt": 10**30}),
+        (NodeState, {"node": "n", "state": "sleeping", "epoch": 1, "at": 1, "wake_at": 10**25}),
+        (NodeState, {"node": "n", "state": "sleeping", "epoch": 1, "at": -(10**25)}),
+        (Result, {"task": "t", "at": 1, "seq": 0, "attempt": 10**30}),
+    ],
+    ids=["attempt", "wake_at", "at", "attempt of a result"],
+)
+def test_numbers_that_nobody_can_count_with_are_refused(model: Any, fields: dict[str, Any]) -> None:
+    with pytest.raises(MalformedPayload, match="Input should be"):
+        decode(model, json.dumps(fields).encode())

@@ -7,7 +7,7 @@ import pytest
 from pydantic import SecretStr
 
 from broker.engine import free_port
-from capability_schemas.errors import AccessDenied
+from capability_schemas.errors import AccessDenied, Unavailable
 from foam.doctor import run_checks
 from foam.mesh import MeshFolder, MeshRecord, Person
 from foam.sdk.client import MeshClient
@@ -68,6 +68,38 @@ def test_a_mesh_that_refuses_us_is_a_failure_with_the_right_advice(tmp_path, mon
     record = MeshRecord(broker=url["url"], site="local", device=person, admin=person)
     MeshFolder(tmp_path).prepare().write_record(record)
     assert (mesh().verdict, "foam up" in mesh().remedy) == ("failed", True)
+
+
+def test_a_mesh_is_told_with_its_sleepers_and_a_silent_one_with_the_way_on(tmp_path, monkeypatch):
+    answers = [
+        {"nodes": 2, "asleep": 1, "functions": 5},
+        Unavailable("no router lives: router-1 is offline"),
+    ]
+
+    async def enter(self):
+        return self
+
+    async def leave(*_):
+        pass
+
+    async def admin(*_, **__):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(MeshClient, "__aenter__", enter)
+    monkeypatch.setattr(MeshClient, "__aexit__", leave)
+    monkeypatch.setattr(MeshClient, "admin", admin)
+    settings = Settings(data=tmp_path, url="mqtt://127.0.0.1:1", site="local")
+
+    def mesh():
+        return next(check for check in run_checks(settings) if check.what == "mesh")
+
+    assert mesh().found.endswith("2 nodes live, 1 asleep, 5 functions")
+    silent = mesh()
+    assert (silent.verdict, silent.found) == ("note", "no router lives: router-1 is offline")
+    assert "foam routers" in silent.remedy
 
 
 def test_a_broken_one_is_named(tmp_path):

@@ -42,6 +42,23 @@ def test_expected_errors_have_no_traceback(lines) -> None:
     assert "ZeroDivisionError" in odd["exception"]
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_traceback_on_a_terminal_shows_no_values() -> None:
+    stream = Terminal()
+    configure_logging("info", stream=stream)
+    passphrase = "hunter2" * 2
+    try:
+        int(passphrase[:3])
+    except ValueError as error:
+        structlog.get_logger("x").error("odd", exc_info=error)
+    assert "ValueError" in stream.getvalue()
+    assert "hunter2hunter2" not in stream.getvalue()
+
+
 def test_less_severe_events_are_left_out(lines) -> None:
     structlog.get_logger("x").debug("noise")
     assert lines() == []

@@ -94,6 +94,24 @@ async def test_the_others_go_on_without_a_spare_one_that_finds_its_place_taken(
         assert supervisor.running
 
 
+async def test_another_one_of_its_group_stands_in_for_one_that_crashes_for_ever(
+    tmp_path: Path, eventually
+) -> None:
+    left = tmp_path / "left"
+    told: list[str] = []
+    left.touch()
+    last = f"import pathlib, time\n{READY}while pathlib.Path({str(left)!r}).exists():\n"
+    async with Supervisor(policy=QUICK, notify=told.append) as supervisor:
+        other = _spec(tmp_path, last + "    time.sleep(0.05)\nraise SystemExit(3)")
+        await supervisor.add(replace(other, name="other", group="router")).wait_ready()
+        supervisor.add(replace(_spec(tmp_path, READY + "raise SystemExit(7)"), group="router"))
+        await eventually(lambda: any("the others go on without it" in said for said in told))
+        assert supervisor.running
+        left.unlink()
+        with pytest.raises(Unavailable, match="times in a row"):
+            await supervisor.wait()
+
+
 async def test_one_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     deaf = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + READY
     told: list[str] = []

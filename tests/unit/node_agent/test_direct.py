@@ -1,12 +1,15 @@
 """What a node makes of tasks that clients give it themselves."""
 
 import json
+from typing import Any
 
 import pytest
 
 from broker import presence
 from broker.session.memory import MemoryBroker, MemorySession
+from capability_schemas.errors import Overloaded
 from capability_schemas.functions import FunctionSpec
+from capability_schemas.invocation import Invocation
 from capability_schemas.node import RouterState
 from capability_schemas.reply import Chunk, Result
 from capability_schemas.signing import sign
@@ -15,7 +18,7 @@ from capability_schemas.trust import TrustState
 from capability_schemas.wire import encode
 from node_agent import direct, direct_runs
 from node_agent.direct import DirectDesk
-from node_agent.invocation import Outcome
+from node_agent.invocation import Outcome, Standing
 from node_agent.settings import NodeSettings
 from support.members import REGISTRY_KEY, make_book, make_signer, passport_of
 
@@ -37,6 +40,7 @@ class Site:
         self.said = []
         self.signer = make_signer(NODE, "node", now=NOW)
         self.spec = SPEC
+        self.known = {}  # what the executor knows of tasks, by client and id
 
     async def open(self, **settings):
         self.desk = DirectDesk(
@@ -48,12 +52,19 @@ class Site:
             book=make_book(lambda: NOW),
             clock=lambda: NOW,
         )
-        self.desk.attach(
-            take=lambda invocation, topic: self.taken.append((invocation, topic)),
-            stop=self.stopped.append,
-        )
+        executor: Any = self
+        self.desk.attach(executor)
         await self.desk.listen()
         await self.far.subscribe(self.topics.filter(TopicKind.REPLY), self._hear)
+
+    def take(self, invocation, reply):
+        self.taken.append((invocation, reply))
+
+    def cancel(self, control):
+        self.stopped.append(control)
+
+    def standing(self, whose):
+        return self.known.get(whose, Standing())
 
     def attest(self, **fields):
         policy = None if not fields else SPEC.policy.model_copy(update=fields)
@@ -160,6 +171,7 @@ async def test_nobody_gets_past_rules_that_only_routers_know(site):
     await site.router(direct=False)
     await site.router("offline", direct=False)
     await site.ask()
+    assert site.said[-1]["detail"]["router"] == "router-1"  # the client waits for one
     assert "let nobody past it" in site.refusal[1]
 
 
@@ -173,8 +185,9 @@ async def test_a_node_that_has_just_come_back_listens_first(site, monkeypatch):
 async def test_a_node_may_be_closed(site):
     await site.open(direct="never")
     await site.ask()
-    assert not site.taken
-    assert not site.said
+    assert site.said[-1]["retryable"] is True  # whoever else is not closed may be asked
+    code, why = site.refusal
+    assert (code, "routers only" in why) == ("policy_denied", True)
 
 
 async def test_a_node_that_its_broker_does_not_let_listen_takes_nothing(topics, monkeypatch):
@@ -265,7 +278,7 @@ async def test_of_one_client_and_of_all_together_so_many_run_at_a_time(site):
         await site.ask(f"u{number}", client="pump-8")
     assert [invocation.task for invocation, _ in site.taken] == ["t0", "t1", "u0"]
     site.speak(result(0, task="u0"))
-    site.desk.ended(site.taken[-1][0], Outcome(status="finished", seq=1))
+    site.desk.ended(site.taken[-1][0], Outcome(status="finished", seq=1, payload=b"{}"))
     await site.ask("u2", client="pump-8")
     assert site.taken[-1][0].task == "u2"
 
@@ -275,8 +288,12 @@ async def test_the_same_id_is_answered_by_the_same_run(site):
     await site.ask()
     await site.router()  # too late: it runs
     await site.ask()
-    first, again = site.taken
-    assert again == first
+    assert [event["event"] for event in site.said] == ["working"]
+    site.speak(result(0))
+    site.desk.ended(site.taken[0][0], Outcome(status="finished", seq=1, payload=b"{}"))
+    await site.ask()
+    assert [event["event"] for event in site.said] == ["working", "result", "result"]
+    assert len(site.taken) == 1
 
 
 async def test_a_refusal_of_the_queue_leaves_room_for_another_try(site, monkeypatch):
@@ -291,6 +308,7 @@ async def test_a_refusal_of_the_queue_leaves_room_for_another_try(site, monkeypa
     assert site.said[-1]["code"] == "overloaded"
     assert site.said[-1]["retry_after_ms"] == 70
     assert site.said[-1]["detail"]["refused"] is True
+    site.known[CLIENT, "t1"] = Standing(1, outcome=Outcome(status="refused"))
     await site.ask()
     assert [invocation.attempt for invocation, _ in site.taken] == [1, 2]
 
@@ -304,7 +322,7 @@ async def test_what_was_shown_is_repeated_while_the_node_lives(site):
     await site.send(TopicKind.DIRECT_RESUME, b'{"task": "t1", "from_seq": 1}')
     assert [event["event"] for event in site.said] == ["chunk", "working"]
     site.speak(chunk(2, "c"), result(3, "abc"))
-    site.desk.ended(site.taken[0][0], Outcome(status="finished", seq=4))
+    site.desk.ended(site.taken[0][0], Outcome(status="finished", seq=4, payload=b"{}"))
     await site.broker.settle()
     site.said.clear()
     await site.send(TopicKind.DIRECT_RESUME, b'{"task": "t1", "from_seq": 0}')
@@ -321,7 +339,7 @@ async def test_what_is_too_long_to_be_kept_is_stood_in_for(site, monkeypatch):
     await site.open()
     await site.ask()
     site.speak(chunk(0, "a"), chunk(1, "b" * 300), chunk(2, "c"), result(3))
-    site.desk.ended(site.taken[0][0], Outcome(status="finished", seq=4))
+    site.desk.ended(site.taken[0][0], Outcome(status="finished", seq=4, payload=b"{}"))
     site.said.clear()
     await site.broker.settle()
     site.said.clear()
@@ -339,7 +357,7 @@ async def test_old_ends_make_room(site, monkeypatch):
     for number in range(6):
         await site.ask(f"t{number}")
         site.speak(result(0, task=f"t{number}"))
-        site.desk.ended(site.taken[-1][0], Outcome(status="finished", seq=1))
+        site.desk.ended(site.taken[-1][0], Outcome(status="finished", seq=1, payload=b"{}"))
     await site.broker.settle()
     site.said.clear()
     for number in range(6):
@@ -423,3 +441,132 @@ async def test_a_kept_task_is_nobodys(site):
     await site.open()
     await site.broker.settle()
     assert not site.taken
+
+
+# ---- what routers had here before they went
+
+
+def attempt_of_a_router(number=1, **fields):
+    return Invocation(
+        **{
+            "task": "t1",
+            "client": CLIENT,
+            "router": "router-1",
+            "attempt": number,
+            "function": "echo",
+            "version": "1.2.0",
+            "text": "hi",
+            "deadline": NOW + 60_000,
+            "reply": f"foam/v1/local/reply/{CLIENT}/t1",
+            "sent_at": NOW,
+            **fields,
+        }
+    )
+
+
+def finished(seq=2):
+    return Outcome(status="finished", seq=seq + 1, payload=encode(result(seq)))
+
+
+async def test_the_end_of_a_routers_attempt_answers_the_same_id(site):
+    site.known[CLIENT, "t1"] = Standing(3, outcome=finished())
+    await site.open(direct_per_client=1)
+    await site.ask()
+    assert [(event["event"], event["seq"]) for event in site.said] == [
+        ("chunk", 0),
+        ("chunk", 1),
+        ("result", 2),
+    ]
+    await site.ask("t2")  # its place is free
+    assert [invocation.task for invocation, _ in site.taken] == ["t2"]
+
+
+async def test_a_routers_attempt_that_runs_is_followed_to_its_end(site):
+    running = attempt_of_a_router(3)
+    site.known[CLIENT, "t1"] = Standing(3, running=running)
+    await site.open(direct_per_client=1)
+    await site.ask()
+    assert [event["event"] for event in site.said] == ["working"]
+    assert not site.taken
+    site.desk.ended(attempt_of_a_router(2), Outcome(status="dropped", reason="superseded"))
+    site.desk.ended(running, finished())  # which it had said on a topic of the router's choice
+    await site.broker.settle()
+    assert site.said[-1]["event"] == "result"
+    await site.ask("t2")
+    assert [invocation.task for invocation, _ in site.taken] == ["t2"]
+
+
+@pytest.mark.parametrize(
+    ("standing", "attempt"),
+    [
+        (Standing(3, outcome=Outcome(status="failed", code="node_lost")), 4),
+        (Standing(3, outcome=Outcome(status="unsure", payload=b"{}")), 4),
+        (Standing(3, running=attempt_of_a_router(3, hold=True)), 4),
+        (Standing(3), 4),
+    ],
+    ids=["failed", "unsure", "held", "forgotten"],
+)
+async def test_what_a_router_would_have_gone_on_with_is_run_anew(site, standing, attempt):
+    site.known[CLIENT, "t1"] = standing
+    await site.open()
+    await site.ask()
+    assert [invocation.attempt for invocation, _ in site.taken] == [attempt]
+
+
+async def test_what_may_run_once_is_not_run_anew(site):
+    site.spec = SPEC.model_copy(update={"continues": "none"})
+    site.known[CLIENT, "t1"] = Standing(1, outcome=Outcome(status="failed", code="node_lost"))
+    await site.open()
+    await site.ask()
+    assert not site.taken
+    assert site.said[-1]["code"] == "node_lost"
+    assert "refused" not in site.said[-1]["detail"]
+
+
+async def test_an_end_that_found_no_room_is_told_when_the_client_asks(site, monkeypatch):
+    await site.open()
+    await site.ask()
+    monkeypatch.setattr(site.session, "post", full)
+    site.desk.ended(site.taken[0][0], Outcome(status="finished", code=None, reason="no room"))
+    monkeypatch.undo()
+    await site.send(TopicKind.DIRECT_RESUME, b'{"task": "t1"}')
+    assert [event["code"] for event in site.said] == ["node_lost"]
+
+
+def full(*_, **__):
+    raise Overloaded("the outbox is full")
+
+
+async def test_a_cancellation_that_overtakes_its_task_is_kept(site):
+    await site.open()
+    await site.send(TopicKind.DIRECT_CANCEL, b'{"task": "t1"}')
+    assert not site.said
+    await site.ask()
+    assert site.refusal[0] == "cancelled"
+    await site.ask(client="pump-8")
+    assert len(site.taken) == 1
+
+
+async def test_a_flood_of_one_client_makes_nobody_elses_refusal_be_forgotten(site, monkeypatch):
+    monkeypatch.setattr(direct, "_MOST_REFUSALS", 8)
+    await site.open()
+    await site.router()
+    await site.ask("t1")
+    for number in range(20):
+        await site.ask(f"u{number}", client="pump-8")
+    await site.router("offline")
+    await site.ask("t1")
+    assert not site.taken
+
+
+async def test_the_ends_of_a_busy_client_make_nobody_elses_be_forgotten(site, monkeypatch):
+    monkeypatch.setattr(direct_runs, "_KNOWN_LIMIT", 3)
+    await site.open()
+    for number, client in enumerate([CLIENT, *["pump-8"] * 5]):
+        await site.ask(f"t{number}", client=client)
+        site.speak(result(0, task=f"t{number}"))
+        site.desk.ended(site.taken[-1][0], Outcome(status="finished", seq=1, payload=b"{}"))
+    await site.broker.settle()
+    site.said.clear()
+    await site.send(TopicKind.DIRECT_RESUME, b'{"task": "t0"}')
+    assert [event["task"] for event in site.said] == ["t0"]

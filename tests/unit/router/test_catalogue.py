@@ -4,6 +4,7 @@ import pytest
 
 from capability_schemas.capability import CatalogRecord
 from capability_schemas.node import NodeLoad, NodeState
+from capability_schemas.wire import MAX_COUNT
 from router.catalogue import Fleet
 
 
@@ -268,3 +269,92 @@ def test_what_a_registry_writes_that_was_replaced_is_passed_over(fleet: Fleet) -
     assert not fleet.admit(record(revision=4))
     assert fleet.admit(record(revision=3, term=8, description="Say it thrice."))
     assert fleet.records["n1", "echo"].term == 8
+
+
+# ---- lost a moment ago
+
+WILL = state("offline")
+GOODBYE = WILL.model_copy(update={"at": 5})
+
+
+def waited_for(fleet: Fleet, now: int) -> bool:
+    return not fleet.node("n1").live and fleet.node("n1").just_lost(now)
+
+
+@pytest.fixture
+def patient() -> Fleet:
+    fleet = Fleet(grace_ms=5_000)
+    fleet.hear_state(state(), 0)
+    return fleet
+
+
+def test_a_node_that_was_lost_is_waited_for_for_a_moment(patient: Fleet) -> None:
+    patient.hear_state(WILL, 1_000)
+    assert [waited_for(patient, now) for now in (1_000, 5_999, 6_000)] == [True, True, False]
+    assert patient.node("n1").back_by == 6_000
+
+
+def test_one_that_fell_silent_is_waited_for_and_its_late_will_changes_nothing(
+    patient: Fleet,
+) -> None:
+    assert patient.silenced(60_000) == ["n1"]
+    patient.hear_state(WILL, 64_000)
+    assert [waited_for(patient, now) for now in (64_999, 65_000)] == [True, False]
+
+
+def test_nobody_waits_for_who_said_that_it_goes(patient: Fleet) -> None:
+    patient.hear_state(GOODBYE, 1)
+    assert not waited_for(patient, 1)
+    patient.hear_state(state(epoch=11), 2)
+    patient.hear_load(load(epoch=11).model_copy(update={"at": 6}), 3)
+    patient.hear_state(state("offline", epoch=11).model_copy(update={"at": 5}), 4)
+    assert waited_for(patient, 4), "written before its last load: a will"
+
+
+@pytest.mark.parametrize("way", ["draining", "sleeping"])
+def test_nor_for_one_that_took_no_work_any_more(patient: Fleet, way: str) -> None:
+    patient.hear_state(state(way), 1)
+    patient.hear_state(WILL, 2)
+    patient.silenced(10**9)
+    assert not waited_for(patient, 2)
+    assert patient.node("n1").lost_at is None
+
+
+def test_nor_for_one_that_was_thrown_out_or_removed(patient: Fleet) -> None:
+    patient.hear_state(WILL, 1)
+    patient.revoke("n1")
+    assert not waited_for(patient, 2)
+    patient.revoke("n1", revoked=False)
+    assert waited_for(patient, 2)
+    patient.forget_state("n1")
+    assert not waited_for(patient, 2)
+
+
+def test_nor_for_one_that_was_away_before_anybody_listened() -> None:
+    fleet = Fleet(grace_ms=5_000)
+    fleet.hear_state(WILL, 1, kept=True)
+    assert not waited_for(fleet, 1)
+
+
+def test_a_clock_that_was_set_back_makes_no_wait_longer(patient: Fleet) -> None:
+    patient.hear_state(WILL, 10**9)
+    assert not waited_for(patient, 5)
+
+
+def test_one_that_was_started_anew_unnoticed_is_just_back(patient: Fleet) -> None:
+    patient.hear_state(state(epoch=11), 1_000)
+    assert patient.node("n1").live
+    assert [patient.node("n1").just_lost(now) for now in (1_000, 6_000)] == [True, False]
+
+
+def test_without_grace_nobody_is_waited_for(fleet: Fleet) -> None:
+    fleet.hear_state(WILL, 1)
+    assert not fleet.node("n1").just_lost(1)
+
+
+def test_a_sleep_of_centuries_is_not_believed(fleet: Fleet) -> None:
+    now = 1_700_000_000_000
+    fleet.hear_state(asleep(at=1, wake_at=MAX_COUNT), now)
+    wake_at = fleet.node("n1").wake_at
+    assert wake_at is not None
+    assert now < wake_at < now + 500 * 86_400_000

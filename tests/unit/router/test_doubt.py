@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from capability_schemas.errors import DeadlineExceeded, NodeLost, TaskCancelled
+from capability_schemas.errors import DeadlineExceeded, NodeLost, Overloaded, TaskCancelled
 from capability_schemas.ids import is_identifier
 from capability_schemas.invocation import Report
 from router.doubt import DoubtingMachine
@@ -30,8 +30,11 @@ from router.events import (
     Observed,
     Phase,
     Reported,
+    Shed,
     Tick,
+    Wait,
 )
+from router.ownership import GENERATION
 from router.settings import RouterSettings
 from router.shown import Origin
 from support.journal import journaled
@@ -333,6 +336,14 @@ def test_a_restored_task_that_its_node_does_not_know_is_routed_anew() -> None:
     assert announced.attempt > 2  # one attempt may have been made and not written down
 
 
+def test_what_a_node_said_to_another_router_is_no_answer() -> None:
+    made = restored()
+    assert made.handle(report("unknown"), 1) == []  # of the backlog: who asked has the task
+    assert made.phase is Phase.INVOKED
+    assert made.handle(Tick(), SETTLED) == [Ask("a", 1)]
+    assert made.handle(report("unknown"), SETTLED + 1) == [Choose()]
+
+
 def test_a_number_that_was_announced_is_not_given_again() -> None:
     task = restored(given=7)
     task.handle(Tick(), SETTLED)
@@ -427,3 +438,157 @@ def test_a_restored_task_past_its_deadline_asks_first(node: str | None) -> None:
         if actions and isinstance(actions[-1], Announce):
             task.handle(Fenced(actions[-1].attempt), at)
     assert at < SETTLED + 3 * SETTINGS.doubt_ms
+
+
+# ---- missed again and again
+
+
+def live_through(
+    task: DoubtingMachine, *, until: int, pause: int, cancel_at: int | None = None
+) -> tuple[int, int]:
+    """Have a machine miss something every ``pause``; return how often it asks, and when it ends."""
+    asked = now = 0
+    while now < until and not task.ended:
+        events: list[Any] = [Missed(pause + 100), Tick()] if now % pause == 0 else [Tick()]
+        if cancel_at == now:
+            events.append(CancelAsked())
+        for event in events:
+            for action in task.handle(event, now):
+                asked += isinstance(action, Ask)
+                if isinstance(action, Announce):
+                    task.handle(Fenced(action.attempt), now)
+        now += 10
+    return asked, now
+
+
+def test_a_question_that_waits_is_not_put_off_by_the_next_loss() -> None:
+    asked, _ = live_through(begun(shown=0), until=1_000, pause=500)
+    assert asked > 1
+
+
+@pytest.mark.parametrize("cancel_at", [None, 1_000])
+def test_a_task_ends_however_often_something_is_missed(cancel_at: int | None) -> None:
+    task = begun(deadline=2_000)
+    _, ended_at = live_through(task, until=20_000, pause=50, cancel_at=cancel_at)
+    assert task.ended
+    # The longest doubt about its node, twice the time for an answer, and the fence.
+    assert ended_at < (cancel_at or 2_000) + 3 * SETTINGS.doubt_ms
+
+
+def test_a_node_that_says_something_again_is_asked_again() -> None:
+    task = begun(deadline=100_000)
+    task.handle(Missed(), 10)
+    task.handle(CancelAsked(), 20)
+    task.handle(Tick(), 30)
+    assert task.handle(Tick(), 20 + SETTINGS.doubt_ms) == [CancelNode("a", 1, "client")]
+    task.handle(Missed(), 540)
+    assert task.handle(Tick(), 540) == []  # it has not answered
+    task.handle(chunk(2), 541)
+    task.handle(Missed(), 542)
+    assert task.handle(Tick(), 542) == [Ask("a", 1)]
+
+
+# ---- whose word counts on what is not written down
+
+
+def may_have_a(node: str, _now: int) -> bool:
+    return node == "a"
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_node_that_may_not_have_a_task_cannot_claim_it(waits: bool) -> None:
+    task = restored(node=None, attempt=0)
+    task.may_have = may_have_a
+    at = SETTLED
+    if waits:
+        assert task.handle(Tick(), at) == [Ask()]
+        at += 100
+        assert task.handle(Tick(), at) == [Choose()]
+        assert task.handle(Chosen((), Overloaded("full"), places=PLACES), at) == [Wait(PLACES)]
+    assert task.handle(report("running", "x", 7, seq=0), at + 1) == []
+    assert task.handle(result(0, "x", 7), at + 2) == []
+    assert task.node is None
+    assert not task.ended
+
+
+PLACES = frozenset({("b", "f")})
+
+
+def test_what_came_before_it_was_known_who_may_have_it_counts_after_all() -> None:
+    task = restored(node=None, attempt=0)
+    known: set[str] = set()
+    task.may_have = lambda node, _now: node in known
+    assert task.handle(result(0, "x", 7), 4) == []
+    assert task.handle(result(0), 5) == []
+    known.add("a")
+    end = end_of(task.handle(Tick(), SETTLED))
+    assert (end.payload, end.attempt, end.retell) == (b"done", 1, True)
+
+
+def test_what_comes_too_early_is_bounded() -> None:
+    task = restored(node=None, attempt=0)
+    known: set[str] = set()
+    task.may_have = lambda node, _now: node in known
+    for number in range(100):
+        task.handle(result(0, f"x{number}", 7), 4)
+    task.handle(result(0), 5)
+    known.add("a")
+    assert task.handle(Tick(), SETTLED) == [Ask()]  # it says so once more when it is asked
+
+
+def test_what_the_router_said_itself_it_believes() -> None:
+    task = restored(node=None, attempt=0)
+    task.may_have = may_have_a
+    task.handle(Fenced(1, "b", Origin("f", "1.0.0")), 5)
+    assert end_of(task.handle(result(0, "b"), 6)).payload == b"done"
+
+
+def test_a_number_that_no_router_gives_is_made_up() -> None:
+    task = restored(node=None, attempt=3)
+    for attempt in (2**53 - 1, 5 * GENERATION):
+        assert task.handle(report("running", attempt=attempt, seq=0), 5) == []
+        assert task.node is None
+    assert task.attempt == 4
+    task.handle(report("running", attempt=GENERATION + 1, seq=0), 6)
+    assert (task.node, task.attempt) == ("a", GENERATION + 1)
+
+
+def test_once_somebody_was_asked_no_other_attempt_is_believed() -> None:
+    task = restored(node=None, attempt=0)
+    task.handle(Tick(), SETTLED)
+    task.handle(Tick(), SETTLED + 100)
+    (invoke,) = task.handle(Chosen((B,), places=PLACES), SETTLED + 101)
+    assert isinstance(invoke, Invoke)
+    full = report("refused", "b", invoke.attempt, code="overloaded")
+    assert plain(task.handle(full, SETTLED + 102)) == [Wait(PLACES)]  # and the try is forgiven
+    assert task.handle(report("running", "x", 50, seq=0), SETTLED + 103) == []
+    assert task.node is None
+
+
+def test_a_task_that_turns_out_to_run_waits_no_longer() -> None:
+    task = restored(node=None, attempt=0)
+    task.handle(Tick(), SETTLED)
+    task.handle(Tick(), SETTLED + 100)
+    task.handle(Chosen((), Overloaded("full"), places=PLACES), SETTLED + 101)
+    waited = task.waiting
+    task.handle(report("running", seq=0), SETTLED + 102)
+    assert (waited, task.waiting) == (True, False)
+    assert task.handle(Shed(Overloaded("no room")), SETTLED + 103) == []
+    assert end_of(task.handle(result(0), SETTLED + 104)).payload == b"done"
+
+
+def test_a_begun_task_without_a_node_is_asked_for_until_whoever_began_it_can_be_back() -> None:
+    task = restored(node=None, attempt=0, next_seq=3)
+    assert task.handle(Tick(), SETTLED) == [Ask()]
+    assert task.wake_at == SETTLED + 100
+    assert task.handle(Tick(), SETTLED + 100) == [Ask()]  # its node may have been cut off
+    assert end_of(task.handle(result(4), SETTLED + 150)).payload == b"done"
+
+
+def test_a_begun_task_that_nobody_knows_ends() -> None:
+    task = restored(node=None, attempt=0, next_seq=3)
+    at = SETTLED
+    while not task.ended and at < SETTLED + 10_000:
+        task.handle(Tick(), at)
+        at += 10
+    assert at < SETTLED + SETTINGS.doubt_ms + 200

@@ -2,10 +2,12 @@
 
 import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from capability_schemas.capability import CatalogRecord
 from capability_schemas.errors import (
     DeadlineExceeded,
     InvalidTask,
@@ -175,6 +177,7 @@ def test_what_only_a_sleeper_can_do_may_wait_for_it() -> None:
     assert error.retryable
     assert error.message == "b could, but is asleep until 00:00:10 UTC, 10 s from now"
     assert (error.detail["node"], error.detail["wake_at"]) == ("b", 10_000)
+    assert chosen(late, soon).explain()["problem"]["waits_for"] == "b"
 
 
 def test_a_sleeper_that_wakes_too_late_is_named() -> None:
@@ -189,6 +192,70 @@ def test_nobody_waits_for_a_sleeper_that_does_not_say_when_it_wakes() -> None:
     assert isinstance(error, NoCapableNode)
     assert "does not say until when" in error.message
     assert "wake_at" not in error.detail
+
+
+def lost(**fields: Any) -> dict[str, Any]:
+    """A view of a node that was lost 1 s ago; now is 2,000."""
+    return {"presence": "offline", "lost_at": 1_000, "grace_ms": 5_000} | fields
+
+
+def test_a_node_that_was_just_lost_is_waited_for_while_nobody_else_can() -> None:
+    alone = chosen(offer("a", 0.9, lost()), now=2_000)
+    error = alone.problem
+    assert isinstance(error, NoCapableNode)
+    assert error.message == "a could, but was lost 1.0 s ago, and may be back within 4.0 s"
+    assert (error.detail["node"], error.detail["wake_at"]) == ("a", 6_000)
+    assert (alone.places, alone.start_by) == (frozenset({("a", "echo")}), 6_000)
+    assert nodes(chosen(offer("a", 0.9, lost()), offer("b", 0.9), now=2_000)) == ["b"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"view": lost(cordoned=True)},
+        {"view": lost(revoked=True)},
+        {"view": lost(lost_at=None)},
+        {"view": lost(grace_ms=1_000)},
+        {"view": lost(), "expires_at": 1_999},
+    ],
+    ids=["cordoned", "revoked", "said that it goes", "too long ago", "lease over"],
+)
+def test_nobody_waits_for_a_lost_node_that_could_not_have_the_task(fields: dict[str, Any]) -> None:
+    selection = chosen(offer("a", 0.9, **fields), now=2_000)
+    assert isinstance(selection.problem, NoCapableNode)
+    assert selection.problem.retryable
+    assert "wake_at" not in selection.problem.detail
+    assert not selection.places
+
+
+def test_nobody_waits_for_a_lost_node_without_time_for_the_task() -> None:
+    slow = lost(**busy(least_ms=3_000))
+    error = problem(offer("a", 0.9, slow), now=2_000, deadline=4_000)
+    assert isinstance(error, NoCapableNode)
+    assert "wake_at" not in error.detail
+    selection = chosen(offer("a", 0.9, slow), now=2_000, deadline=6_000)
+    assert selection.start_by == 3_001, "later it could not be done in time"
+
+
+def test_what_a_lost_node_had_is_no_reason_not_to_wait_for_it() -> None:
+    breakers = Breakers()
+    for _ in range(3):
+        breakers.learn("a", "echo", False, 1_000)
+    for view in (lost(), lost(presence="birth")):  # gone, and just back
+        selection = chosen(offer("a", 0.9, view), now=1_500, breakers=breakers)
+        assert selection.problem is not None
+        assert selection.problem.detail["wake_at"] == 6_000
+        assert selection.places
+    later = problem(offer("a", 0.9, {"presence": "birth"}), now=1_500, breakers=breakers)
+    assert "wake_at" not in later.detail
+
+
+def test_whoever_is_back_first_is_waited_for_a_sleeper_or_a_lost_one() -> None:
+    selection = chosen(offer("a", 0.9, lost()), offer("b", 0.9, sleeper(4_000)), now=2_000)
+    assert selection.problem is not None
+    assert selection.problem.detail["node"] == "b"
+    assert selection.start_by is not None
+    assert selection.start_by > 6_000, "the sleeper may be there when the lost one is given up"
 
 
 def test_an_expired_lease_is_no_offer() -> None:
@@ -273,3 +340,24 @@ def test_reasons_stay_short_however_long_the_demands_are() -> None:
     error = problem(offer("a"), offer("b"), task=task)
     assert "and 2992 more" in error.message
     assert len(json.dumps(error.detail)) < 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenEffect(FixedEffect):
+    """A rule that stumbles over what one node says of itself."""
+
+    def refusal(self, record: CatalogRecord) -> str | None:
+        if record.node == "b":
+            raise OverflowError("year is out of range")
+        return None
+
+
+def test_who_cannot_be_judged_hurts_nobody_else() -> None:
+    selection = chosen(offer("a", 0.7), offer("b", 0.9), effect=BrokenEffect())
+    assert nodes(selection) == ["a"]
+    told = {row["node"]: row for row in selection.explanation["candidates"]}["b"]
+    assert "cannot be judged (OverflowError)" in told["gates"]["sound"]
+    assert told["gates"]["zones"] == "not looked at"
+    error = problem(offer("b", 0.9), effect=BrokenEffect())
+    assert isinstance(error, NoCapableNode)
+    assert "what node b says of itself cannot be judged" in error.message

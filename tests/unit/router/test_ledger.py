@@ -84,6 +84,33 @@ async def test_notes_are_kept_in_order_without_waiting(tmp_path: Path) -> None:
         assert await ledger.explanation("t", "stranger") is None
 
 
+async def test_it_is_noted_which_router_has_a_task(tmp_path: Path) -> None:
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        await ledger.journal(entry())
+        ledger.note_route(("c", "t"), node="a", function="f", version="1.0.0", attempt=3)
+        ledger.note_shown(("c", "t"), 2, since=1, chunks=b"old")
+        ledger.note_claim(("c", "t"), "router-2", 101)
+        (left,) = await ledger.unfinished()
+        assert (left.claimed_by, left.claimed_from, left.attempt) == ("router-2", 101, 3)
+        assert (left.node, left.origin, left.chunks) == (None, None, b"old")
+        ledger.note_claim(("c", "t"), None, 201)
+        (left,) = await ledger.unfinished()
+        assert (left.claimed_by, left.claimed_from, left.chunks) == (None, 201, None)
+
+
+async def test_a_task_left_to_another_router_is_forgotten_but_not_its_outcome(
+    tmp_path: Path,
+) -> None:
+    async with Ledger(path=tmp_path / "l.sqlite") as ledger:
+        for task in ("t", "ended"):
+            await ledger.journal(entry(task))
+        await conclude(ledger, "ended")
+        for task in ("t", "ended"):
+            ledger.forget(("c", task))
+        assert await ledger.find("c", "t") is None
+        assert await ledger.find("c", "ended") is not None
+
+
 async def test_outcomes_not_yet_told_are_found_again(tmp_path: Path) -> None:
     async with Ledger(path=tmp_path / "l.sqlite") as ledger:
         await ledger.journal(entry())
@@ -265,6 +292,7 @@ async def test_a_file_of_the_first_version_is_taken_up(tmp_path: Path) -> None:
     db.executescript(
         "DROP TABLE memos; DROP TABLE shown; ALTER TABLE tasks DROP COLUMN continues;"
         "ALTER TABLE tasks DROP COLUMN model; ALTER TABLE tasks DROP COLUMN given;"
+        "ALTER TABLE tasks DROP COLUMN claimed_by; ALTER TABLE tasks DROP COLUMN claimed_from;"
         "PRAGMA user_version = 1;"
     )
     db.close()

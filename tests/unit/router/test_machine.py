@@ -194,7 +194,9 @@ def test_a_node_lost_in_mid_answer_ends_the_task() -> None:
 def test_a_lost_candidate_is_not_tried() -> None:
     task = machine(A, B)
     assert task.handle(NodeGone("b", "offline"), 1) == []
-    assert isinstance(end_of(task.handle(NodeGone("a", "offline"), 2)).error, NodeLost)
+    assert Choose() in task.handle(NodeGone("a", "offline"), 2)
+    nobody = Chosen((), NoCapableNode("all are away", retryable=True))
+    assert isinstance(end_of(task.handle(nobody, 3)).error, NodeLost)
 
 
 def test_a_failure_after_output_is_told() -> None:

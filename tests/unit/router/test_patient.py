@@ -26,6 +26,7 @@ from router.events import (
     Journaled,
     Learn,
     MoveAsked,
+    NodeGone,
     Observed,
     Phase,
     Reported,
@@ -36,6 +37,7 @@ from router.events import (
 )
 from router.guard import GuardedMachine
 from router.settings import RouterSettings
+from router.turns import Turn
 from support.journal import journaled
 
 SETTINGS = RouterSettings(report_timeout_ms=100, cancel_grace_ms=50, attempts=3)
@@ -137,6 +139,39 @@ def test_refusals_for_want_of_room_cost_no_attempts() -> None:
         assert task.handle(Chosen((A,)), attempt) == [Invoke(A, attempt + 1, 0)]
 
 
+@pytest.mark.parametrize("floor", [1, 101])
+def test_a_task_that_is_refused_for_ever_never_uses_the_numbers_of_another_router(
+    floor: int,
+) -> None:
+    deadline = 3_600_000
+    task = Task(deadline=deadline, settings=SETTINGS)
+    task.turns.floor = floor
+    task.handle(Journaled(), 0)
+    now, actions = 0, task.handle(Chosen((A,)), 0)
+    while not task.ended:
+        assert kinds(actions) == ["Invoke"]
+        assert task.handle(report("refused", attempt=task.attempt, code="overloaded"), now)
+        if task.waiting:
+            now += 100
+        else:  # it has its own clock by now
+            assert task.wake_at is not None
+            now = task.wake_at
+            assert kinds(task.handle(Tick(), now)) == ["Choose" if now < deadline else "End"]
+        actions = task.handle(Chosen((A,)), now)
+    assert now == deadline, "it is offered until its time is over"
+    assert floor + 80 <= task.attempt < floor + 100
+
+
+def test_a_task_whose_numbers_are_used_up_ends_within_its_generation() -> None:
+    task = machine(Chosen((A, B)))
+    task.turns.attempt = 90
+    last = Turn("a", 90, A)
+    task.turns.current = last
+    end = error_of(task.handle(report("refused", attempt=90, code="overloaded"), 1))
+    assert isinstance(end, Overloaded)
+    assert task.attempt <= 100
+
+
 @pytest.mark.parametrize("code", ["deadline_exceeded", "no_capable_node"])
 def test_other_refusals_are_waited_out_by_nobody(code: str) -> None:
     assert error_of(machine(Chosen((A,))).handle(report("refused", code=code), 1)) is not None
@@ -148,6 +183,65 @@ def test_a_task_whose_node_sleeps_waits_for_it() -> None:
     assert task.waiting
     away = machine(Chosen((), NoCapableNode("away", retryable=True)))
     assert away.ended
+
+
+AT_A = frozenset({("a", "f")})
+LOST = Chosen(
+    (), NoCapableNode("just lost", retryable=True, wake_at=5_000), places=AT_A, start_by=5_000
+)
+AWAY = Chosen((), NoCapableNode("away", retryable=True))
+
+
+def kinds(actions: list[Any]) -> list[str]:
+    return [type(action).__name__ for action in actions]
+
+
+def test_a_task_whose_only_node_is_lost_with_it_waits_for_it_and_is_given_to_it_anew() -> None:
+    task = machine(Chosen((A,)))
+    task.handle(report("admitted"), 1)
+    assert kinds(task.handle(NodeGone("a", "offline"), 10)) == ["CancelNode", "Choose"]
+    assert task.handle(LOST, 11) == [Wait(AT_A)]
+    assert task.wake_at == 5_000
+    assert task.handle(Chosen((A,)), 2_000) == [Invoke(A, 2, 0, announced=True)]
+
+
+def test_when_the_lost_node_does_not_come_back_its_loss_is_told() -> None:
+    task = machine(Chosen((A,)))
+    task.handle(NodeGone("a", "offline"), 10)
+    task.handle(LOST, 11)
+    assert task.handle(Tick(), 5_000) == [Choose()]
+    assert isinstance(error_of(task.handle(AWAY, 5_001)), NodeLost)
+
+
+def test_what_the_lost_node_had_under_way_ends_the_task_that_waits_for_it() -> None:
+    task = machine(Chosen((A,)))
+    task.handle(NodeGone("a", "offline"), 10)
+    task.handle(LOST, 11)
+    assert kinds(task.handle(Observed("a", "result", 0, 1, b"r"), 12)) == ["End"]
+    assert not task.waiting
+    assert task.handle(Chosen((A,)), 13) == []
+
+
+def test_a_task_that_waits_for_a_lost_node_counts_its_attempts() -> None:
+    task = machine(Chosen((A,)))
+    for attempt in (1, 2):
+        assert kinds(task.handle(NodeGone("a", "offline"), attempt))[-1] == "Choose"
+        task.handle(LOST, attempt)
+        again = [Invoke(A, attempt + 1, 0, announced=True)]
+        assert task.handle(Chosen((A,)), attempt) == again
+    assert isinstance(error_of(task.handle(NodeGone("a", "offline"), 3)), NodeLost)
+
+
+def test_what_must_not_be_done_twice_does_not_wait_for_the_node_that_had_begun_it() -> None:
+    task = machine(Chosen((replace(A, continues="none"),)))
+    task.handle(report("admitted"), 1)
+    assert isinstance(error_of(task.handle(NodeGone("a", "offline"), 10)), NodeLost)
+
+
+def test_a_node_that_failed_with_the_task_is_not_asked_again_for_the_loss_of_another() -> None:
+    task = machine(Chosen((A, B)))
+    task.handle(report("failed", code="execution_failed"), 1)
+    assert isinstance(error_of(task.handle(NodeGone("b", "offline"), 2)), NodeLost)
 
 
 def test_nothing_waits_in_mid_answer() -> None:

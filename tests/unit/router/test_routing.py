@@ -430,3 +430,26 @@ async def test_where_no_node_has_a_tenant_clients_of_one_reach_nobody(world: Wor
     assert (await world.select("stranger", function="echo")).choices
     for asked in ({"text": "echo this text"}, {"function": "echo"}):
         assert isinstance((await world.select("acme-1", **asked)).problem, NoCapableNode)
+
+
+async def test_only_who_policy_lets_have_a_task_may_hold_it(world: World) -> None:
+    zone = CapabilityPolicy(zones=("hall-3",))
+    world.offer(make_record(WORDS, "right", policy=zone))
+    world.offer(make_record(WORDS, "elsewhere"))
+    world.offer(make_record(WORDS, "of_another_tenant", policy=CapabilityPolicy(tenant="acme")))
+    world.offer(make_record(WORDS, "thrown_out", policy=zone))
+    world.offer(make_record(WORDS, "else", "other", policy=zone))
+    world.fleet.revoke("thrown_out")
+    world.fleet.hear_state(NodeState(node="right", state="draining", epoch=1, at=2), NOW)
+
+    def holders(**task: Any) -> set[str]:
+        wanted = wanted_of(**task)
+        nodes = [*world.fleet.nodes, "never_heard_of"]
+        return {node for node in nodes if world.routing.may_hold(wanted, node, NOW)}
+
+    here = TaskPolicy(zones=("hall-3",))
+    assert holders(function="echo", policy=here) == {"right"}
+    assert holders(text="echo this", policy=here) == {"right", "else"}
+    assert holders(function="echo") == {"right", "elsewhere"}
+    assert holders(function="echo@2.0.0") == set()
+    assert "never_heard_of" not in world.fleet.nodes

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from capability_schemas.topics import Topics
+from capability_schemas.wire import encode
 from router.entry import unpack_chunks
 from router.events import Observed
 from router.intake import Arrival, Intake, Refusal
@@ -69,6 +70,16 @@ def test_an_end_before_its_task_counts_once_and_not_for_ever(
     assert not table.has_ended(read, 60_000)
 
 
+def test_cancellations_of_one_client_cost_nobody_else_theirs(table: ShadowTable) -> None:
+    table.retract(("pump-7", "t"), 1_000)
+    for number in range(20_000):
+        table.retract(("pump-8", f"t{number}"), 1_000)
+    assert table.was_retracted(("pump-7", "t"), 1_100)
+    assert not table.was_retracted(("pump-7", "t"), 1_100)
+    assert not table.was_retracted(("pump-8", "t0"), 1_100)
+    assert table.was_retracted(("pump-8", "t9999"), 1_100)
+
+
 def test_the_oldest_give_way(table: ShadowTable, evicted: list[Shadow]) -> None:
     for number in range(4):
         table.enter(Shadow(("pump-7", f"t{number}")))
@@ -101,6 +112,18 @@ def test_a_successor_starts_a_generation_above_all_that_was_seen() -> None:
     assert shadow.next_generation == 3
 
 
+def test_a_cancellation_waits_for_its_task_while_much_is_read_after_an_outage(
+    table: ShadowTable,
+) -> None:
+    for number in range(10_000):
+        table.retract(("pump-7", f"t{number}"), 1_000)
+    assert table.was_retracted(("pump-7", "t0"), 60_000)
+    assert not table.was_retracted(("pump-7", "t0"), 60_000)  # once for each
+    assert not table.was_retracted(("pump-7", "t1"), 70_000)
+    table.caught_up_at = 20_000
+    assert table.was_retracted(("pump-7", "t2"), 70_000)
+
+
 def test_it_becomes_a_journal_entry() -> None:
     read = arrived(b'{"id": "a", "text": "x", "timeout_ms": 500}')
     assert isinstance(read, Arrival)
@@ -110,3 +133,19 @@ def test_it_becomes_a_journal_entry() -> None:
     assert (entry.node, entry.attempt, entry.next_seq) == ("edge-1", 2, 1)
     assert (entry.accepted_at, entry.deadline) == (1_000, 1_500)
     assert unpack_chunks(entry.chunks or b"") == ((0, b"hello"),)
+
+
+def test_a_task_left_to_another_router_is_watched_again_after_a_restart() -> None:
+    read = arrived(b'{"id": "a", "text": "x", "timeout_ms": 500}')
+    assert isinstance(read, Arrival)
+    before = Shadow(read.key, read=read, reply=read.reply, deadline=read.deadline)
+    see(before, chunk(0, 2, b"hello"))
+    claim = Claim("router-2", 101)
+    shadow = Shadow.of(before.entry(read, encode(read.task), None), claim)
+    assert isinstance(shadow.read, Arrival)
+    assert (shadow.read.key, shadow.read.task) == (read.key, read.task)
+    assert (shadow.claim, shadow.deadline, shadow.next_seq) == (claim, read.deadline, 1)
+    assert list(shadow.shown) == [(0, b"hello")]
+    assert shadow.shown_bytes == 5
+    assert shadow.journaled
+    assert shadow.doubtful

@@ -95,7 +95,7 @@ def test_only_who_can_use_a_place_is_called_for_it() -> None:
     waiting.enter(waiter("here", "a"), 0)
     waiting.enter(waiter("there", "a", places=[other], deadline=1), 0)
     waiting.enter(waiter("both", "b", places=[PLACE, other, ("third", "g")]), 0)
-    assert waiting.waits_for(PLACE) == 2
+    assert waiting.waits_for(PLACE)
     assert calls(waiting, 2, place=("third", "g")) == ["both", None]
     assert calls(waiting, 2, place=other) == ["there", None]
     assert calls(waiting, 2) == ["here", None]
@@ -135,14 +135,64 @@ def test_a_client_cannot_keep_others_out_by_filling_the_room() -> None:
 
 
 def test_bytes_are_bounded_too() -> None:
-    waiting = room(limit_bytes=100)
-    waiting.enter(waiter("a", "a", size=60, priority=1), 0)
-    waiting.enter(waiter("b", "b", size=40, priority=2), 0)
-    shed = waiting.enter(waiter("c", "c", size=90, priority=9), 0)
+    waiting = room(limit_bytes=1_000)
+    waiting.enter(waiter("a", "a", size=500, priority=1), 0)
+    waiting.enter(waiter("b", "b", size=300, priority=2), 0)
+    shed = waiting.enter(waiter("c", "c", size=800, priority=9), 0)
     assert [one.key[1] for one in shed] == ["a", "b"]
-    assert waiting.size_bytes == 90
-    huge = waiter("d", "d", size=101, priority=9)
+    assert 800 < waiting.size_bytes <= 1_000
+    huge = waiter("d", "d", size=1_001, priority=9)
     assert huge in waiting.enter(huge, 0)
+
+
+@pytest.mark.parametrize(
+    ("priority", "size", "tasks"), [(6, 2_500, 10_000), (5, 2_500, 10_000), (6, 1_000_000, 64)]
+)
+def test_nobody_has_the_tasks_of_others_shed_by_many_large_or_important_ones(
+    priority, size, tasks
+) -> None:
+    waiting = room(limit=8_000, limit_bytes=60_000_000)
+    for number in range(2_000):
+        waiting.enter(waiter(f"t{number}", f"good-{number % 20}", size=2_500), 0)
+    shed = []
+    for number in range(tasks):
+        shed += waiting.enter(waiter(f"n{number}", "noisy", priority=priority, size=size), 0)
+    assert shed
+    assert {one.client for one in shed} == {"noisy"}
+
+
+def test_a_client_with_less_takes_from_who_has_most_whatever_the_priorities() -> None:
+    waiting = room(limit=10)
+    for number in range(10):
+        waiting.enter(waiter(f"n{number}", "noisy", priority=9), 0)
+    shed = [one for n in range(8) for one in waiting.enter(waiter(f"q{n}", "quiet", priority=1), 0)]
+    assert [one.client for one in shed] == ["noisy"] * 5 + ["quiet"] * 3
+
+
+def test_nobody_is_shed_for_a_task_that_finds_no_room_even_so() -> None:
+    waiting = room(limit_bytes=10_000)
+    waiting.enter(waiter("small", "a", size=1_000, priority=1), 0)
+    waiting.enter(waiter("large", "b", size=8_000, priority=5), 0)
+    newcomer = waiter("huge", "c", size=9_500, priority=4)
+    assert waiting.enter(newcomer, 0) == [newcomer]
+    assert len(waiting) == 2
+
+
+def test_those_that_wait_for_the_same_share_one_set_of_places_which_counts_once() -> None:
+    waiting = room()
+    places = [(f"node-{number}", "f") for number in range(128)]
+    tasks = [waiter(f"t{number}", places=places, size=1_000) for number in range(50)]
+    for task in tasks:
+        waiting.enter(task, 0)
+    assert all(task.places is tasks[0].places for task in tasks)
+    assert 50_000 + 128 * 56 < waiting.size_bytes < 80_000
+    other = waiter("other", places=places[1:], size=1_000)
+    before = waiting.size_bytes
+    waiting.enter(other, 0)
+    assert waiting.size_bytes - before > 1_000 + 127 * 56
+    for task in [*tasks, other]:
+        waiting.leave(task.key)
+    assert waiting.size_bytes == 0
 
 
 def test_the_time_to_come_back_follows_the_measured_rate() -> None:
@@ -170,6 +220,15 @@ def test_clients_hear_ever_less_often_that_they_wait() -> None:
     assert heard == [1_000, 2_000, 4_000, 8_000, 16_000, 31_000, 46_000, 61_000]
 
 
+def test_a_task_that_is_called_in_vain_again_and_again_is_reminded_of_all_the_same() -> None:
+    waiting, heard = room(), []
+    for at in range(0, 62_000, 300):
+        waiting.leave(("c", "t"))
+        waiting.enter(waiter("t"), at)
+        heard += [at // 1_000] if waiting.reminded(at + 299) else []
+    assert heard == [0, 1, 3, 7, 15, 30, 45, 60]
+
+
 def test_those_that_can_reach_nobody_are_found() -> None:
     waiting = room()
     waiting.enter(waiter("a"), 0)
@@ -186,6 +245,11 @@ def test_a_node_is_given_no_more_ahead_than_it_does_in_a_moment(run_ms, places, 
     assert allowance(load, Resources()) == given
 
 
+def test_a_node_that_boasts_is_not_given_everything() -> None:
+    assert allowance(FunctionLoad(concurrency=2**40, total_ms=10_000), Resources()) <= 512
+    assert allowance(None, Resources(concurrency=1_000)) <= 512
+
+
 def test_the_record_tells_the_places_of_a_node_that_has_told_no_load() -> None:
     assert allowance(None, Resources(concurrency=4)) == 5
 
@@ -195,7 +259,7 @@ def test_the_room_tells_who_waits_for_what() -> None:
     waiting.enter(waiter("a1", "a", priority=2), 0)
     waiting.enter(waiter("b1", "b", priority=2), 0)
     told = waiting.describe(500)
-    assert (told["waiting"], told["limit"], told["bytes"]) == (2, 9, 2)
+    assert (told["waiting"], told["limit"], told["bytes"]) == (2, 9, waiting.size_bytes)
     (row,) = told["functions"]
     assert row["function"] == "f"
     assert row["longest_ms"] == 500

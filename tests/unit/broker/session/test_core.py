@@ -162,6 +162,17 @@ async def test_failed_tries_back_off_and_a_drop_keeps_its_distance(connect):
         assert session.stats.connects == 2
 
 
+async def test_after_a_long_loss_members_are_back_in_seconds_and_not_all_at_once(connect):
+    session = ScriptedSession()
+    session.failures = [BrokerUnavailable("down") for _ in range(400)]
+    async with session:
+        await session.wait_connected()
+        settled = session.pauses[20:]
+        assert max(settled) <= 5.0
+        for second in range(5):  # each of them has its share of the tries
+            assert sum(second <= pause < second + 1 for pause in settled) > len(settled) * 0.1
+
+
 async def test_a_connection_that_lasted_begins_with_short_waits_again(monkeypatch):
     monkeypatch.setattr("broker.session.core._SETTLED_S", -1.0)
     session = ScriptedSession(reconnect_floor_s=0.0, backoff_base_s=0.25, backoff_cap_s=1000)

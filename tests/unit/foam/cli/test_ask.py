@@ -3,7 +3,7 @@
 import pytest
 
 from capability_schemas.errors import InvalidTask
-from capability_schemas.reply import CascadeStep, Chunk, Result, Step
+from capability_schemas.reply import ENDS_HERE, CascadeStep, Chunk, Result, Routed, Step, Working
 from foam.cli.ask import EventPrinter, read_numbers
 
 
@@ -45,6 +45,13 @@ def test_a_result_cannot_write_over_the_terminal(capsys):
 
 def test_a_step_of_a_plan_has_a_line_too(capsys):
     assert show(capsys, step("failed", error="no node")).err == "   call-1 failed: no node\n"
+
+
+def test_what_a_task_waits_for_is_said_once(capsys):
+    reasons = ["waits for dozy", "waits for dozy", "all are\x1b[2J busy", None]
+    seen = show(capsys, *(Working(task="t", at=1, reason=reason) for reason in reasons))
+    assert seen.out == ""
+    assert seen.err.splitlines() == ["   waits for dozy", "   all are [2J busy"]
 
 
 @pytest.mark.parametrize("options", [{"quiet": True}, {"as_json": True}])
@@ -96,3 +103,10 @@ def test_numbers_are_read_by_name():
 def test_what_is_no_number_is_refused_by_name(wrong):
     with pytest.raises(InvalidTask, match="weight"):
         read_numbers([wrong], "weight")
+
+
+def test_an_attempt_that_nobody_gets_is_not_shown(capsys):
+    chosen = Routed(task="t", at=1, node="b", function="lamp", version="1.0.0", score=0.95)
+    fence = chosen.model_copy(update={"attempt": 2, "reason": ENDS_HERE})
+    (line,) = show(capsys, chosen, fence).err.splitlines()
+    assert line == "-> b: lamp 1.0.0, score 0.95"

@@ -76,6 +76,18 @@ def test_nobody_is_told_with_the_reason(capsys: pytest.CaptureFixture[str]) -> N
     assert "nobody: no_capable_node: nobody offers this" in capsys.readouterr().out
 
 
+def test_a_task_for_a_sleeper_is_told_to_wait(capsys: pytest.CaptureFixture[str]) -> None:
+    problem = {
+        "code": "no_capable_node",
+        "message": "dozy could, but is asleep until 15:58:34 UTC",
+        "waits_for": "dozy",
+    }
+    routing.draw_explanation(_told(chosen=None, problem=problem, candidates=[], looked_at=0))
+    shown = capsys.readouterr().out
+    assert "would wait for dozy: dozy could, but is asleep until 15:58:34 UTC" in shown
+    assert "nobody" not in shown
+
+
 def test_a_past_task_is_told_with_its_outcome(capsys: pytest.CaptureFixture[str]) -> None:
     task = {"task": "t", "client": "pump-7", "outcome": "result", "node": "edge-1"}
     steps = [{"node": "edge-1", "function": "summarise", "confidence": 0.4, "cost": 0.0}]

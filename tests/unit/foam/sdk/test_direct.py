@@ -45,6 +45,19 @@ def send_back(node, asked):
     node.refuse(asked, "policy_denied", router="router-1")
 
 
+def be_closed(node, asked):
+    detail = {"refused": True}
+    node.say(
+        asked,
+        event="error",
+        seq=0,
+        code="policy_denied",
+        message="closed",
+        retryable=True,
+        detail=detail,
+    )
+
+
 def say_nothing(node, asked):
     pass
 
@@ -109,6 +122,7 @@ class Site:
         self.far = far
         self.topics = topics
         self.presence = RouterPresence(session=session, topics=topics)
+        self.told = []
 
     async def open(self, patience_s=0.0):
         self.inbox = await self.stack.enter_async_context(
@@ -122,6 +136,7 @@ class Site:
             registries={},
             presence=self.presence,
             patience_s=patience_s,
+            told=self.told.append,
         )
 
     def router(self, state="birth", **fields):
@@ -140,9 +155,10 @@ class Site:
         )
         return await self.road.instead(task, deadline=now_ms() + timeout_ms, given_id=given_id)
 
-    async def after(self, **fields):
+    async def after(self, *, timeout_ms=60_000, kept=False, **fields):
         task = Task.model_validate({"id": "t1", "function": "echo", **fields})
-        return await self.road.after(task, deadline=now_ms() + 60_000, since=0.0)
+        deadline = now_ms() + timeout_ms
+        return await self.road.after(task, deadline=deadline, since=0.0, kept=kept)
 
     def cancelled(self):
         topic = self.topics.build(TopicKind.CANCEL, client=CLIENT)
@@ -236,6 +252,18 @@ async def test_a_node_that_hears_a_router_sends_the_task_back(site):
     await site.node("edge-1", send_back)
     with pytest.raises(RoutersAreBack):
         await read(await site.instead())
+    assert "goes to the routers after all" in site.told[-1]
+
+
+async def test_where_all_that_could_are_closed_the_task_waits_for_routers(site):
+    await site.node("edge-1", be_closed)
+    other = await site.node("edge-2")
+    assert (await read(await site.instead()))[-1] == "result"
+    other.behaviour = be_closed
+    stream = await site.instead()
+    with pytest.raises(RoutersAreBack):
+        await read(stream)
+    assert "goes to the routers after all" in site.told[-1]
 
 
 async def test_words_of_others_do_not_count(site):
@@ -280,6 +308,18 @@ async def test_cancelling_reaches_the_node(site):
     await stream.cancel()
     await site.broker.settle()
     assert node.cancelled == ["t1"]
+
+
+async def test_what_was_cancelled_goes_to_nobody_else(site):
+    node = await site.node("edge-1", say_nothing)
+    other = await site.node("edge-2")
+    stream = await site.instead()
+    going = asyncio.ensure_future(anext(stream))
+    await site.broker.settle()
+    await stream.cancel()
+    node.refuse({"id": "t1"}, "cancelled")
+    assert (await going).code == "cancelled"
+    assert not other.asked
 
 
 async def test_the_deadline_holds(site):
@@ -335,6 +375,25 @@ async def test_what_may_run_once_stays_with_the_routers_that_were_given_it(site)
     assert site.cancelled() == []
     assert not node.asked
     assert "once" in site.road.why
+
+
+async def test_what_routers_keep_is_given_to_no_node(site):
+    node = await site.node("edge-1")
+    assert await site.after(kept=True) is None
+    assert site.cancelled() == []
+    assert not node.asked
+
+
+@pytest.mark.parametrize("kept", [True, False])
+async def test_where_no_router_lives_its_time_is_over_when_it_is(site, kept):
+    with pytest.raises(DeadlineExceeded, match="no router lives, and nobody took task t1 in time"):
+        await site.after(timeout_ms=-1, kept=kept)
+    assert await site.after(function="sing") is None
+    with pytest.raises(DeadlineExceeded, match="nobody offers"):
+        await site.after(timeout_ms=-1, kept=kept)
+    site.router(heartbeat_s=60.0)  # which says so itself
+    await site.broker.settle()
+    assert await site.after(timeout_ms=-1, kept=kept) is None
 
 
 async def test_nothing_is_taken_back_before_its_time(site):
