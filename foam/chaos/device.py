@@ -93,7 +93,9 @@ class DeviceClient:
                 if not accepted and now - sent_at > _UNHEARD_MS:
                     self._sent[ask.task] = (payload, now)
                     self._post(TopicKind.TASK, payload)
-                elif accepted and now - self._resumed_at.get(ask.task, sent_at) > _UNHEARD_MS:
+                elif (
+                    accepted and now - self._resumed_at.setdefault(ask.task, sent_at) > _UNHEARD_MS
+                ):
                     self._resume(ask.task, next_seq, now)
             for task, next_seq in self._judge.missing(self._client):
                 if now - self._resumed_at.get(task, 0) > _UNHEARD_MS:

@@ -474,6 +474,28 @@ async def test_a_router_that_asks_nodes_in_a_later_generation_has_the_task(
         assert mesh.routers["router-1"].stats.given_up == given_up
 
 
+async def test_an_end_that_a_router_repeats_counts_before_the_router_is_known(
+    mesh: Mesh, eventually: Any
+) -> None:
+    await mesh.start_router(PATIENT)
+    await mesh.stop_router()
+    other = await mesh.session("router-2-by-hand")
+    base = {"v": 1, "task": "t", "at": now_ms(), "attempt": 1}
+    run = {"node": "edge-1", "function": "echo", "version": "1.0.0"}
+    for word in (
+        {"event": "accepted", "router": "router-2", "deadline": now_ms() + 60_000},
+        {"event": "routed", **run, "score": 1.0, "reason": "x"},
+        {"event": "result", **run, "seq": 0, "output": "done"},
+    ):
+        other.post("foam/v1/local/reply/pump-7/t/router-2", json.dumps(base | word).encode())
+    await mesh.broker.settle()  # it waits for router-1, which does not know the other one yet
+    again = await mesh.start_router(PATIENT, epoch=2)
+    await eventually(lambda: again.reception.caught_up)
+    outcome = await again.reception.find_outcome(("pump-7", "t"))
+    assert outcome is not None
+    assert outcome.attempt == 1
+
+
 async def test_a_task_that_others_must_have_ended_leaves_the_journal(
     mesh: Mesh, eventually: Any
 ) -> None:
