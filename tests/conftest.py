@@ -28,12 +28,16 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True)  # a run without the plugin is a run here
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Share whole folders of tests out among two workers a core; a few tests run right here."""
+    """Share whole folders out among the workers asked for; a few tests run right here.
+
+    None unless ``FOAM_TEST_WORKERS`` says how many: a broker that a test starts again on its port
+    may find that another worker's has it.
+    """
     whole = {_TESTS, *(_TESTS / folder for folder in _ORDER)}
     named = {config.invocation_params.dir / argument for argument in config.args}
     if config.option.keyword or not named <= whole:
         return 0
-    return min(_MOST_WORKERS, 2 * (os.cpu_count() or 1))
+    return min(_MOST_WORKERS, int(os.environ.get("FOAM_TEST_WORKERS", "0")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,8 +51,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _quiet_logs() -> Iterator[None]:
-    """Structlog writes to the standard library, where pytest catches it."""
+def _quiet_logs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Structlog writes to the standard library, where pytest catches it, and keeps no logger.
+
+    A module's logger that was first used while a test had set logging up would stay as it was.
+    """
+    configure = structlog.configure
+    monkeypatch.setattr(
+        structlog,
+        "configure",
+        lambda **options: configure(**{**options, "cache_logger_on_first_use": False}),
+    )
     structlog.reset_defaults()
     structlog.configure(
         processors=[structlog.stdlib.add_log_level, structlog.processors.KeyValueRenderer()],

@@ -201,6 +201,7 @@ async def test_a_task_that_is_taken_up_while_it_is_live_counts_once(
         accepted_at=live.arrival.received_at,
         deadline=live.arrival.deadline,
     )
+    node.forget()
     mesh.router.dispatcher.restore([entry], floor=101, settled=True)
     await eventually(lambda: [sent.attempt for sent in node.invocations] == [1, 101])
     node.reply(node.invocations[1], event="result", seq=0, output="done", node="edge-1")
