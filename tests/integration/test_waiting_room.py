@@ -211,10 +211,10 @@ async def test_on_a_large_site_a_task_waits_for_all_nodes_of_its_function(
             await mesh.broker.settle()
     await mesh.broker.settle()
     mesh.submit(id="waits", function="echo", timeout_ms=120_000)
-    await eventually(lambda: waiting(mesh) == 1)
+    await eventually(lambda: waiting(mesh) == 1, timeout_s=60)
     assert len(mesh.router.dispatcher.usher.room.places) == len(nodes)
     load(nodes[-1], 0)
-    await eventually(lambda: waiting(mesh) == 0)
+    await eventually(lambda: waiting(mesh) == 0, timeout_s=60)
 
 
 async def test_a_task_that_waits_keeps_no_candidates(mesh: Mesh, eventually: Any) -> None:
