@@ -196,25 +196,6 @@ class Dispatcher:
         if arrival.key in self._live:
             self.accept_again(self._live[arrival.key])
             return
-        self.vet(arrival)
-        self._quotas.restore(arrival.client)
-        machine = DoubtingMachine(
-            deadline=arrival.deadline, settings=self._settings, commons=self._commons
-        )
-        machine.turns.floor = floor
-        live = self._live[arrival.key] = LiveTask(arrival, machine)
-        self._spawn(self._start(live), name="task")
-
-    def vet(self, arrival: Arrival) -> None:
-        """Refuse a task for which there is no room; one that is not refused counts at its rate.
-
-        Args:
-            arrival: The task.
-
-        Raises:
-            Overloaded: As for `take`.
-            TooLarge: As for `take`.
-        """
         self._quotas.admit(arrival.client, arrival.size_bytes)
         full = len(self._live) >= self._settings.live_limit
         if full and not self.usher.make_way(arrival.client, arrival.task.priority):
@@ -223,7 +204,12 @@ class Dispatcher:
                 f"{len(self._live)} tasks are live, the limit of this router",
                 retry_after_ms=self.retry_ms(),
             )
-        self._quotas.end(arrival.client)
+        machine = DoubtingMachine(
+            deadline=arrival.deadline, settings=self._settings, commons=self._commons
+        )
+        machine.turns.floor = floor
+        live = self._live[arrival.key] = LiveTask(arrival, machine)
+        self._spawn(self._start(live), name="task")
 
     def accept_again(self, live: LiveTask) -> None:
         """Answer a repeated id of a live task; nothing before the first ``accepted`` is out."""
@@ -257,12 +243,6 @@ class Dispatcher:
         record = self._fleet.records.get((route.node, route.function))
         origin = route.origin(record)
         self._feed(live, Fenced(route.attempt, "" if route.last else route.node, origin))
-
-    def connected(self, *, up: bool) -> None:
-        """Take it that the connection is there (again), or lost: until then no node can answer."""
-        self._commons.line.up = up
-        if up:
-            self.missed()  # the broker may have forgotten the session, or itself
 
     def missed(self) -> None:
         """Take it that something may not have been heard here: nodes are asked, not all at once."""

@@ -68,7 +68,6 @@ class _Doubt:
         waiting: What has happened meanwhile, one of each kind.
         bound: Number up to which the client can have heard the attempt; None: not known.
         asked: Whether it was asked.
-        latest: As ``until``, while the node has not said that its end is on its way.
     """
 
     turn: Turn
@@ -78,7 +77,6 @@ class _Doubt:
     waiting: dict[object, Event] = field(default_factory=dict)
     bound: int | None = None
     asked: bool = False
-    latest: int = 0
 
     def keep(self, event: Event) -> None:
         """Let an event wait."""
@@ -222,7 +220,6 @@ class DoubtingMachine(GuardedMachine):
         doubt = self._doubt
         if doubt is not None and doubt.turn is turn and doubt.patience_ms >= patience_ms:
             doubt.ask_at = min(doubt.ask_at, ask_at)  # what is asked for already is not put off
-            doubt.until = max(doubt.until, doubt.latest)  # an end on its way may be lost by now
             return
         waiting = doubt.waiting if doubt is not None else {}
         until = max(now, ask_at, self.deadline) + 2 * self._settings.doubt_ms
@@ -342,8 +339,6 @@ class DoubtingMachine(GuardedMachine):
         return []
 
     def _on_tick_in_doubt(self, doubt: _Doubt, now: int) -> list[Action]:
-        if not self._commons.line.up:  # no answer can come: the node has time for it once it can
-            doubt.until = max(doubt.until, now + self._settings.doubt_ms)
         if now >= doubt.until:
             return self._give_up(doubt, now)
         if now < doubt.ask_at:
@@ -370,7 +365,6 @@ class DoubtingMachine(GuardedMachine):
         told = told if doubt.bound is None else min(told, doubt.bound)
         has_it = self._held is None and turn is self.turns.current and self.phase in WITH_NODE
         if report.status == "finished":  # the end itself is on its way
-            doubt.latest = max(doubt.until, doubt.latest)
             doubt.until = min(doubt.until, now + 2 * self._commons.patience.timeout_ms)
             return super().handle(ev.Reported(report), now) if has_it else []
         if report.status == "admitted":

@@ -17,8 +17,17 @@ Eventually = Callable[..., Awaitable[None]]
 _PERIOD_S = 0.01
 _TESTS = Path(__file__).parent
 _MOST_WORKERS = 8
-# Those that wait longest come first, so that no worker sits on one at the end of a run.
-_ORDER = ("e2e", "simulation", "integration", "security", "contract", "property", "unit")
+# Those that share brokers with others come first, for they read all that is kept; then what waits longest:
+_ORDER = ("contract", "e2e", "simulation", "integration", "security", "property", "unit")
+    "contract",
+    "e2e",
+    "simulation",
+    "integration",
+    "security",
+    "contract",
+    "property",
+    "unit",
+)
 
 
 def pytest_configure() -> None:

@@ -340,6 +340,7 @@ class Direct:
     async def _on_reply(self, message: Message) -> None:
         *_, task, source = message.topic.split("/")
         self.judge.heard(self._name, source, message.payload, at=0)
-        if task in self._unheard and json.loads(message.payload)["event"] == "chunk":
+        shown = json.loads(message.payload)["event"] in {"chunk", "result"}
+        if task in self._unheard and shown:
             self._unheard.discard(task)
             self._post(TopicKind.DIRECT_RESUME, {"task": task, "from_seq": 0})

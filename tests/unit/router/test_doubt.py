@@ -8,7 +8,6 @@ import pytest
 from capability_schemas.errors import DeadlineExceeded, NodeLost, Overloaded, TaskCancelled
 from capability_schemas.ids import is_identifier
 from capability_schemas.invocation import Report
-from router.commons import Commons
 from router.doubt import DoubtingMachine
 from router.entry import pack_chunks
 from router.events import (
@@ -474,28 +473,6 @@ def test_a_task_ends_however_often_something_is_missed(cancel_at: int | None) ->
     assert task.ended
     # The longest doubt about its node, twice the time for an answer, and the fence.
     assert ended_at < (cancel_at or 2_000) + 3 * SETTINGS.doubt_ms
-
-
-def test_an_end_on_its_way_that_is_lost_is_asked_for_once_more() -> None:
-    task = missed()
-    task.handle(report("finished", seq=3), 20)  # what held the end is lost with the connection
-    assert task.handle(Missed(), 100) == []
-    assert task.handle(Tick(), 300) == [Ask("a", 1)]
-    assert task.handle(Tick(), 450) == [Ask("a", 1)]
-    assert end_of(task.handle(result(2), 460)).payload == b"done"
-
-
-def test_nobody_is_given_up_while_the_router_itself_is_cut_off() -> None:
-    commons = Commons.of(SETTINGS)
-    entry = journaled("a", deadline=100, attempt=1)
-    task = DoubtingMachine.restore(entry, settings=SETTINGS, now=0, commons=commons)
-    commons.line.up = False
-    for at in range(SETTLED, 10_000, 100):
-        assert not [one for one in task.handle(Tick(), at) if not isinstance(one, Ask)]
-    commons.line.up = True
-    assert task.handle(Missed(), 10_000) == []
-    assert task.handle(Tick(), 10_100) == [Ask("a", 1)]
-    assert end_of(task.handle(result(0), 10_110)).payload == b"done"
 
 
 def test_a_node_that_says_something_again_is_asked_again() -> None:
