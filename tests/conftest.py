@@ -17,17 +17,9 @@ Eventually = Callable[..., Awaitable[None]]
 _PERIOD_S = 0.01
 _TESTS = Path(__file__).parent
 _MOST_WORKERS = 8
-# Those that share brokers with others come first, for they read all that is kept; then what waits longest:
+# Brokers are shared, and their contract looks at all that is kept: it comes first. Then come those
+# that wait longest, so that no worker sits on one at the end of a run.
 _ORDER = ("contract", "e2e", "simulation", "integration", "security", "property", "unit")
-    "contract",
-    "e2e",
-    "simulation",
-    "integration",
-    "security",
-    "contract",
-    "property",
-    "unit",
-)
 
 
 def pytest_configure() -> None:
