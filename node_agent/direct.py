@@ -11,7 +11,7 @@ No router keeps what such a task has shown, so the node does, in bounds, for ``â
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, TypeVar
 
 import structlog
 
@@ -56,6 +56,8 @@ from node_agent.executor import Executor
 from node_agent.invocation import Asked, Named, Outcome, Standing
 from node_agent.reporter import Reporter
 from node_agent.settings import NodeSettings
+
+Wanted = TypeVar("Wanted", CancelRequest, ResumeRequest)
 
 _BACKLOG: Final = 256
 _REFUSED_S: Final = 30.0
@@ -297,38 +299,41 @@ class DirectDesk:
         event = ErrorEvent.from_error(lost, task=key[1], at=self._clock(), seq=seq, attempt=attempt)
         self._end_unrun(key, event)
 
-    async def _on_cancel(self, message: Message) -> None:
+    def _read(self, kind: type[Wanted], message: Message) -> tuple[Key, Wanted] | None:
+        """Read what a client wants of a task of its own; None: nothing that counts."""
         client = self._client_of(message)
         try:
-            wanted = decode(CancelRequest, message.payload)
+            wanted = decode(kind, message.payload)
         except ProtocolError:
             self.bad_frames += 1
-            return
+            return None
         if client is None or message.retain:
+            return None
+        return (client, wanted.task), wanted
+
+    async def _on_cancel(self, message: Message) -> None:
+        wanted = self._read(CancelRequest, message)
+        if wanted is None:
             return
-        key = client, wanted.task
+        key, _ = wanted
         if key in self._runs:
-            order = Control(verb="cancel", task=wanted.task, client=client, reason="client")
+            client, task = key
+            order = Control(verb="cancel", task=task, client=client, reason="client")
             self._runner.cancel(order)
         elif self._refusal(key) is None:  # it may be on its way: topics overtake each other
             withdrawn = TaskCancelled("taken back before it began", reason="client")
-            self._remember(key, self._refusal_of(wanted.task, withdrawn))
+            self._remember(key, self._refusal_of(key[1], withdrawn))
 
     async def _on_resume(self, message: Message) -> None:
-        client = self._client_of(message)
-        try:
-            wanted = decode(ResumeRequest, message.payload)
-        except ProtocolError:
-            self.bad_frames += 1
+        wanted = self._read(ResumeRequest, message)
+        if wanted is None:
             return
-        if client is None or message.retain:
-            return
-        key = client, wanted.task
+        key, asked = wanted
         if key in self._runs:
-            self._replay(key, wanted.from_seq)
+            self._replay(key, asked.from_seq)
         elif key not in self._overtaking:
             timer = asyncio.get_running_loop().call_later(
-                _OVERTAKEN_S, self._replay, key, wanted.from_seq
+                _OVERTAKEN_S, self._replay, key, asked.from_seq
             )
             dropped = self._overtaking.put(key, timer)
             if dropped is not None:

@@ -108,15 +108,27 @@ async def test_nobody_hands_back_what_another_holds(mesh: Mesh, eventually: Any)
     assert finals(mesh) == ["result"]
 
 
-async def test_after_a_restart_the_step_that_still_runs_may_end_the_cascade(
-    mesh: Mesh, eventually: Any
-) -> None:
+async def restarted(
+    mesh: Mesh, eventually: Any, *, forgotten: bool = False
+) -> tuple[ScriptedNode, ScriptedNode]:
+    """Restart the router while the second step runs; forgotten: its node knows nothing of it."""
     small, large = await nodes(mesh, hesitate, admit)
     submit(mesh)
     await eventually(lambda: large.invocations)
     await mesh.stop_router()
+    if forgotten:
+        large.behaviour = answer
+        large.forget()
     await mesh.start_router()
-    await eventually(lambda: len(mesh.router.dispatcher) == 1)
+    if not forgotten:
+        await eventually(lambda: len(mesh.router.dispatcher) == 1)
+    return small, large
+
+
+async def test_after_a_restart_the_step_that_still_runs_may_end_the_cascade(
+    mesh: Mesh, eventually: Any
+) -> None:
+    small, large = await restarted(mesh, eventually)
     large.reply(large.invocations[0], event="result", seq=0, output="hello", node="edge-2")
     await eventually(lambda: len(mesh.router.dispatcher) == 0)
     await mesh.broker.settle()
@@ -128,12 +140,7 @@ async def test_after_a_restart_the_step_that_still_runs_may_end_the_cascade(
 async def test_a_step_that_is_unsure_after_a_restart_begins_the_cascade_again(
     mesh: Mesh, eventually: Any
 ) -> None:
-    small, large = await nodes(mesh, hesitate, admit)
-    submit(mesh)
-    await eventually(lambda: large.invocations)
-    await mesh.stop_router()
-    await mesh.start_router()
-    await eventually(lambda: len(mesh.router.dispatcher) == 1)
+    small, large = await restarted(mesh, eventually)
     large.behaviour = answer
     hesitate(large, large.invocations[0])
     await eventually(lambda: mesh.final("t"))
@@ -146,13 +153,7 @@ async def test_a_step_that_is_unsure_after_a_restart_begins_the_cascade_again(
 async def test_a_restart_begins_the_cascade_again_and_ends_it_once(
     mesh: Mesh, eventually: Any
 ) -> None:
-    small, large = await nodes(mesh, hesitate, admit)
-    submit(mesh)
-    await eventually(lambda: large.invocations)
-    await mesh.stop_router()
-    large.behaviour = answer
-    large.forget()
-    await mesh.start_router()
+    small, large = await restarted(mesh, eventually, forgotten=True)
     await eventually(lambda: mesh.final("t"))
     await eventually(lambda: len(mesh.router.dispatcher) == 0)
     await mesh.broker.settle()

@@ -1,15 +1,18 @@
 """The board says what is known while its registry leads, and nothing else."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 
 import pytest
 
 from broker.session.memory import MemoryBroker, MemorySession
+from capability_schemas.errors import Unavailable
 from capability_schemas.signing import SigningKey, sign
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.trust import TrustState, read_trust
 from capability_schemas.wire import encode
+from registry.leadership import Sole
 from registry.trust import Description, Opinion, TrustBoard
 
 OWN, OTHER = SigningKey.generate(), SigningKey.generate()
@@ -17,26 +20,29 @@ REGISTRIES = {"registry-1": OTHER.public, "registry-2": OWN.public}
 T = Topics()
 
 
-class Lead:
+class Lead(Sole):
     """Leads when told to."""
 
-    def __init__(self):
-        self.leads = False
-        self.term = None
+    def __init__(self) -> None:
         self.leader = "registry-1"
         self.alone = False
-        self.listeners = []
+        self.listeners: list[Callable[[bool], None]] = []
+        self.turn()
 
-    def on_change(self, listener):
+    def on_change(self, listener: Callable[[bool], None]) -> None:
         self.listeners.append(listener)
 
-    async def until(self):
-        raise NotImplementedError
+    async def until(self) -> None:
+        leads = asyncio.Event()
+        self.listeners.append(lambda now: leads.set() if now else None)
+        if not self.leads:
+            await leads.wait()
 
-    def check(self):
-        raise NotImplementedError
+    def check(self) -> None:
+        if not self.leads:
+            raise Unavailable(f"{self.leader} leads")
 
-    def turn(self, *, term=None):
+    def turn(self, *, term: int | None = None) -> None:
         self.leads, self.term = term is not None, term
         for listener in self.listeners:
             listener(self.leads)
