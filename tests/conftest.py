@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -55,8 +56,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _quiet_logs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Structlog writes to the standard library, where pytest catches it, and keeps no logger.
 
-    A module's logger that was first used while a test had set logging up would stay as it was.
+    A module's logger that was first used while a test had set logging up would stay as it was, and
+    so would the level of a command that a test ran in this process.
     """
+    logging.getLogger().setLevel(logging.WARNING)
     configure = structlog.configure
     monkeypatch.setattr(
         structlog,
