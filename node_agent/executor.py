@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
+from broker.fair_memory import FairMemory
 from broker.lifecycle import Service
 from capability_schemas.errors import (
     ConfigurationError,
@@ -123,6 +124,7 @@ class Executor(Service):
         self._live: dict[str, Execution] = {}  # until the instance is free again
         self._current: dict[tuple[str, str], Execution] = {}  # until the outcome is known
         self._outcomes = OutcomeMemory(limit=settings.outcome_limit)
+        self._disowned: FairMemory[int] = FairMemory(limit=settings.outcome_limit)
         self._idle = asyncio.Event()
         self._idle.set()
         self._numbers = itertools.count(1)
@@ -161,6 +163,9 @@ class Executor(Service):
                 its outcome has been forgotten meanwhile.
         """
         if self._is_known(invocation):
+            return
+        if invocation.attempt <= self._disowned_attempt((invocation.client, invocation.task)):
+            self._pass_over(invocation)
             return
         if repeated:
             self.counters.duplicates += 1
@@ -235,7 +240,8 @@ class Executor(Service):
     def account(self, whose: tuple[str, str], attempt: int | None, *, router: str) -> None:
         """Tell a router, which may have missed it, how an attempt stands: once more how it ended.
 
-        Nothing is begun by that.
+        Nothing is begun by that. What is said to be unknown must not begin afterwards, when an
+        invocation that the question overtook arrives: the router goes on without this node.
 
         Args:
             whose: Client and task.
@@ -258,6 +264,8 @@ class Executor(Service):
         running = self._live.get(key_of(asked))
         if running is not None:
             running.asked_by = router
+        else:
+            self._disowned.put(whose, max(attempt, self._disowned_attempt(whose)))
         self._reporter.stands(asked, seq=None if running is None else running.seq)
 
     def standing(self, whose: tuple[str, str]) -> Standing:
@@ -275,6 +283,9 @@ class Executor(Service):
             if (execution.invocation.client, execution.invocation.task) == whose
         )
         attempt = max(self._outcomes.latest_attempt(whose), *leaving, 0)
+        disowned = self._disowned_attempt(whose)
+        if disowned > attempt:  # the next one is another than a router was told of
+            return Standing(disowned, outcome=Outcome(status="refused"))
         asked = Asked(client=whose[0], task=whose[1], attempt=attempt, router="")
         return Standing(attempt, outcome=self._outcomes.find(asked))
 
@@ -323,6 +334,22 @@ class Executor(Service):
         elif ended is not None:
             self._reporter.repeat(invocation, ended)
         return True
+
+    def _disowned_attempt(self, whose: tuple[str, str]) -> int:
+        """Return up to which attempt a router was told that nothing is known here; 0: none."""
+        return self._disowned.get(whose) or 0
+
+    def _pass_over(self, invocation: Invocation) -> None:
+        """Run nothing of an attempt that a router was told is unknown; say so, as of any other."""
+        self.counters.dropped += 1
+        outcome = Outcome(
+            status="failed",
+            code=ErrorCode.NODE_LOST.value,
+            reason="a router was told before that it is not known here",
+            seq=invocation.seq,
+        )
+        self._outcomes.record(invocation, outcome)
+        self._reporter.ended(invocation, outcome)
 
     def _admit(self, invocation: Invocation, reply: str) -> None:
         """Queue an invocation, or end it at once when its input is wrong.

@@ -21,6 +21,7 @@ class Request:
         prefer: Node that served the session last, if any.
         effect: What the routing rules make of the task.
         tenant: Whose the client is.
+        called_by: Node that was found to have room for the task, which has waited for it.
     """
 
     task: Task
@@ -29,6 +30,7 @@ class Request:
     prefer: str | None = None
     effect: RuleEffect = NO_RULES
     tenant: str | None = None
+    called_by: str | None = None
 
 
 class Offer(NamedTuple):

@@ -65,7 +65,9 @@ class Chooser:
             return Chosen((), query)
         live.query = query
         try:
-            selection = self._routing.select(live.wanted, query, self._clock())
+            selection = self._routing.select(
+                live.wanted, query, self._clock(), called_by=live.called_by
+            )
         except Exception as error:  # noqa: BLE001  # supervision boundary: one task, not the router
             _log.error("task.selection_failed", task=live.arrival.task_id, exc_info=error)
             return Chosen((), FoamError("the router failed to select a node"))

@@ -3,7 +3,7 @@
 Pure: no clock of its own, no I/O.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from router.patience import ReportPatience
@@ -75,6 +75,17 @@ class Budget:
         return True
 
 
+@dataclass(slots=True)
+class Line:
+    """The connection to the broker.
+
+    Attributes:
+        up: Whether it is there: without it no answer can come.
+    """
+
+    up: bool = True
+
+
 @dataclass(frozen=True, slots=True)
 class Commons:
     """What the machines of one router share.
@@ -85,6 +96,7 @@ class Commons:
         shown: What chunks may take that were shown.
         retries: How often a task may be given to another node after one that had begun with it.
         hedges: How often a second node may be asked beside one that takes long.
+        line: The connection to the broker.
     """
 
     patience: ReportPatience
@@ -92,6 +104,7 @@ class Commons:
     shown: Room
     retries: Budget
     hedges: Budget
+    line: Line = field(default_factory=Line)
 
     @classmethod
     def of(cls, settings: RouterSettings) -> "Commons":

@@ -196,6 +196,25 @@ class Dispatcher:
         if arrival.key in self._live:
             self.accept_again(self._live[arrival.key])
             return
+        self.vet(arrival)
+        self._quotas.restore(arrival.client)
+        machine = DoubtingMachine(
+            deadline=arrival.deadline, settings=self._settings, commons=self._commons
+        )
+        machine.turns.floor = floor
+        live = self._live[arrival.key] = LiveTask(arrival, machine)
+        self._spawn(self._start(live), name="task")
+
+    def vet(self, arrival: Arrival) -> None:
+        """Refuse a task for which there is no room; one that is not refused counts at its rate.
+
+        Args:
+            arrival: The task.
+
+        Raises:
+            Overloaded: As for `take`.
+            TooLarge: As for `take`.
+        """
         self._quotas.admit(arrival.client, arrival.size_bytes)
         full = len(self._live) >= self._settings.live_limit
         if full and not self.usher.make_way(arrival.client, arrival.task.priority):
@@ -204,12 +223,7 @@ class Dispatcher:
                 f"{len(self._live)} tasks are live, the limit of this router",
                 retry_after_ms=self.retry_ms(),
             )
-        machine = DoubtingMachine(
-            deadline=arrival.deadline, settings=self._settings, commons=self._commons
-        )
-        machine.turns.floor = floor
-        live = self._live[arrival.key] = LiveTask(arrival, machine)
-        self._spawn(self._start(live), name="task")
+        self._quotas.end(arrival.client)
 
     def accept_again(self, live: LiveTask) -> None:
         """Answer a repeated id of a live task; nothing before the first ``accepted`` is out."""
@@ -243,6 +257,12 @@ class Dispatcher:
         record = self._fleet.records.get((route.node, route.function))
         origin = route.origin(record)
         self._feed(live, Fenced(route.attempt, "" if route.last else route.node, origin))
+
+    def connected(self, *, up: bool) -> None:
+        """Take it that the connection is there (again), or lost: until then no node can answer."""
+        self._commons.line.up = up
+        if up:
+            self.missed()  # the broker may have forgotten the session, or itself
 
     def missed(self) -> None:
         """Take it that something may not have been heard here: nodes are asked, not all at once."""
@@ -478,12 +498,12 @@ class Dispatcher:
 
     # ---- what the usher has done (`router.usher.Floor`)
 
-    def call_in(self, key: Key, level: int) -> None:
-        """Choose for a task that has waited, by which its priority has risen."""
+    def call_in(self, key: Key, level: int, node: str | None = None) -> None:
+        """Choose for a task that has waited, by which its priority has risen; who has room now."""
         live = self._live.get(key)
         if live is None:
             return
-        live.level = level
+        live.level, live.called_by = level, node
         if self._routing.is_current(live.query):
             self._choose(live, live.query, called=True)
         else:

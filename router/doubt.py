@@ -68,6 +68,7 @@ class _Doubt:
         waiting: What has happened meanwhile, one of each kind.
         bound: Number up to which the client can have heard the attempt; None: not known.
         asked: Whether it was asked.
+        finished: Whether it has said that it has told the end.
     """
 
     turn: Turn
@@ -77,6 +78,7 @@ class _Doubt:
     waiting: dict[object, Event] = field(default_factory=dict)
     bound: int | None = None
     asked: bool = False
+    finished: bool = False
 
     def keep(self, event: Event) -> None:
         """Let an event wait."""
@@ -116,6 +118,7 @@ class DoubtingMachine(GuardedMachine):
     _silent: Turn | None = None
     _search_until: int | None = None
     _journaled: int | None = None
+    _unheeded: ev.CancelAsked | None = None
     _known = 0
     _early_words: dict[tuple[str, str], Event]
     may_have: MayHave | None = None
@@ -172,12 +175,19 @@ class DoubtingMachine(GuardedMachine):
             return self._on_missed(now, event.wait_ms)
         if self._doubt is not None:
             actions = self._in_doubt(event, self._doubt, now)
+        elif isinstance(event, ev.CancelAsked) and self._sought:
+            self._unheeded = event  # whoever has it has to be known first
+            return []
         elif isinstance(event, ev.Tick) and self._overdue(now):
             return self._ask_first(now)
         elif isinstance(event, ev.Tick) and self._unsearched(now):
             return self._search(now)
+        elif self._unheeded is not None and is_due(self._times.settle, now):
+            self._times.settle, cancel, self._unheeded = None, self._unheeded, None
+            actions = super().handle(cancel, now)
         else:
             actions = super().handle(event, now)
+            self._await_end(event, now)
         if self.ended:
             self._doubt = None
         last = actions[-1] if actions else None
@@ -195,6 +205,18 @@ class DoubtingMachine(GuardedMachine):
         if turn is not None and not turn.over and turn is not self._silent:
             self._wonder(turn, now, now + wait_ms, self._settings.doubt_ms)
         return []
+
+    def _await_end(self, event: Event, now: int) -> None:
+        """Wait for the end that a node says it has told: it may be under way yet, or was lost."""
+        turn = self._speaking()
+        if self.ended or turn is None or not isinstance(event, ev.Reported):
+            return
+        report, settings = event.report, self._settings
+        if report.status == "finished" and turn.is_of(report.node, report.attempt):
+            self._retell |= self._held is not None  # the client may have passed it over
+            ask_at = now + settings.finish_grace_ms
+            until = now + settings.doubt_ms
+            self._doubt = _Doubt(turn, ask_at, until, settings.doubt_ms, finished=True)
 
     def _note_word(self, event: Event) -> None:
         """Take note that a node that had not answered says something again."""
@@ -252,6 +274,12 @@ class DoubtingMachine(GuardedMachine):
         self._doubt = _Doubt(turn, now + wait_ms, now + wait_ms, 0, asked=True)
         return [ev.Ask(turn.node, turn.attempt)]
 
+    @property
+    def _sought(self) -> bool:
+        """Whether it is not known yet if some node has the task."""
+        settled = self._times.settle is None or self.turns.current is not None
+        return self._journaled is not None and not settled
+
     def _unsearched(self, now: int) -> bool:
         """Tell whether a restored task without a node has listened long enough to be asked for.
 
@@ -304,6 +332,9 @@ class DoubtingMachine(GuardedMachine):
         self.waiting = False
         ask_at = now if self._doubt is None else self._doubt.ask_at
         self._wonder(turns.current, now, ask_at, self._settings.doubt_ms)
+        if self._unheeded is not None and self._doubt is not None:
+            self._in_doubt(self._unheeded, self._doubt, now)
+            self._unheeded = None
 
     def _believes(self, event: Event, node: str, attempt: int, now: int) -> bool:
         """Tell whether a node may speak of an attempt; what is too early waits for the search."""
@@ -339,10 +370,13 @@ class DoubtingMachine(GuardedMachine):
         return []
 
     def _on_tick_in_doubt(self, doubt: _Doubt, now: int) -> list[Action]:
+        if not self._commons.line.up:  # no answer can come: the node has time for it once it can
+            doubt.until = max(doubt.until, now + self._settings.doubt_ms)
         if now >= doubt.until:
             return self._give_up(doubt, now)
         if now < doubt.ask_at:
             return []
+        self._retell |= doubt.patience_ms > 0  # readers may have passed over what was missed here
         doubt.ask_at, doubt.asked = now + self._commons.patience.timeout_ms, True
         return [ev.Ask(doubt.turn.node, doubt.turn.attempt)]
 
@@ -352,7 +386,8 @@ class DoubtingMachine(GuardedMachine):
             if doubt.fenced:  # readers have passed it over
                 doubt.bound = min(event.seq, event.seq if doubt.bound is None else doubt.bound)
                 return []
-            if event.seq >= self.next_seq:  # it had not ended, and what follows is heard here
+            if event.seq >= self.next_seq and not doubt.finished:
+                # It had not ended, and what follows is heard here.
                 self._asked_for = None  # it may be ending just now: that is asked once more
                 return super().handle(event, now) + self._go_on_with(doubt.found(), now)
         return super().handle(event, now)
@@ -364,8 +399,9 @@ class DoubtingMachine(GuardedMachine):
         turn, told = doubt.turn, report.seq or 0
         told = told if doubt.bound is None else min(told, doubt.bound)
         has_it = self._held is None and turn is self.turns.current and self.phase in WITH_NODE
-        if report.status == "finished":  # the end itself is on its way
-            doubt.until = min(doubt.until, now + 2 * self._commons.patience.timeout_ms)
+        if report.status == "finished":  # the end itself is on its way, or was lost: asked again
+            doubt.until = min(doubt.until, now + self._settings.doubt_ms)
+            doubt.finished = True
             return super().handle(ev.Reported(report), now) if has_it else []
         if report.status == "admitted":
             return super().handle(ev.Reported(report), now) if has_it else []

@@ -29,6 +29,7 @@ class LiveTask:
         query: Its words, embedded; None while they are not, or it names its function.
         waited: Whether it ever had to wait for room.
         level: To what its priority has risen by that; None: it has not waited.
+        called_by: Node that it was called in for at last.
         noted_seq: ``next_seq`` as journaled.
         wake_at: Its entry in the clock, UTC milliseconds.
     """
@@ -40,6 +41,7 @@ class LiveTask:
     query: Query | None = None
     waited: bool = False
     level: int | None = None
+    called_by: str | None = None
     noted_seq: int = 0
     wake_at: int | None = None
     wanted: Wanted = field(init=False)

@@ -253,19 +253,17 @@ class Reception:
         """Lose sight of a task: one that nobody has yet is taken or refused, if it is ours."""
         self._stats.unwatched += 1
         if shadow.claim is None and shadow.read is not None and self._is_ours(shadow.subject):
-            self._begin(shadow.read)
+            self._begin(shadow.read, fence=False)
 
     def _is_ours(self, subject: str) -> bool:
         return self._book.order(subject)[0] == self._own
 
-    def _begin(self, read: Arrival | Refusal) -> None:
+    def _begin(self, read: Arrival | Refusal, *, fence: bool = True) -> None:
         if isinstance(read, Refusal):
             self._refuse(read, read.error)
             return
-        before = self._book.order(read.subject).index(self._own)
-        generation = before + self._book.doubts(read.subject)
         try:
-            self._dispatcher.take(read, floor=first_attempt(generation))
+            self._takeover.take(read, fence=fence)
         except (Overloaded, TooLarge) as error:
             if self._look_ups.locked() or not read.named:
                 self._refuse(read, error)

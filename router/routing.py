@@ -126,19 +126,24 @@ class TaskRouting:
             return None
         return await self._meaning.embed(wanted.task.text)
 
-    def select(self, wanted: Wanted, query: Query | None, now: int) -> Selection:
+    def select(
+        self, wanted: Wanted, query: Query | None, now: int, *, called_by: str | None = None
+    ) -> Selection:
         """Select candidates from the fleet as it stands.
 
         Args:
             wanted: What is to be routed.
             query: As ``embed`` returned it.
             now: UTC milliseconds.
+            called_by: Node that was found to have room for it, to be looked at in any case.
 
         Returns:
             The selection; its explanation holds the best candidates only, for it is kept with
             the task.
         """
-        selection, told = self._decide(wanted, query, now, _AS_IT_IS, chance=self._chance)
+        selection, told = self._decide(
+            wanted, query, now, _AS_IT_IS, chance=self._chance, called_by=called_by
+        )
 
         def explain() -> dict[str, Any]:
             return _cut(selection.explain() | told, _KEPT_CANDIDATES)
@@ -328,13 +333,20 @@ class TaskRouting:
         *,
         everyone: bool = False,
         chance: random.Random | None = None,
+        called_by: str | None = None,
     ) -> tuple[Selection, dict[str, Any]]:
         effect = self._effect(wanted)
         task = _ruled(wanted.task, effect)
         session = self._sessions.get((wanted.client, task.session)) if task.session else None
         tenant = self._tenant_of(wanted.client)
         request = Request(
-            task, wanted.function, wanted.deadline, prefer=session, effect=effect, tenant=tenant
+            task,
+            wanted.function,
+            wanted.deadline,
+            prefer=session,
+            effect=effect,
+            tenant=tenant,
+            called_by=called_by,
         )
         look = glance(request, now=now)
         search = query.search if query is not None else self._meaning.search
@@ -482,9 +494,10 @@ class TaskRouting:
         else:
             start = request.deadline % len(keys)
             keys = keys[start:] + keys[:start]
-            session = (request.prefer or "", keys[0][1])
-            if session in keys:
-                keys = [session, *(key for key in keys if key != session)]
+        for node in (request.prefer, request.called_by):
+            place = (node or "", keys[0][1])
+            if place in keys:
+                keys = [place, *(key for key in keys if key != place)]
         return keys
 
     def _unknown(self, function: FunctionRef, tenant: str | None) -> Selection:

@@ -376,7 +376,7 @@ class RouterService(Service):
         if up:
             self.fleet.wake_all(self._clock())
             self.book.wake_all(self._clock())
-            self.dispatcher.missed()  # the broker may have forgotten the session, or itself
+        self.dispatcher.connected(up=up)
         if self._was_cut and up:
             self.spawn(self._upkeep.resume(), name="resume")
         elif not up and not self.book.alone:

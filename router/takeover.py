@@ -9,8 +9,8 @@ on the reply topics it goes on from what its shadow has seen by then.
 import asyncio
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 import structlog
 
@@ -29,6 +29,8 @@ from router.shadow import Shadow, ShadowTable
 from router.statistics import RouterStats
 
 _TAKEN_LIMIT: Final = 10_000
+_AT_ONCE: Final = 64
+"""Claims written to the journal together."""
 
 Begin = Callable[[Arrival | Refusal], None]
 """Takes a task that no router has said a word about."""
@@ -103,6 +105,34 @@ class Takeover:
             if shadow.claim is None or shadow.claim.router == router:
                 self.schedule(shadow, now)
 
+    def take(self, read: Arrival, *, fence: bool) -> None:
+        """Take a task of our own; one that a silent router may have is claimed first.
+
+        What that router's node says counts until the claim has come back: its end is the end.
+
+        Args:
+            read: The task.
+            fence: Whether there is time and room for that.
+
+        Raises:
+            Overloaded: There is no room for it.
+            TooLarge: The client may not send tasks of this size.
+        """
+        doubts = self._book.doubts(read.subject)
+        if not doubts or not fence:
+            generation = doubts + self._book.order(read.subject).index(self._book.own)
+            self._dispatcher.take(read, floor=first_attempt(generation))
+            return
+        self._dispatcher.vet(read)
+        shadow = self._shadows.get(read.key)
+        if shadow is None:
+            shadow = Shadow(read.key, read=read, reply=read.reply, deadline=read.deadline)
+            self._shadows.enter(shadow)
+        elif shadow.read is None:
+            shadow.read, shadow.reply = read, read.reply
+            self._shadows.weigh(shadow)
+        self.schedule(shadow, self._clock())
+
     def schedule(self, shadow: Shadow, now: int) -> None:
         """Have a task taken when it is our turn, unless somebody claims it before.
 
@@ -132,7 +162,8 @@ class Takeover:
                 continue
 
     async def _ring(self, now: int, begin: Begin) -> None:
-        while self._alarms and self._alarms[0][0] <= now:
+        claims: list[Coroutine[Any, Any, None]] = []  # the journal writes many at once
+        while self._alarms and self._alarms[0][0] <= now and len(claims) < _AT_ONCE:
             due, key = heapq.heappop(self._alarms)
             shadow = self._shadows.get(key)
             if shadow is None or shadow.due != due or not self.running:
@@ -145,7 +176,10 @@ class Takeover:
                 if shadow.cancelled:
                     self._dispatcher.cancel(read.key)
             elif read is not None and (shadow.claim is None or self._may_claim(shadow.claim)):
-                await self._claim(shadow, read)
+                claims.append(self._claim(shadow, read))
+        async with asyncio.TaskGroup() as group:
+            for claim in claims:
+                group.create_task(claim)
 
     def _may_claim(self, claim: Claim) -> bool:
         return claim.router == self._book.own or not self._book.is_live(claim.router)
@@ -177,7 +211,8 @@ class Takeover:
             return
         if claim is None or claim.router != self._book.own:
             place = self._book.order(shadow.subject).index(self._book.own)
-            attempt = first_attempt(shadow.next_generation + place)
+            generation = max(shadow.next_generation, self._book.doubts(shadow.subject)) + place
+            attempt = first_attempt(generation)
             first = self._book.order(shadow.subject)[0]  # it may have taken it without being heard
             lost = claim.router if claim is not None else first
             shadow.lost = lost if lost != self._book.own else ""
@@ -231,8 +266,8 @@ class Takeover:
         self._dispatcher.restore([entry], floor=claim.attempt, settled=True, missed=shadow.doubtful)
         if shadow.cancelled:
             self._dispatcher.cancel(key)
-        self._stats.taken_over += 1
         if shadow.lost:
+            self._stats.taken_over += 1
             self.taken[key] = shadow.lost
             if len(self.taken) > _TAKEN_LIMIT:
                 self.taken.popitem(last=False)

@@ -37,8 +37,8 @@ _NAMED: Final = 3
 class Floor(Protocol):
     """What the usher has done with tasks; the dispatcher does it."""
 
-    def call_in(self, key: Key, level: int) -> None:
-        """Choose for a task that has waited, by which its priority has risen."""
+    def call_in(self, key: Key, level: int, node: str | None = None) -> None:
+        """Choose for a task that has waited, by which its priority has risen; who has room now."""
         ...
 
     def shed(self, key: Key, error: Overloaded) -> None:
@@ -205,7 +205,7 @@ class Usher:
             self._absent.pop(waiter.key, None)
             self._calling = True
             try:
-                self._floor.call_in(waiter.key, waiter.level)
+                self._floor.call_in(waiter.key, waiter.level, place[0])
             finally:
                 self._calling = False
             if self.room.wants(waiter.key, place):  # of no use at the moment, though it seems free

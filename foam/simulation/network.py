@@ -4,7 +4,7 @@ What it may do is what MQTT lets a broker and a network do, and no more:
 
 - a connection carries bytes in order, or ends; what was under way is lost with it;
 - messages of one publisher on one topic keep their order; those of different topics may overtake
-  each other on the way to a subscriber (MQTT 3.1.1 section 4.6);
+  each other in the broker (MQTT 3.1.1 section 4.6), some by much, but not on the connection;
 - QoS 1 is confirmed once the broker has it; a sender whose confirmation was lost sends again, a
   broker whose subscriber did not confirm delivers again to a kept session (section 4.4);
 - QoS 0 may be lost;
@@ -36,6 +36,11 @@ _KEPT_MESSAGES: Final = 100_000
 """Messages kept for one absent session; further ones are dropped and counted."""
 _KEEPALIVE_S: Final = 22.5
 """Silence after which either end gives a connection up: one and a half of 15 seconds."""
+_STRAGGLERS: Final = 0.05
+"""Share of messages that the broker holds up longer than the others."""
+_HELD_UP: Final = 5
+"""How much longer. A fence (`router.guard`) holds for all readers alike only while that is less
+than the time between two events of a node: brokers hand on within milliseconds, or in one order."""
 
 Tap = Callable[[str, Message], None]
 """Told of every publication let through: publisher and message."""
@@ -46,7 +51,8 @@ class Quality:
     """How good the network is.
 
     Attributes:
-        delay_s: Mean delay of one way; each message draws from an exponential distribution.
+        delay_s: Mean delay of one way, and in the broker; each message draws from an exponential
+            distribution.
         loss: Share of QoS 0 messages lost.
         lost_wills: Share of wills that the broker forgets.
         keeps_retained: Whether retained messages survive the broker.
@@ -324,7 +330,8 @@ class SimulatedLink:
         self._chance = random.Random(f"{broker.seed}/{client_id}")  # noqa: S311  # a simulation
         self._keys = 0
         self._up_at = 0.0
-        self._down_at: dict[str, float] = {}
+        self._down_at = 0.0
+        self._topic_at: dict[str, float] = {}
         self._unconfirmed: OrderedDict[int, Message] = OrderedDict()
         self._deliveries = 0
         self._ended = asyncio.Event()
@@ -405,11 +412,11 @@ class SimulatedLink:
             number = self._deliveries
             self._unconfirmed[number] = message
         now = self._broker.loop.time()
-        at = max(now + self._delay_s(), self._stalled_until(), self._down_at.get(message.topic, 0))
-        if len(self._down_at) > 256:  # noqa: PLR2004  # prunes what no longer orders anything
-            self._down_at = {topic: when for topic, when in self._down_at.items() if when > now}
-        self._down_at[message.topic] = at
-        self._broker.loop.call_at(at, self._take, message, number, context=self._context)
+        at = max(now + self._hold_up_s(), self._topic_at.get(message.topic, 0))
+        if len(self._topic_at) > 256:  # noqa: PLR2004  # prunes what no longer orders anything
+            self._topic_at = {topic: when for topic, when in self._topic_at.items() if when > now}
+        self._topic_at[message.topic] = at
+        self._broker.later(at, self._downwards, self._take, message, number)
 
     def _take(self, message: Message, number: int) -> None:
         """Hand an arrived message to the session, and confirm it."""
@@ -426,10 +433,7 @@ class SimulatedLink:
             return
         self._broker.route(self.client_id, message)
         if message.qos:
-            at = max(self._broker.loop.time() + self._delay_s(), self._stalled_until())
-            at = max(at, self._down_at.get("", 0))  # confirmations keep their order
-            self._down_at[""] = at
-            self._broker.loop.call_at(at, self._confirm, key, context=self._context)
+            self._downwards(self._confirm, key)
 
     def _confirm(self, key: int) -> None:
         if not self._ended.is_set():
@@ -449,6 +453,12 @@ class SimulatedLink:
         now = self._broker.loop.time()
         self._up_at = max(self._up_at, now + self._delay_s(), self._stalled_until())
         self._broker.later(self._up_at, self._unless_ended, call, *args)
+
+    def _downwards(self, call: Callable[..., object], *args: Any) -> None:
+        """Let something happen at the session when what was sent before has arrived there."""
+        now = self._broker.loop.time()
+        self._down_at = max(self._down_at, now + self._delay_s(), self._stalled_until())
+        self._broker.loop.call_at(self._down_at, call, *args, context=self._context)
 
     def _unless_ended(self, call: Callable[..., object], *args: Any) -> None:
         if not self._ended.is_set():
@@ -473,12 +483,17 @@ class SimulatedLink:
             raise BrokerUnavailable(self._reason)
 
     def _answer(self, answered: asyncio.Event) -> None:
-        at = max(self._broker.loop.time() + self._delay_s(), self._stalled_until())
-        self._broker.loop.call_at(at, answered.set, context=self._context)
+        self._downwards(answered.set)
 
     def _delay_s(self) -> float:
         mean_s = self._broker.quality.delay_s * self._broker.network.factor(self.client_id)
         return mean_s * (0.2 + 0.8 * self._chance.expovariate(1.0))
+
+    def _hold_up_s(self) -> float:
+        """Draw how long a message is in the broker, however good or bad the connection is."""
+        mean_s = self._broker.quality.delay_s
+        factor = _HELD_UP if self._chance.random() < _STRAGGLERS else 1
+        return mean_s * factor * self._chance.expovariate(1.0)
 
     def _stalled_until(self) -> float:
         return self._broker.network.stalled_until(self.client_id)

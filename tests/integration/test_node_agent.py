@@ -472,18 +472,33 @@ async def test_a_node_says_what_it_runs_and_what_it_does_not_know(
     marker = tmp_path / "pid"
     ask(router)
     await eventually(lambda: router.statuses() == ["unknown"])
-    router.invoke("polite", {"marker": str(marker)})
+    router.invoke("polite", {"marker": str(marker)}, attempt=2)
     await eventually(marker.exists)
-    ask(router)
+    ask(router, 2)
     await eventually(lambda: router.statuses()[-1] == "running")
     assert router.reports[-1]["seq"] == 0
-    ask(router, 2)
+    ask(router, 3)
     await eventually(lambda: router.statuses()[-1] == "unknown")
     ask(router, None, task="t2")  # who has none does not answer
-    ask(router)
+    ask(router, 2)
     await eventually(lambda: router.statuses()[-1] == "running")
     assert router.statuses("t2") == []
     assert agent.counters.finished == 0
+
+
+async def test_what_a_node_called_unknown_does_not_begin_when_it_arrives(agent, router, eventually):
+    ask(router, 2)  # it overtook the invocation on a slow line
+    await eventually(lambda: router.statuses() == ["unknown"])
+    for attempt in (1, 2):
+        router.invoke("add", {"a": 1}, attempt=attempt)
+    await eventually(lambda: router.statuses() == ["unknown", "failed", "failed"])
+    assert {report["code"] for report in router.reports[1:]} == {"node_lost"}
+    router.invoke("add", {"a": 1}, attempt=3)
+    await eventually(router.of)
+    (result,) = router.of()
+    assert (result["event"], result["attempt"]) == ("result", 3)
+    assert agent.counters.dropped == 2
+    assert agent.counters.finished == 1
 
 
 async def test_who_asked_for_an_attempt_hears_that_it_was_superseded(

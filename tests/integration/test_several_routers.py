@@ -1,5 +1,6 @@
 """Two routers over one broker in memory: each task is one router's, whatever is killed."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -266,6 +267,65 @@ async def test_a_router_whose_will_is_lost_is_missed_by_its_heartbeats(
     await mesh.kill_router("router-1")
     await eventually(lambda: mesh.final(task), timeout_s=30)
     assert ended_once(mesh, task)
+
+
+async def test_the_end_of_a_silent_routers_attempt_counts_before_the_task_is_claimed(
+    mesh: Mesh, eventually: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await mesh.node("edge-1", answer)
+    for name in ROUTERS:
+        await mesh.start_router(PATIENT, name=name, will=False)
+    await know_each_other(mesh, eventually)
+    await mesh.kill_router("router-1")  # as far as the other one can tell, it may be alive
+    (task,) = owned_by("router-1")
+    left = mesh.routers["router-2"]
+    await eventually(lambda: left.book.doubts(f"pump-7/{task}") == 1, timeout_s=30)
+    journal, asked, free = Ledger.journal, asyncio.Event(), asyncio.Event()
+
+    async def write_slowly(ledger: Ledger, entry: Entry) -> Entry | None:
+        asked.set()
+        await free.wait()
+        return await journal(ledger, entry)
+
+    monkeypatch.setattr(Ledger, "journal", write_slowly)
+    mesh.submit(id=task, function="echo")
+    await asyncio.wait_for(asked.wait(), 30)
+    late = await mesh.session("by-hand")
+    base = {"v": 1, "task": task, "at": now_ms(), "attempt": 1}
+    run = {"node": "edge-1", "function": "echo", "version": "1.0.0"}
+    for source, word in (
+        ("router-1", {"event": "accepted", "router": "router-1", "deadline": now_ms() + 60_000}),
+        ("router-1", {"event": "routed", **run, "score": 1.0, "reason": "x"}),
+        ("edge-1", {"event": "result", **run, "seq": 0, "output": "done"}),
+    ):
+        late.post(f"foam/v1/local/reply/pump-7/{task}/{source}", json.dumps(base | word).encode())
+    await eventually(lambda: finals(mesh, task))
+    free.set()
+    await mesh.broker.settle()
+    assert await left.reception.find_outcome(("pump-7", task)) is not None
+    assert len(left.dispatcher) == 0
+    assert ended_once(mesh, task)
+    assert node.invocations == []
+
+
+async def test_a_task_that_a_silent_router_may_have_is_claimed_before_it_is_run(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node = await mesh.node("edge-1", answer)
+    for name in ROUTERS:
+        await mesh.start_router(PATIENT, name=name, will=False)
+    await know_each_other(mesh, eventually)
+    await mesh.kill_router("router-1")
+    left = mesh.routers["router-2"]
+    tasks = owned_by("router-1", 100)
+    await eventually(lambda: left.book.doubts(f"pump-7/{tasks[0]}") == 1, timeout_s=30)
+    for task in tasks:  # more than are journaled at a time
+        mesh.submit(id=task, function="echo")
+    await eventually(lambda: all(mesh.final(task) for task in tasks), timeout_s=60)
+    assert all(ended_once(mesh, task) for task in tasks)
+    assert {invocation.attempt for invocation in node.invocations} == {101}
+    await eventually(lambda: len(left.reception.shadows) == 0)
+    assert left.stats.taken_over == 0
 
 
 async def test_a_restarted_router_leaves_its_task_to_the_one_that_took_it_over(

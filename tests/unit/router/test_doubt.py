@@ -5,9 +5,16 @@ from typing import Any
 
 import pytest
 
-from capability_schemas.errors import DeadlineExceeded, NodeLost, Overloaded, TaskCancelled
+from capability_schemas.errors import (
+    DeadlineExceeded,
+    NodeLost,
+    Overloaded,
+    TaskCancelled,
+    Unavailable,
+)
 from capability_schemas.ids import is_identifier
 from capability_schemas.invocation import Report
+from router.commons import Commons
 from router.doubt import DoubtingMachine
 from router.entry import pack_chunks
 from router.events import (
@@ -473,6 +480,91 @@ def test_a_task_ends_however_often_something_is_missed(cancel_at: int | None) ->
     assert task.ended
     # The longest doubt about its node, twice the time for an answer, and the fence.
     assert ended_at < (cancel_at or 2_000) + 3 * SETTINGS.doubt_ms
+
+
+def test_an_end_on_its_way_that_is_lost_is_asked_for_once_more() -> None:
+    task = missed()
+    task.handle(report("finished", seq=3), 20)  # what held the end is lost with the connection
+    assert task.handle(Missed(), 100) == []
+    assert task.handle(Tick(), 300) == [Ask("a", 1)]
+    assert task.handle(Tick(), 450) == [Ask("a", 1)]
+    assert end_of(task.handle(result(2), 460)).payload == b"done"
+
+
+@pytest.mark.parametrize("shown", [0, 2])
+def test_a_cancellation_waits_until_it_is_known_whether_some_node_has_the_task(shown: int) -> None:
+    nobody = restored(None, attempt=0, next_seq=shown)
+    assert nobody.handle(CancelAsked(), 10) == []
+    at, actions = 10, list[Action]()
+    while not nobody.ended:
+        at = max(at, nobody.wake_at or at)
+        actions += nobody.handle(Tick(), at)
+    assert at <= SETTLED + 2 * SETTINGS.doubt_ms
+    assert Ask() in actions
+    assert not any(isinstance(one, Choose) for one in actions)
+    assert isinstance(end_of(actions).error, TaskCancelled)
+    somebody = restored(None, attempt=0, next_seq=shown)
+    assert somebody.handle(CancelAsked(), 10) == []
+    cancel = CancelNode("a", 1, "client")
+    assert plain(somebody.handle(chunk(shown), 20)) == [MarkShown(), cancel]
+    told = somebody.handle(result(shown + 1), 30)
+    assert (end_of(told).seq, end_of(told).payload) == (shown + 1, b"done")
+
+
+def test_an_end_that_is_reported_is_waited_for_and_asked_for() -> None:
+    task = begun()
+    assert task.handle(report("finished", seq=4), 10) == []
+    assert task.wake_at == 10 + SETTINGS.finish_grace_ms
+    assert task.handle(NodeGone("a", "the node is offline"), 20) == []  # what it said counts
+    assert task.handle(chunk(2), 30) == [MarkShown()]  # not all of it had come
+    assert task.handle(Tick(), 50) == [Ask("a", 1)]
+    assert task.handle(report("finished", seq=4), 60) == []
+    end = end_of(task.handle(result(3), 70))
+    assert (end.seq, end.attempt, end.payload, end.retell) == (3, 1, b"done", True)
+
+
+def test_an_end_that_is_reported_counts_although_the_routers_own_was_announced() -> None:
+    task = begun(deadline=100)
+    at, last = 0, list[Action]()
+    while not last or not isinstance(last[-1], Announce):  # it gives no account of itself
+        at = max(at, task.wake_at or at)
+        last = plain(task.handle(Tick(), at))
+    assert last[-1].last
+    assert at < 240
+    assert task.handle(report("finished", seq=3), 240) == []
+    assert task.handle(Fenced(2, ""), 250) == []
+    end = end_of(task.handle(result(2), 300))
+    assert (end.seq, end.attempt, end.payload, end.retell) == (2, 1, b"done", True)
+
+
+@pytest.mark.parametrize("deadline", [100, 60_000])
+def test_an_end_that_never_comes_is_waited_for_no_longer_than_a_doubt(deadline: int) -> None:
+    task = begun(deadline=deadline)
+    task.handle(report("finished", seq=3), 90)
+    at, actions = 90, list[Action]()
+    while not task.ended:
+        at = max(at, task.wake_at or at)
+        told = task.handle(Tick(), at)
+        actions += told
+        if any(isinstance(one, Announce) for one in told):
+            actions += task.handle(Fenced(task.attempt, ""), at)
+    end = end_of(actions)
+    assert isinstance(end.error, Unavailable | DeadlineExceeded)
+    assert end.seq == 2
+    assert SETTINGS.doubt_ms <= at - 90 <= 2 * SETTINGS.doubt_ms
+
+
+def test_nobody_is_given_up_while_the_router_itself_is_cut_off() -> None:
+    commons = Commons.of(SETTINGS)
+    entry = journaled("a", deadline=100, attempt=1)
+    task = DoubtingMachine.restore(entry, settings=SETTINGS, now=0, commons=commons)
+    commons.line.up = False
+    for at in range(SETTLED, 10_000, 100):
+        assert not [one for one in task.handle(Tick(), at) if not isinstance(one, Ask)]
+    commons.line.up = True
+    assert task.handle(Missed(), 10_000) == []
+    assert task.handle(Tick(), 10_100) == [Ask("a", 1)]
+    assert end_of(task.handle(result(0), 10_110)).payload == b"done"
 
 
 def test_a_node_that_says_something_again_is_asked_again() -> None:
