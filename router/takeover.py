@@ -142,7 +142,8 @@ class Takeover:
         """
         if shadow.read is None or not self.running:
             return
-        if shadow.doubtful and shadow.claim is not None and now > shadow.deadline:
+        others = shadow.claim is not None and shadow.claim.router != self._book.own
+        if shadow.doubtful and others and now > shadow.deadline:
             return  # it has most likely ended: the journal of the router that had it knows
         place = self._book.order(shadow.subject).index(self._book.own)
         shadow.due = now + place * self._settings.takeover_ms
