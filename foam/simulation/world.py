@@ -136,7 +136,7 @@ class _Recorder:
 
     def __init__(self, loop: VirtualLoop, topics: Topics, *, kept: int) -> None:
         self.lines: deque[str] = deque(maxlen=kept)
-        self.routed: Callable[[str, str, str], None] = lambda _client, _task, _node: None
+        self.told: Callable[[str, str, dict[str, Any]], None] = lambda _client, _who, _event: None
         self._loop = loop
         self._root = f"{topics.root}/"
         self._digest = hashlib.sha256()
@@ -155,10 +155,8 @@ class _Recorder:
         topic = message.topic.removeprefix(self._root)
         if topic.startswith("event/") or topic.endswith("/load"):
             return  # these hold figures of the machine, and there are many
-        if b'"routed"' in message.payload and topic.startswith("reply/"):
-            event = json.loads(message.payload)
-            if event.get("event") == "routed":
-                self.routed(topic.split("/")[1], event["task"], event["node"])
+        if topic.startswith("reply/") and b'"chunk"' not in message.payload:
+            self.told(topic.split("/")[1], publisher, json.loads(message.payload))
         size = len(message.payload)
         self._digest.update(f"{self._loop.time():.6f} {publisher} {topic} {size}".encode())
         self.note(f"{publisher} {topic} {message.payload[:300].decode(errors='replace')}")
@@ -216,7 +214,10 @@ class _World:
         self._routed: dict[tuple[str, str], list[tuple[float, str]]] = {}
         self._deaths: list[tuple[float, str]] = []
         self._forgot: list[tuple[float, float]] = []
-        self._recorder.routed = self._note_route
+        self._ended: dict[tuple[str, str], list[tuple[float, str]]] = {}
+        self._full: dict[str, float] = {}
+        self._unwritten: list[tuple[float, float, str]] = []
+        self._recorder.told = self._note_word
 
     async def run(self) -> Run:
         """Run it."""
@@ -303,6 +304,8 @@ class _World:
         match fault.kind:
             case "kill_node" | "kill_router" | "leave_node":
                 self._deaths.append((self._loop.time(), member.name))
+                if (since_s := self._full.pop(member.name, None)) is not None:
+                    self._unwritten.append((since_s, self._loop.time(), member.name))
                 await (member.leave() if fault.kind == "leave_node" else member.kill())
                 await asyncio.sleep(lasts_s)
                 member.start()
@@ -335,29 +338,42 @@ class _World:
         ledger = router.ledger
         if ledger is not None:
             ledger.fill_disk(full=True)
+            since_s = self._full[router.name] = self._loop.time()
             await asyncio.sleep(lasts_s)
             ledger.fill_disk(full=False)
+            if self._full.get(router.name) == since_s:
+                del self._full[router.name]
 
     # ---- what must hold
 
-    def _note_route(self, client: str, task: str, node: str) -> None:
-        self._routed.setdefault((client, task), []).append((self._loop.time(), node))
+    def _note_word(self, client: str, who: str, event: dict[str, Any]) -> None:
+        key, now_s = (client, event["task"]), self._loop.time()
+        if event["event"] == "routed":
+            self._routed.setdefault(key, []).append((now_s, event["node"]))
+        elif event["event"] in {"result", "error"} and who in self._routers:
+            self._ended.setdefault(key, []).append((now_s, who))
 
     def excuse(self, breach: Breach) -> bool:
         """Tell whether two losses met, which nobody can mend (ADR 36).
 
         The broker forgot its sessions, and with them what a node had told the client and not yet
         the router; and the only one who knew it, that node, was killed or left before it could be
-        asked: while the broker was away, or as long after as its clients take to come back.
+        asked: while the broker was away, or as long after as its clients take to come back. Or a
+        router told an end that its full disk did not take, and was killed before there was room.
         """
         if breach.kind not in {"doubled", "wrong"}:
             return False
-        routed = self._routed.get((breach.client, breach.task), [])
-        return any(
+        key = breach.client, breach.task
+        forgotten = any(
             node == dead and asked_s <= died_s and down_s <= died_s <= back_s and asked_s <= down_s
-            for asked_s, node in routed
+            for asked_s, node in self._routed.get(key, [])
             for died_s, dead in self._deaths
             for down_s, back_s in self._forgot
+        )
+        return forgotten or any(
+            router == dead and since_s <= told_s <= died_s
+            for told_s, router in self._ended.get(key, [])
+            for since_s, died_s, dead in self._unwritten
         )
 
     async def _probe(self) -> None:
