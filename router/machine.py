@@ -123,6 +123,12 @@ class TaskMachine:
         return self.turns.attempt
 
     @property
+    def speaking_attempt(self) -> int:
+        """The attempt that readers hear: of a lower one they hear nothing any more."""
+        current = self.turns.current
+        return max(1, self.attempt if current is None else current.attempt)
+
+    @property
     def next_seq(self) -> int:
         """Number of the next chunk or final event."""
         return self.course.shown.next_seq

@@ -6,6 +6,7 @@ events and chunks of tasks that ended lately are kept in memory for ``resume`` a
 """
 
 import asyncio
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class Outcome:
         """Make the events from a number on, without gaps, one by one.
 
         A reader goes by the numbers, so chunks that are no longer kept are stood in for by empty
-        ones: the whole answer is in the result.
+        ones: the whole answer is in the result. All are repeated as of the last attempt (`as_of`).
 
         Args:
             from_seq: First number wanted; beyond the end, the final event still comes.
@@ -95,8 +96,24 @@ class Outcome:
         first = max(first, self.seq - _REPLAY_LIMIT)
         for seq in range(first, self.seq):
             chunk = Chunk(task=task, at=self.ended_at, seq=seq, attempt=self.attempt, data="")
-            yield kept.get(seq) or encode(chunk)
+            yield as_of(self.attempt, kept[seq]) if seq in kept else encode(chunk)
         yield self.terminal
+
+
+def as_of(attempt: int, chunk: bytes) -> bytes:
+    """Return a chunk as it is repeated: no reader passes it over for the attempt it was made by.
+
+    A reader that missed who answers for the mesh hears a router like a node, and ignores a lower
+    attempt than it has seen (PROTOCOL section 3).
+
+    Args:
+        attempt: The one that speaks now.
+        chunk: The event as it was published.
+    """
+    event = json.loads(chunk) if attempt > 1 else {}
+    if event.get("attempt", 1) >= attempt:
+        return chunk
+    return json.dumps({**event, "attempt": attempt}, separators=(",", ":")).encode()
 
 
 class ReplyDesk:

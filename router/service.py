@@ -41,7 +41,7 @@ from router.peers import CLAIMS, PeerDesk, encode_state
 from router.people import People
 from router.quota import QuotaBook, QuotaFile, Quotas
 from router.reception import Reception
-from router.replies import ReplyDesk
+from router.replies import ReplyDesk, as_of
 from router.reputation import Reputation
 from router.routing import TaskRouting
 from router.rules import RuleFile
@@ -468,8 +468,10 @@ class RouterService(Service):
         key = (client, request.task)
         live = self.dispatcher.live(key)
         if live is not None:
-            missed = [data for _, data in live.machine.course.shown.since(request.from_seq)]
-            self._replies.replay(key, live.arrival.reply, missed)
+            machine = live.machine
+            missed = (data for _, data in machine.course.shown.since(request.from_seq))
+            again = [as_of(machine.speaking_attempt, data) for data in missed]
+            self._replies.replay(key, live.arrival.reply, again)
             return
         outcome = await self.reception.find_outcome(key)
         if outcome is not None:

@@ -3,8 +3,9 @@
 What it may do is what MQTT lets a broker and a network do, and no more:
 
 - a connection carries bytes in order, or ends; what was under way is lost with it;
-- messages of one publisher on one topic keep their order; those of different topics may overtake
-  each other in the broker (MQTT 3.1.1 section 4.6), some by much, but not on the connection;
+- messages for one subscription keep the order in which the broker took them, those for different
+  ones may overtake each other in the broker, but not on the connection: that is what a broker does
+  that keeps a queue for each subscription (NATS), and more than one does that has a single queue;
 - QoS 1 is confirmed once the broker has it; a sender whose confirmation was lost sends again, a
   broker whose subscriber did not confirm delivers again to a kept session (section 4.4);
 - QoS 0 may be lost;
@@ -39,8 +40,7 @@ _KEEPALIVE_S: Final = 22.5
 _STRAGGLERS: Final = 0.05
 """Share of messages that the broker holds up longer than the others."""
 _HELD_UP: Final = 5
-"""How much longer. A fence (`router.guard`) holds for all readers alike only while that is less
-than the time between two events of a node: brokers hand on within milliseconds, or in one order."""
+"""How much longer."""
 
 Tap = Callable[[str, Message], None]
 """Told of every publication let through: publisher and message."""
@@ -331,7 +331,7 @@ class SimulatedLink:
         self._keys = 0
         self._up_at = 0.0
         self._down_at = 0.0
-        self._topic_at: dict[str, float] = {}
+        self._lane_at: dict[tuple[str, int], float] = {}
         self._unconfirmed: OrderedDict[int, Message] = OrderedDict()
         self._deliveries = 0
         self._ended = asyncio.Event()
@@ -412,10 +412,8 @@ class SimulatedLink:
             number = self._deliveries
             self._unconfirmed[number] = message
         now = self._broker.loop.time()
-        at = max(now + self._hold_up_s(), self._topic_at.get(message.topic, 0))
-        if len(self._topic_at) > 256:  # noqa: PLR2004  # prunes what no longer orders anything
-            self._topic_at = {topic: when for topic, when in self._topic_at.items() if when > now}
-        self._topic_at[message.topic] = at
+        lane = _stem(message.topic), message.topic.count("/")  # as filters are made
+        at = self._lane_at[lane] = max(now + self._hold_up_s(), self._lane_at.get(lane, 0.0))
         self._broker.later(at, self._downwards, self._take, message, number)
 
     def _take(self, message: Message, number: int) -> None:

@@ -214,6 +214,7 @@ class _World:
         self._routed: dict[tuple[str, str], list[tuple[float, str]]] = {}
         self._deaths: list[tuple[float, str]] = []
         self._forgot: list[tuple[float, float]] = []
+        self._accepted: dict[tuple[str, str], set[str]] = {}
         self._ended: dict[tuple[str, str], list[tuple[float, str]]] = {}
         self._full: dict[str, float] = {}
         self._unwritten: list[tuple[float, float, str]] = []
@@ -350,7 +351,9 @@ class _World:
         key, now_s = (client, event["task"]), self._loop.time()
         if event["event"] == "routed":
             self._routed.setdefault(key, []).append((now_s, event["node"]))
-        elif event["event"] in {"result", "error"} and who in self._routers:
+        elif event["event"] == "accepted":
+            self._accepted.setdefault(key, set()).add(who)
+        elif event["event"] in {"result", "error"}:
             self._ended.setdefault(key, []).append((now_s, who))
 
     def excuse(self, breach: Breach) -> bool:
@@ -359,21 +362,24 @@ class _World:
         The broker forgot its sessions, and with them what a node had told the client and not yet
         the router; and the only one who knew it, that node, was killed or left before it could be
         asked: while the broker was away, or as long after as its clients take to come back. Or a
-        router told an end that its full disk did not take, and was killed before there was room.
+        router heard or told an end that its full disk did not take, and was killed before there was
+        room; and so was the node, if it was one's.
         """
         if breach.kind not in {"doubled", "wrong"}:
             return False
         key = breach.client, breach.task
+        routers = self._accepted.get(key, set())
         forgotten = any(
             node == dead and asked_s <= died_s and down_s <= died_s <= back_s and asked_s <= down_s
             for asked_s, node in self._routed.get(key, [])
             for died_s, dead in self._deaths
             for down_s, back_s in self._forgot
         )
+        gone = {dead: died_s for died_s, dead in self._deaths}
         return forgotten or any(
-            router == dead and since_s <= told_s <= died_s
-            for told_s, router in self._ended.get(key, [])
-            for since_s, died_s, dead in self._unwritten
+            since_s <= told_s <= died_s and gone.get(who, 0.0) >= told_s and router in routers
+            for told_s, who in self._ended.get(key, [])
+            for since_s, died_s, router in self._unwritten
         )
 
     async def _probe(self) -> None:

@@ -1,5 +1,6 @@
 """A router with nodes that are lost in mid-answer, or slow."""
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -75,6 +76,30 @@ async def test_another_node_goes_on_where_the_lost_one_was(mesh: Mesh, eventuall
     attempts = [event["attempt"] for event in mesh.of("t") if event["event"] == "routed"]
     assert attempts == [1, 2]
     assert mesh.router.stats.continued == 1
+
+
+async def test_a_client_that_came_late_hears_all_of_an_answer_that_has_moved(
+    mesh: Mesh, eventually: Any
+) -> None:
+    nodes = [await mesh.node(name, begin, record(mesh, name)) for name in ("edge-1", "edge-2")]
+    mesh.submit(id="t", function="echo")
+    await eventually(lambda: mesh.kinds("t").count("chunk") == 2)
+    first = first_of(nodes)
+    first.behaviour = admit
+    (second,) = [node for node in nodes if node is not first]
+    second.behaviour = admit
+    first.be("offline")
+    await eventually(lambda: second.invocations)
+    second.reply(second.invocations[0], event="chunk", seq=2, data="world")
+    await mesh.broker.settle()
+    mesh.events.clear()  # it has missed who answers for the mesh, and what was shown before
+    asked = json.dumps({"task": "t", "from_seq": 0}).encode()
+    mesh.client.post(mesh.topics.build(TopicKind.RESUME, client="pump-7"), asked)
+    await eventually(lambda: len(mesh.of("t")) == 3)
+    told = [
+        (event["event"], event["seq"], event["attempt"], event["data"]) for event in mesh.of("t")
+    ]
+    assert told == [("chunk", 0, 2, "hel"), ("chunk", 1, 2, "lo "), ("chunk", 2, 2, "world")]
 
 
 async def test_a_session_moves_to_the_node_that_went_on(mesh: Mesh, eventually: Any) -> None:

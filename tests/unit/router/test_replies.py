@@ -4,9 +4,11 @@ from typing import Any
 
 from broker.session.memory import MemoryBroker, MemorySession
 from capability_schemas.errors import AccessDenied
+from capability_schemas.reply import Chunk
+from capability_schemas.wire import encode
 from router.entry import Entry, pack_chunks, unpack_chunks
 from router.ledger import Ledger
-from router.replies import Outcome, ReplyDesk
+from router.replies import Outcome, ReplyDesk, as_of
 
 
 def outcome(shown: tuple[tuple[int, bytes], ...], seq: int = 3) -> Outcome:
@@ -23,6 +25,10 @@ def outcome(shown: tuple[tuple[int, bytes], ...], seq: int = 3) -> Outcome:
     )
 
 
+def chunk(seq: int, attempt: int = 2) -> bytes:
+    return encode(Chunk(task="t", at=1, seq=seq, attempt=attempt, data=f"é{seq}"))
+
+
 def test_chunks_survive_packing() -> None:
     shown = ((0, b""), (1, b"one\n"), (7, b"x" * 70_000))
     assert unpack_chunks(pack_chunks(shown)) == shown
@@ -30,17 +36,30 @@ def test_chunks_survive_packing() -> None:
 
 
 def test_a_replay_starts_where_it_is_wanted() -> None:
-    kept = outcome(((0, b"0"), (1, b"1"), (2, b"2")))
-    assert list(kept.replay(0)) == [b"0", b"1", b"2", b"final"]
-    assert list(kept.replay(2)) == [b"2", b"final"]
+    kept = outcome(((0, chunk(0)), (1, chunk(1)), (2, chunk(2))))
+    assert list(kept.replay(0)) == [chunk(0), chunk(1), chunk(2), b"final"]
+    assert list(kept.replay(2)) == [chunk(2), b"final"]
     assert list(kept.replay(3)) == list(kept.replay(99)) == [b"final"]
 
 
+def test_a_replay_is_as_of_the_last_attempt_for_readers_pass_over_lower_ones() -> None:
+    kept = outcome(((0, chunk(0, 1)), (1, chunk(1, 1)), (2, chunk(2, 2))))
+    told = [json.loads(event) for event in list(kept.replay(0))[:-1]]
+    first = json.loads(chunk(0, 1))
+    assert told[0] == {**first, "attempt": 2}
+    assert [(one["seq"], one["attempt"], one["data"]) for one in told] == [
+        (0, 2, "é0"),
+        (1, 2, "é1"),
+        (2, 2, "é2"),
+    ]
+    assert as_of(1, chunk(0, 1)) == chunk(0, 1)
+
+
 def test_chunks_no_longer_kept_leave_no_gap() -> None:
-    events = list(outcome(((2, b"2"),)).replay(0))
+    events = list(outcome(((2, chunk(2)),)).replay(0))
     assert [json.loads(event)["seq"] for event in events[:2]] == [0, 1]
     assert all(json.loads(event)["data"] == "" for event in events[:2])
-    assert events[2:] == [b"2", b"final"]
+    assert events[2:] == [chunk(2), b"final"]
 
 
 def test_an_entry_that_has_not_ended_has_no_outcome() -> None:
