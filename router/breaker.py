@@ -52,8 +52,8 @@ class Breakers:
     def __len__(self) -> int:
         return len(self._breakers)
 
-    def learn(self, node: str, function: str, ok: bool, now: int) -> None:
-        """Take in how an invocation went.
+    def learn(self, node: str, function: str, ok: bool, now: int) -> bool:
+        """Take in how an invocation went; tell whether the breaker has opened by that.
 
         Args:
             node: The node.
@@ -64,7 +64,7 @@ class Breakers:
         key = node, function
         if ok:
             self._breakers.pop(key, None)
-            return
+            return False
         breaker = self._breakers.setdefault(key, _Breaker())
         self._breakers.move_to_end(key)
         if len(self._breakers) > self._settings.limit:
@@ -72,12 +72,13 @@ class Breakers:
         breaker.lost += 1
         # What was sent before it opened, and is lost too, tells nothing new.
         if breaker.pause_left_ms(now) or breaker.lost < self._settings.losses:
-            return
-        longest = self._settings.longest_pause_ms
-        pause_ms = 2 * breaker.pause_ms if breaker.open else self._settings.pause_ms
+            return False
+        longest, was_open = self._settings.longest_pause_ms, breaker.open
+        pause_ms = 2 * breaker.pause_ms if was_open else self._settings.pause_ms
         breaker.pause_ms = min(longest, pause_ms)
         breaker.open_until = now + breaker.pause_ms
         breaker.probe_until = 0
+        return not was_open
 
     def sent(self, node: str, function: str, now: int) -> None:
         """Note that an invocation was sent; while half open it is the probe.

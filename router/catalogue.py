@@ -51,8 +51,8 @@ class NodeView:
         unborn: Whether all that is known is the last will of a process whose birth was not heard.
         given: What it has of ``assigned``, by function.
         said_at: When it said last that it was there, UTC milliseconds of its own clock.
-        lost_at: When it was lost last while it took work and had not said that it would go, UTC
-            milliseconds; None: it was not.
+        lost_at: When it was lost last while it took work and had not said that it would go, or
+            began to leave invocations without an answer, UTC milliseconds; None: it was not.
         grace_ms: How long such a node may be waited for, milliseconds.
     """
 

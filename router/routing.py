@@ -316,7 +316,9 @@ class TaskRouting:
             now: UTC milliseconds.
             took_ms: Time from the invocation to the end.
         """
-        self._breakers.learn(node, function, verdict != "lost", now)
+        if self._breakers.learn(node, function, verdict != "lost", now):
+            # Its broker may have told nobody yet: it is waited for as if it had.
+            self._fleet.node(node).lost_at = now
         if verdict in {"good", "failed", "lost"}:
             record = self._fleet.records.get((node, function))
             skills = record.skills if record else ()

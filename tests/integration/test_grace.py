@@ -84,6 +84,21 @@ async def test_tasks_whose_only_node_is_killed_with_them_wait_for_it(
     assert {mesh.kinds(task)[-1] for task in tasks} == {"result"}
 
 
+async def test_a_node_that_answers_nothing_is_waited_for_before_its_loss_is_known(
+    mesh: Mesh, eventually: Any
+) -> None:
+    quick = BreakerSettings(losses=1, pause_ms=200)
+    await start(mesh, PATIENT.model_copy(update={"report_timeout_ms": 200, "breaker": quick}))
+    node = await mesh.node("edge-1", say_nothing)  # its will is still to come
+    tasks = [f"t{number}" for number in range(3)]
+    for task in tasks:
+        mesh.submit(id=task, function="echo")
+    await eventually(lambda: waiting(mesh) > 0)
+    node.behaviour = answer
+    await eventually(lambda: all(map(mesh.final, tasks)), timeout_s=WAIT_S)
+    assert {mesh.kinds(task)[-1] for task in tasks} == {"result"}
+
+
 async def test_when_it_does_not_come_back_the_client_is_told(mesh: Mesh, eventually: Any) -> None:
     await start(mesh, PATIENT.model_copy(update={"grace_ms": 300}))
     node = await mesh.node("edge-1", admit)
@@ -126,9 +141,9 @@ async def test_while_it_waits_for_a_breaker_it_is_chosen_for_now_and_then_only(
     looks: list[Any] = []
     select = mesh.router.routing.select
 
-    def counting(*args: Any) -> Any:
+    def counting(*args: Any, **more: Any) -> Any:
         looks.append(args)
-        return select(*args)
+        return select(*args, **more)
 
     monkeypatch.setattr(mesh.router.routing, "select", counting)
     mesh.router.dispatcher.usher.tend()
