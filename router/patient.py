@@ -59,7 +59,7 @@ class PatientMachine(TaskMachine):
             case ev.Chosen():
                 self.waiting = False
                 self._places, self._start_by = event.places, event.start_by
-                self._returns = event.problem is not None and _WAKES in event.problem.detail
+                self._returns = self._may_return(event.problem)
             case ev.NodeGone():
                 self._lost = event.node == self.node
             case ev.Observed():
@@ -120,10 +120,23 @@ class PatientMachine(TaskMachine):
         """Go on without a node; look anew for one that is gone when no candidate is left."""
         turns = self.turns
         bereft = self._lost and not turns.waiting and turns.left > 0 and self._draft is None
-        # Those that have failed with the task are not asked again.
-        unfailed = all(isinstance(one, NodeLost | Overloaded) for one in turns.problems)
-        choose = choose or (bereft and unfailed)
+        choose = choose or (bereft and self._unfailed)
         return super()._mend(problem, now, choose=choose, begun=begun)
+
+    @property
+    def _unfailed(self) -> bool:
+        """Whether nobody has failed with the task: those that have are not asked again."""
+        return all(isinstance(one, NodeLost | Overloaded) for one in self.turns.problems)
+
+    def _may_return(self, problem: FoamError | None) -> bool:
+        """Tell whether whoever could do it may be waited for, though nobody can at the moment.
+
+        After a node that did not answer, too: a busy one may have been slow to, and is still there.
+        """
+        if problem is None or _WAKES in problem.detail:
+            return problem is not None
+        again = self.turns.left > 0 and self._unfailed
+        return isinstance(problem, Overloaded) and again
 
     def _end(self, error: FoamError) -> list[Action]:
         """Wait, or look anew for a task that was given back, where that is the remedy; else end."""

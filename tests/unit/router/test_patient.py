@@ -88,6 +88,27 @@ def test_a_task_waits_for_whoever_is_full_and_goes_on_when_it_is_called() -> Non
     assert task.phase is Phase.INVOKED
 
 
+def test_a_task_whose_busy_node_did_not_answer_waits_for_it_all_the_same() -> None:
+    task = machine(Chosen((A,)), deadline=100_000)
+    told = task.handle(Tick(), task.wake_at or 0)
+    assert told[-1] == Choose()
+    assert task.handle(BUSY, 2_000) == [Wait(FULL)]
+    assert task.waiting
+    (asked,) = task.handle(Chosen((A,)), 3_000)
+    # Behind the fence, for it may be answering by now.
+    assert asked == Invoke(A, 2, 0, announced=True)
+
+
+def test_a_task_that_was_given_to_as_many_as_may_be_asked_waits_no_more() -> None:
+    task = machine(Chosen((A,)), deadline=100_000)
+    while task.turns.left:
+        task.handle(Tick(), task.wake_at or 0)
+        task.handle(Chosen((A,)), 0)
+        task.handle(Fenced(task.attempt, "a"), 0)
+    told = task.handle(Tick(), task.wake_at or 0)
+    assert isinstance(error_of(told), NodeLost)
+
+
 def test_it_may_have_to_wait_again() -> None:
     task = machine(BUSY)
     assert task.handle(BUSY, 500) == [Wait(FULL)]
