@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from broker import guard
 from broker.access.credentials import CredentialStore
+from broker.ports import free_port
 from broker.tls import TlsListener
 from capability_schemas.errors import BrokerUnavailable, ConfigurationError
 from capability_schemas.topics import Topics
@@ -225,14 +226,6 @@ def check_port(host: str, port: int) -> None:
                 "stop what uses it, or choose another port (0 takes a free one)",
                 port=port,
             ) from exc
-
-
-def free_port(host: str) -> int:
-    """Ask the kernel for a port that is free now; somebody else may take it before we do."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
 
 
 async def speaks_mqtt(

@@ -28,6 +28,7 @@ import structlog
 from capability_schemas.errors import Unavailable
 
 _CANCEL_LIMIT_S: Final = 5.0
+_SAME_WISH_S: Final = 0.3
 _R = TypeVar("_R")
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
@@ -223,6 +224,8 @@ class ProcessEnd:
         self._parent_fd = parent_fd
         self._reason: str | None = None
         self._asked = asyncio.Event()
+        self._asked_at = 0.0
+        self._insisted = asyncio.Event()
         self._signals = (signal.SIGTERM, signal.SIGINT)
 
     @property
@@ -273,10 +276,22 @@ class ProcessEnd:
                 task.cancel()
         return self._reason or "stopped"
 
+    async def wait_insisted(self) -> None:
+        """Wait until a signal comes once more, though the process ends already.
+
+        What comes right behind the first is the same wish: a terminal sends its signal to a whole
+        group of processes, of which one may pass it on.
+        """
+        await self._insisted.wait()
+
     def _ask(self, reason: str) -> None:
+        now = asyncio.get_running_loop().time()
         if self._reason is None:
             self._reason = reason
+            self._asked_at = now
             _log.info("process.end", reason=reason)
+        elif now - self._asked_at > _SAME_WISH_S:
+            self._insisted.set()
         self._asked.set()
 
     def _read_parent(self) -> None:
@@ -291,7 +306,8 @@ class ProcessEnd:
         except OSError as error:
             _log.warning("process.parent_pipe", error=str(error))
         asyncio.get_running_loop().remove_reader(fd)
-        self._ask("parent gone")
+        if self._reason is None:
+            self._ask("parent gone")
 
 
 async def run_until_signal(*services: Service, parent_fd: int | None = None) -> str:

@@ -30,11 +30,11 @@ from broker.engine import (
     EngineSettings,
     ForeignEngine,
     find_binary,
-    free_port,
     guarded,
     speaks_mqtt,
 )
 from broker.nats_cluster import ClusterSeat, SeatedServer
+from broker.ports import free_port
 from broker.tls import TlsListener
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.topics import Topics

@@ -14,7 +14,7 @@ from typing import Annotated, Final, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from broker.access.credentials import write_private
-from broker.engine import free_port
+from broker.ports import free_port
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.wire import first_problem
 

@@ -98,6 +98,17 @@ class RouterPresence:
             (state, self._is_live(name, now)) for name, (state, _) in sorted(self._states.items())
         ]
 
+    def names(self) -> list[str]:
+        """Return the ids of all routers that were heard of, living or not."""
+        return sorted(self._states)
+
+    def told(self) -> str:
+        """Return what became of each router that was heard of, in words."""
+        return ", ".join(
+            f"{state.router} is {'silent' if state.state == 'birth' and not live else state.state}"
+            for state, live in self.states()
+        )
+
     @property
     def absent(self) -> bool:
         """Whether it is certain, as far as this member can tell, that no router lives."""
@@ -198,8 +209,11 @@ class RouterPresence:
     def _is_news(self, state: RouterState, known: RouterState, *, kept: bool) -> bool:
         """Tell whether a state says more than the last one.
 
-        The will of an earlier start does not, nor the kept copy of what was heard already.
+        The will of an earlier start does not, nor that of a start that was refused its place, nor
+        the kept copy of what was heard already.
         """
+        if known.unborn != state.unborn and state.epoch != known.epoch:
+            return known.unborn
         if state.epoch < known.epoch:
             return False
         return not (kept and (state.state, state.at) == (known.state, known.at))

@@ -1,4 +1,4 @@
-"""One node, one process: who comes second is refused, and says so.
+"""One member, one process: who comes second is refused, and says so.
 
 Two processes with one identity would share a client id, so that each connection throws the other
 one off, for ever. What is said on the identity's own state topic settles it, on any broker: last
@@ -20,10 +20,11 @@ RFC 5227 section 2); they do not hold against somebody who lies, which takes the
 """
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,11 +34,22 @@ from broker.lifecycle import Service
 from broker.session.base import Message, Session
 from capability_schemas.errors import AccessDenied, Conflict, ProtocolError
 from capability_schemas.ids import now_ms
-from capability_schemas.node import LOST, NodeState
+from capability_schemas.node import LOST, NodeState, RegistryState, RouterState
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import decode
 
-_FLUSH_S: Final = 0.2
+State = NodeState | RouterState | RegistryState
+Kind = Literal["node", "router", "registry"]
+
+_TOPICS: Final[Mapping[Kind, TopicKind]] = {
+    "node": TopicKind.NODE_STATE,
+    "router": TopicKind.ROUTER_STATE,
+    "registry": TopicKind.REGISTRY_STATE,
+}
+_FLUSH_S: Final = 5.0
+"""How long what is said of a refusal may take to leave: the rival takes the connection away."""
+
+_TICK_S: Final = 0.02
 _LIMIT_BYTES: Final = 64 * 1024
 
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
@@ -64,6 +76,7 @@ class Tenant:
 
     Attributes:
         identity: Which one.
+        kind: What it is.
         epoch: Start of the process, UTC milliseconds.
         place: Where it runs, in words.
         alone_at: How the words of all processes begin of which at most one can run at a time
@@ -71,6 +84,7 @@ class Tenant:
     """
 
     identity: str
+    kind: Kind = "node"
     epoch: int
     place: str | None = None
     alone_at: str | None = None
@@ -105,23 +119,30 @@ class Tenure(Service):
     ) -> None:
         super().__init__(service_id=tenant.identity)
         self._session = session
-        self._topic = topics.build(TopicKind.NODE_STATE, node=tenant.identity)
+        kind = _TOPICS[tenant.kind]
+        self._topic = topics.build(kind, **{tenant.kind: tenant.identity})
+        # Routers and registries follow all of their kind, over this very filter; nodes may not.
+        self._filter = self._topic if tenant.kind == "node" else topics.filter(kind)
         self._tenant = tenant
         self._events = EventSource(
-            session=session, topics=topics, source=tenant.identity, component="node", clock=clock
+            session=session,
+            topics=topics,
+            source=tenant.identity,
+            component=tenant.kind,
+            clock=clock,
         )
         self._show = show
         self._give_up = give_up
         self._settings = settings or TenureSettings()
-        self._before: NodeState | None = None
+        self._before: State | None = None
         self._heard = asyncio.Event()
         self._settled = False
-        self._rival: NodeState | None = None
+        self._rival: State | None = None
         self._taken = asyncio.Event()
 
     async def _on_start(self) -> None:
         try:
-            await self._session.subscribe(self._topic, self._on_state)
+            await self._session.subscribe(self._filter, self._on_state)
         except AccessDenied as error:  # a broker with rules of before
             _log.warning("identity.unwatched", identity=self.identity, error=error.message)
             return
@@ -152,7 +173,7 @@ class Tenure(Service):
                 if self._session.connected and self._session.stats.connects == connections:
                     return
 
-    async def _let_the_other_show_itself(self, before: NodeState) -> None:
+    async def _let_the_other_show_itself(self, before: State) -> None:
         loop = asyncio.get_running_loop()
         until_s = loop.time() + self._settings.doubt_s
         _log.info("identity.in_doubt", identity=self.identity, before=describe(before))
@@ -170,11 +191,14 @@ class Tenure(Service):
             except TimeoutError:
                 return
 
-    async def _refuse(self, rival: NodeState) -> None:
+    async def _refuse(self, rival: State) -> None:
         error = self._conflict(rival)
         _log.error("identity.refused", identity=self.identity, error=error.message)
         self._tell("identity_refused", rival)
-        await asyncio.sleep(_FLUSH_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FLUSH_S):
+                while self._session.outbox_size:  # noqa: ASYNC110  # a number, not an event
+                    await asyncio.sleep(_TICK_S)
         raise error
 
     async def _watch(self) -> None:
@@ -187,10 +211,10 @@ class Tenure(Service):
         self._heard.set()
 
     async def _on_state(self, message: Message) -> None:
-        if not message.payload:
+        if not message.payload or message.topic != self._topic:
             return
         try:
-            state = decode(NodeState, message.payload, limit_bytes=_LIMIT_BYTES)
+            state = self._read(message.payload)
         except ProtocolError as error:
             _log.warning("identity.bad_state", identity=self.identity, error=error.message)
             return
@@ -206,7 +230,16 @@ class Tenure(Service):
             self._rival = state
         self._heard.set()
 
-    def _judge(self, state: NodeState) -> None:
+    def _read(self, payload: bytes) -> State:
+        match self._tenant.kind:
+            case "router":
+                return decode(RouterState, payload, limit_bytes=_LIMIT_BYTES)
+            case "registry":
+                return decode(RegistryState, payload, limit_bytes=_LIMIT_BYTES)
+            case _:
+                return decode(NodeState, payload, limit_bytes=_LIMIT_BYTES)
+
+    def _judge(self, state: State) -> None:
         """Take a word of another process, having made ourselves known."""
         own = self._tenant
         later = (state.epoch, state.place or "") > (own.epoch, own.place or "")
@@ -221,24 +254,24 @@ class Tenure(Service):
         _log.warning("identity.contested", identity=self.identity, by=describe(state))
         self._show()
 
-    def _is_own(self, state: NodeState) -> bool:
+    def _is_own(self, state: State) -> bool:
         return (state.epoch, state.place) == (self._tenant.epoch, self._tenant.place)
 
-    def _may_live(self, state: NodeState) -> bool:
+    def _may_live(self, state: State) -> bool:
         """Tell whether the process that said this last may still be there."""
         if state.state == "offline" and state.reason != LOST:
             return False
         known = self._tenant.alone_at
         return known is None or not (state.place or "").startswith(known)
 
-    def _yields_to(self, state: NodeState) -> bool:
+    def _yields_to(self, state: State) -> bool:
         """Tell whether a process that has shown that it lives goes before this one."""
         if state.since is not None:
             return True
         own = self._tenant
         return (state.epoch, state.place or "") < (own.epoch, own.place or "")
 
-    def _conflict(self, rival: NodeState) -> Conflict:
+    def _conflict(self, rival: State) -> Conflict:
         return Conflict(
             f"{self.identity} is running elsewhere already: {describe(rival)}. End that one, or "
             "give this one an identity of its own",
@@ -248,7 +281,7 @@ class Tenure(Service):
             place=rival.place,
         )
 
-    def _tell(self, action: str, rival: NodeState) -> None:
+    def _tell(self, action: str, rival: State) -> None:
         self._events.emit(
             "audit",
             {
@@ -267,7 +300,7 @@ class Tenure(Service):
         )
 
 
-def describe(state: NodeState) -> str:
+def describe(state: State) -> str:
     """Say who said something, and since when it is there."""
     where = state.place or "a process that does not say where it runs"
     since = _time(state.since) if state.since is not None else "not announced yet"

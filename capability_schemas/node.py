@@ -62,6 +62,8 @@ class RouterState(WireModel):
         heartbeat_s: How often it repeats its state; other routers take over when it stops.
         direct: Whether clients may ask nodes themselves once no router lives; not where rules or
             quotas hold that routers alone see to.
+        since: As in ``NodeState``.
+        place: As in ``NodeState``.
         passport: How nodes learn whose key signs their invocations.
     """
 
@@ -72,7 +74,14 @@ class RouterState(WireModel):
     reason: str = ""
     heartbeat_s: Annotated[float, Field(gt=0)] | None = None
     direct: Annotated[bool, Field(strict=True)] = True
+    since: Instant | None = None
+    place: Annotated[str, Field(max_length=200)] | None = None
     passport: Passport | None = None
+
+    @property
+    def unborn(self) -> bool:
+        """Whether it is the last will of a process that never made itself known."""
+        return self.state == "offline" and self.reason == LOST and self.since is None
 
 
 class RegistryState(WireModel):
@@ -89,6 +98,8 @@ class RegistryState(WireModel):
         beat: Counts what it says, from 1; None in a last will, which says nothing of a lease.
         lease_ms: How long it may go without being heard before another one leads.
         enrolls: Whether it can let members in, when it leads.
+        since: As in ``NodeState``.
+        place: As in ``NodeState``.
         passport: How others know its signatures, where their papers do not name it.
     """
 
@@ -102,7 +113,14 @@ class RegistryState(WireModel):
     beat: Count | None = None
     lease_ms: Annotated[int, Field(gt=0, le=MAX_COUNT)] | None = None
     enrolls: bool = True
+    since: Instant | None = None
+    place: Annotated[str, Field(max_length=200)] | None = None
     passport: Passport | None = None
+
+    @property
+    def unborn(self) -> bool:
+        """As of ``RouterState``."""
+        return self.state == "offline" and self.reason == LOST and self.since is None
 
 
 class FunctionLoad(WirePart):

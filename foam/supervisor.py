@@ -5,7 +5,7 @@ A child is a ``foam`` command of its own with ``--supervised``: it reports on st
 supervisor holds. When the supervisor dies, however it dies (``kill -9`` included), the pipes close
 and the children stop by themselves. Each child has a process group of its own, so that Ctrl-C in a
 terminal reaches the supervisor alone and the order of stopping stays ours: last started, first
-stopped.
+stopped, those of one group together.
 
 A child that ends is started again after a back-off with full jitter; one that said that it cannot
 work (a wrong setting, a wrong password, a port in use) is not, and neither is one that crashed
@@ -14,6 +14,7 @@ work (a wrong setting, a wrong password, a port in use) is not, and neither is o
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -33,6 +34,9 @@ __all__ = ["Child", "ChildSpec", "RestartPolicy", "Supervisor"]
 
 _LINE_LIMIT_BYTES: Final = 1024 * 1024
 _DRAIN_S: Final = 1.0
+_SLOW_STOP_S: Final = 2.0
+"""After that it is said whom a stop waits for, seconds."""
+
 _FATAL: Final[Mapping[str, type[FoamError]]] = {
     "ConfigurationError": ConfigurationError,
     "Conflict": ConfigurationError,
@@ -85,7 +89,7 @@ class ChildSpec:
         spare: Whether the others go on without it when, having worked before, it cannot work any
             more.
         group: Those of one group stand in for each other: such a one is spare as well, as long as
-            another one of them is ready. Empty: of none.
+            another one of them is ready. They are stopped together. Empty: of none.
     """
 
     name: str
@@ -126,6 +130,17 @@ class Child:
         await self.ready.wait()
         return self.facts or {}
 
+    @property
+    def lives(self) -> bool:
+        """Whether it has a process."""
+        return self.process is not None and self.process.returncode is None
+
+    def kill(self) -> None:
+        """Kill its process, and all of the process's group; nothing where it has none."""
+        if self.process is not None and self.lives:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
 
 class Supervisor(Service):
     """Runs children until it is stopped; the failure of one that cannot be mended is its crash.
@@ -159,7 +174,7 @@ class Supervisor(Service):
         return {
             child.spec.name: child.process.pid
             for child in self._children
-            if child.process is not None and child.process.returncode is None
+            if child.process is not None and child.lives
         }
 
     def add(self, spec: ChildSpec) -> Child:
@@ -175,8 +190,26 @@ class Supervisor(Service):
 
     async def _on_stop(self) -> None:
         self._stop_asked.set()
-        for child in reversed(self._children):
-            await self._end(child)
+        for _, stage in itertools.groupby(reversed(self._children), key=_stage):
+            ends = {
+                self.spawn(self._end(child), name=f"end.{child.spec.name}"): child
+                for child in stage
+                if child.lives
+            }
+            if not ends:
+                continue
+            _, slow = await asyncio.wait(ends, timeout=_SLOW_STOP_S)
+            if slow:
+                names = ", ".join(sorted(ends[task].spec.name for task in slow))
+                longest_s = max(ends[task].spec.stop_s for task in slow)
+                self._notify(f"waiting for {names} to stop, {longest_s:.0f} s at most")
+                await asyncio.wait(slow)
+
+    def kill(self) -> None:
+        """Kill all children now; for a stop that takes too long."""
+        self._stop_asked.set()
+        for child in self._children:
+            child.kill()
 
     async def _keep(self, child: Child) -> None:
         while not self._stop_asked.is_set():
@@ -278,9 +311,12 @@ class Supervisor(Service):
                 f"{child.spec.name} did not stop in {child.spec.stop_s:.0f} s and is killed"
             )
         finally:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+            child.kill()
+
+
+def _stage(child: Child) -> str:
+    """Return what those children have in common that are stopped together."""
+    return child.spec.group or f" {child.spec.name}"
 
 
 class _Reports:

@@ -3,7 +3,7 @@
 Order: the folder is locked, identities are made, the broker starts; registry, router and nodes
 start together and wait for each other over the broker; when the router lists every function of
 every node as live, the line ``FOAM READY {json}`` goes to stdout. Stopping runs the other way
-round: nodes drain first, the broker goes last.
+round: nodes drain first, together, then the routers, the registries, and the broker goes last.
 """
 
 import asyncio
@@ -48,6 +48,9 @@ __all__ = ["UpPlan", "choose_engine", "run_up"]
 
 _POLL_S: Final = 0.1
 _NOTICE_AFTER_S: Final = 20.0
+_KILLED: Final = 130
+"""Exit code of a command that Ctrl-C ended (`foam.cli.codes`)."""
+
 _log: structlog.stdlib.BoundLogger = structlog.get_logger(__name__)
 
 
@@ -196,6 +199,7 @@ class _Up:
                 environment,
                 stop_s=25.0,
                 spare=True,
+                group="node",
             )
             for node, path in nodes
         ]
@@ -278,8 +282,8 @@ class _Up:
 
     def _plan_cluster(self, count: int) -> None:
         """Write down where the servers find each other: anew at each start, while none runs."""
-        from broker.engine import free_port
         from broker.nats_cluster import ClusterPlan, ClusterServer
+        from broker.ports import free_port
 
         ClusterPlan.of(
             tuple(
@@ -451,7 +455,7 @@ async def run_up(settings: Settings, plan: UpPlan) -> int:
         plan: What to run.
 
     Returns:
-        Exit code: 0 after an orderly stop.
+        Exit code: 0 after an orderly stop, 130 after one that was cut short.
 
     Raises:
         FoamError: What made it impossible to go on, in one sentence.
@@ -472,5 +476,12 @@ async def run_up(settings: Settings, plan: UpPlan) -> int:
             supervisor.spawn(keep_small(folder.logs), name="logs")
             supervisor.spawn(up.bring_up(), name="bring-up")
             reason = await end.wait(supervisor)
-            say(f"stopping ({reason})")
-    return 0
+            say(f"stopping ({reason}); once more kills")
+            impatient = supervisor.spawn(_kill(end, supervisor), name="kill")
+    return _KILLED if impatient.done() and not impatient.cancelled() else 0
+
+
+async def _kill(end: ProcessEnd, supervisor: Supervisor) -> None:
+    """Kill all children once somebody insists."""
+    await end.wait_insisted()
+    supervisor.kill()

@@ -2,7 +2,9 @@
 
 Routers, nodes and the embedded broker tell on ``event/{source}/audit`` what they granted, refused
 and were ordered; the broker proves who tells. What is told is taken as told: a component that lies
-about itself is not found out here, one that falls silent is, for its entries are numbered.
+about itself is not found out here, one that falls silent is, for its entries are numbered. What was
+told while this registry was away itself (cut off, suspended, not running) is told apart from that:
+``events_unheard``, not ``events_missing``; other registries have heard it.
 """
 
 import asyncio
@@ -111,6 +113,9 @@ class Auditor(Service):
         self._writing = asyncio.Lock()
         self._lost = 0
         self._last: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self._unheard: set[str] = set()
+        """Components of whom nothing has come since this registry was away."""
+        self._forget: Callable[[], None] | None = None
         self._budgets: Budget | None = None
         self.voice = AuditVoice(emit=self._take_own, epoch=clock(), clock=clock)
         """For what the registry has to tell itself."""
@@ -187,6 +192,8 @@ class Auditor(Service):
             told = entry.detail.get("told")
             if isinstance(told, dict) and isinstance(told.get("number"), int):
                 self._last[str(told.get("by"))] = (told["epoch"], told["number"])
+        self._on_connection(False)  # nor was anything heard before this start
+        self._forget = self._session.on_connection(self._on_connection)
         self.spawn(self._keep_writing(), name="write")
         self.spawn(self.voice.keep_telling(), name="tell")
         try:
@@ -200,6 +207,8 @@ class Auditor(Service):
             _log.warning("audit.unheard", registry=self._id, error=error.message)
 
     async def _on_stop(self) -> None:
+        if self._forget is not None:
+            self._forget()
         self.voice.tell()
         try:
             await self._write_pending()
@@ -210,6 +219,10 @@ class Auditor(Service):
 
     def _take_own(self, _kind: str, data: dict[str, Any]) -> None:
         self._put(AuditNote(data["action"], data["actor"], data["subject"], data["detail"]))
+
+    def _on_connection(self, up: bool) -> None:
+        if not up:
+            self._unheard.update(self._last)
 
     def _overflowed(self, message: Message) -> None:
         if message.topic.rpartition("/")[2] == AUDIT_KIND:
@@ -276,12 +289,14 @@ class Auditor(Service):
         known = number if told.epoch == epoch else 0
         self._last[source] = (told.epoch, told.number)
         if len(self._last) > _SOURCES:
-            self._last.popitem(last=False)
+            forgotten, _ = self._last.popitem(last=False)
+            self._unheard.discard(forgotten)
         missing = told.number - known - 1
+        was_away = source in self._unheard
+        self._unheard.discard(source)
         if missing > 0:
-            self._put(
-                AuditNote("events_missing", self._id, source, {"count": missing, "after": known})
-            )
+            action = "events_unheard" if was_away else "events_missing"
+            self._put(AuditNote(action, self._id, source, {"count": missing, "after": known}))
         return True
 
     def _lose(self) -> None:

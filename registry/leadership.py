@@ -25,7 +25,7 @@ from capability_schemas.errors import (
     Unavailable,
 )
 from capability_schemas.ids import now_ms
-from capability_schemas.node import Presence, RegistryState
+from capability_schemas.node import LOST, Presence, RegistryState
 from capability_schemas.passport import PassportBook
 from capability_schemas.provenance import Signer
 from capability_schemas.topics import TopicKind, Topics
@@ -102,7 +102,15 @@ class Sole:
         """Never refuse."""
 
 
-def registry_will(topics: Topics, registry: str, *, epoch: int, at: int) -> Will:
+def registry_will(
+    topics: Topics,
+    registry: str,
+    *,
+    epoch: int,
+    at: int,
+    known: bool = True,
+    place: str | None = None,
+) -> Will:
     """Return what the broker says when the connection of a registry ends without a goodbye.
 
     Args:
@@ -110,9 +118,18 @@ def registry_will(topics: Topics, registry: str, *, epoch: int, at: int) -> Will
         registry: The registry.
         epoch: Start of its process, UTC milliseconds.
         at: Time of the connection, UTC milliseconds.
+        known: Whether the registry has made itself known; a process that has not may be refused its
+            place (`broker.tenure`), and its will says nothing about the registry.
+        place: Where it runs, in words.
     """
     state = RegistryState(
-        registry=registry, state="offline", epoch=epoch, at=at, reason="the connection was lost"
+        registry=registry,
+        state="offline",
+        epoch=epoch,
+        at=at,
+        reason=LOST,
+        since=epoch if known else None,
+        place=place,
     )
     return Will(topics.build(TopicKind.REGISTRY_STATE, registry=registry), encode(state))
 
@@ -131,6 +148,7 @@ class Leadership(Service):
         topics: The site's topics.
         registry_id: Its id.
         epoch: Start of its process, UTC milliseconds.
+        place: Where it runs, in words.
         lease_ms: Length of a lease, milliseconds.
         enrolls: Whether it could let members in.
         others: Returns registries that are known to exist; asked every second.
@@ -147,6 +165,7 @@ class Leadership(Service):
         topics: Topics,
         registry_id: str,
         epoch: int,
+        place: str | None = None,
         lease_ms: int = LEASE_MS,
         enrolls: bool = True,
         others: Callable[[], Iterable[str]] = tuple,
@@ -160,6 +179,7 @@ class Leadership(Service):
         self._topics = topics
         self._id = registry_id
         self._epoch = epoch
+        self._place = place
         self._enrolls = enrolls
         self._known_others = others
         self._signer = signer
@@ -173,6 +193,7 @@ class Leadership(Service):
         self._led = False
         self._leading = asyncio.Event()
         self._kept: tuple[bool, int, Presence] | None = None
+        self._known = False
         self._heard = False
         self._unfenced = False
         self._left = False
@@ -263,6 +284,15 @@ class Leadership(Service):
             ],
         }
 
+    @property
+    def is_known(self) -> bool:
+        """Whether it has made itself known."""
+        return self._known
+
+    def give_up(self) -> None:
+        """Say nothing more: another process has its place."""
+        self._left = True
+
     def show_passport(self) -> None:
         """Say again who the registry is: its passport has been renewed."""
         self._kept = None
@@ -352,6 +382,8 @@ class Leadership(Service):
             beat=word.beat,
             lease_ms=round(self._election.lease_ms),
             enrolls=self._enrolls,
+            since=self._epoch,
+            place=self._place,
             passport=self._signer.passport if self._signer is not None else None,
         )
         topic = self._topics.build(TopicKind.REGISTRY_STATE, registry=self._id)
@@ -361,6 +393,7 @@ class Leadership(Service):
             _log.debug("registry.word_skipped", registry=self._id, error=error.message)
         else:
             self._kept = kept
+            self._known = True
 
     async def _on_state(self, message: Message) -> None:
         try:
@@ -400,6 +433,9 @@ class Leadership(Service):
     def _take(self, state: RegistryState, *, kept: bool) -> None:
         if state.beat is None:  # a last will: it says nothing of what its sender holds
             known = self._election.others.get(state.registry)
+            word = known.word if known is not None else None
+            if state.unborn and word is not None and word.epoch != state.epoch:
+                return  # of one that was refused the place of another
             if known is not None and (known.word is None or state.epoch >= known.word.epoch):
                 self._election.lose(state.registry)
             return

@@ -45,7 +45,8 @@ The session should outlive its connection (``clean=False``) and carry ``router_w
 """
 
 from router.ledger import Ledger
-from router.service import RouterService, router_will
+from router.peers import router_will
+from router.service import RouterService
 from router.settings import RouterSettings, Weights
 
 __all__ = ["Ledger", "RouterService", "RouterSettings", "Weights", "router_will"]

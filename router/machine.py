@@ -405,7 +405,10 @@ class TaskMachine:
         turn = self.turns.current
         if self.phase is Phase.HANDING and turn is not None:
             # It has not been asked yet; or it was held back, and its answer may be here already.
-            return [] if turn.draft is not None else self._mend(error, now, begun=turn.hold)
+            if turn.draft is not None:
+                return []
+            self.turns.tried -= not turn.hold
+            return self._mend(error, now, begun=turn.hold)
         return self._lose(error, now) if self.phase in WITH_NODE else []
 
     def _lose(self, error: FoamError, now: int, *, choose: bool = False) -> list[Action]:

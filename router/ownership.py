@@ -203,8 +203,8 @@ class RouterBook:
             pulse = Pulse(interval_s=state.heartbeat_s or self.heartbeat_s, missed=self.missed)
             view = self._views[state.router] = RouterView(state.router, pulse)
             view.revoked = state.router in self._revoked
-        if state.epoch < view.epoch:
-            return None  # the will of an earlier process
+        if state.epoch < view.epoch or (state.unborn and state.epoch != view.epoch):
+            return None  # the will of an earlier process, or of one that was refused its place
         was_live, restarted = view.live, state.epoch > view.epoch
         if restarted:
             view.came_at = now

@@ -14,11 +14,11 @@ import structlog
 from pydantic import Field, ValidationError
 
 from broker.events import EventSource
-from broker.session.base import Message, Session
+from broker.session.base import Message, Session, Will
 from capability_schemas.admin import CloudEvent
 from capability_schemas.errors import FoamError, ProtocolError
 from capability_schemas.ids import Identifier
-from capability_schemas.node import Presence, RouterState
+from capability_schemas.node import LOST, Presence, RouterState
 from capability_schemas.passport import Passport
 from capability_schemas.provenance import Signer
 from capability_schemas.topics import TopicKind, Topics
@@ -77,10 +77,12 @@ class PeerDesk:
         events: Tells the others.
         signer: Its passport is shown with the state; None: there is none.
         epoch: Start of this process, UTC milliseconds.
+        place: Where it runs, in words.
         clock: UTC milliseconds.
 
     Attributes:
         presence: What this router says of itself.
+        muted: Whether it says nothing more: another process has its place.
     """
 
     def __init__(
@@ -94,10 +96,12 @@ class PeerDesk:
         events: EventSource,
         signer: Signer | None,
         epoch: int,
+        place: str | None = None,
         direct: Callable[[], bool] = lambda: True,
         clock: Callable[[], int],
     ) -> None:
         self.presence: Presence = "birth"
+        self.muted = False
         self._session = session
         self._topics = topics
         self._book = book
@@ -106,6 +110,7 @@ class PeerDesk:
         self._events = events
         self._signer = signer
         self._epoch = epoch
+        self._place = place
         self._direct = direct
         self._clock = clock
 
@@ -123,6 +128,8 @@ class PeerDesk:
             at=self._clock(),
             heartbeat_s=self._book.heartbeat_s,
             direct=self._direct(),
+            since=self._epoch,
+            place=self._place,
             passport=self._signer.passport if self._signer is not None else None,
         )
 
@@ -130,6 +137,8 @@ class PeerDesk:
         """Repeat the state, until cancelled."""
         while True:
             await asyncio.sleep(self._book.heartbeat_s)
+            if self.muted:
+                return
             try:
                 self._session.post(self.topic, self.state(), qos=0)
             except FoamError as error:
@@ -282,6 +291,8 @@ def encode_state(
     heartbeat_s: float | None = None,
     reason: str = "",
     direct: bool = True,
+    since: int | None = None,
+    place: str | None = None,
     passport: Passport | None = None,
 ) -> bytes:
     """Return a router's word about itself.
@@ -294,6 +305,8 @@ def encode_state(
         heartbeat_s: How often it is repeated, seconds.
         reason: Why, in words.
         direct: Whether clients may ask nodes themselves once no router lives.
+        since: When it made itself known, UTC milliseconds; None: it had not.
+        place: Where it runs, in words.
         passport: How others know its signatures.
     """
     return encode(
@@ -305,6 +318,45 @@ def encode_state(
             reason=reason,
             heartbeat_s=heartbeat_s,
             direct=direct,
+            since=since,
+            place=place,
             passport=passport,
         )
+    )
+
+
+def router_will(
+    topics: Topics,
+    router_id: str,
+    *,
+    epoch: int,
+    at: int,
+    direct: bool = True,
+    known: bool = True,
+    place: str | None = None,
+) -> Will:
+    """Return the last will of a router: ``offline``, with its epoch.
+
+    Args:
+        topics: Topic grammar of the site.
+        router_id: The router.
+        epoch: The same as given to ``RouterService``, UTC milliseconds.
+        at: Now, UTC milliseconds.
+        direct: What ``lets_past`` says at the moment.
+        known: Whether the router has made itself known; a process that has not may be refused its
+            place (`broker.tenure`), and its will says nothing about the router.
+        place: Where it runs, in words.
+    """
+    return Will(
+        topic=topics.build(TopicKind.ROUTER_STATE, router=router_id),
+        payload=encode_state(
+            router_id,
+            "offline",
+            epoch=epoch,
+            at=at,
+            reason=LOST,
+            direct=direct,
+            since=epoch if known else None,
+            place=place,
+        ),
     )

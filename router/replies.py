@@ -69,7 +69,8 @@ class Outcome:
             key=entry.key,
             reply=entry.reply,
             seq=entry.next_seq,
-            attempt=max(1, entry.attempt),
+            # Not the entry's: a router ends a task as of an attempt that no node had.
+            attempt=json.loads(entry.terminal).get("attempt", 1),
             terminal=entry.terminal,
             code=entry.code,
             ended_at=entry.ended_at or 0,

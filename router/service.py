@@ -14,7 +14,7 @@ from broker.audit import AuditVoice
 from broker.events import EventSource
 from broker.lifecycle import Service
 from broker.security import SecurityAlarm
-from broker.session.base import Handler, Message, Session, Will
+from broker.session.base import Handler, Message, Session
 from capability_schemas.errors import Overloaded
 from capability_schemas.ids import now_ms
 from capability_schemas.invocation import UNSURE_LIMIT_BYTES, Report
@@ -37,7 +37,7 @@ from router.news import FRAME_LIMIT_BYTES, FleetNews, Frames
 from router.observation import ReplyReader
 from router.orders import OrderDesk
 from router.ownership import RouterBook
-from router.peers import CLAIMS, PeerDesk, encode_state
+from router.peers import CLAIMS, PeerDesk
 from router.people import People
 from router.quota import QuotaBook, QuotaFile, Quotas
 from router.reception import Reception
@@ -67,26 +67,6 @@ def lets_past(rules: RuleFile | None, quotas: QuotaFile | None) -> bool:
     return not has_rules and (quotas is None or quotas.value == QuotaBook())
 
 
-def router_will(
-    topics: Topics, router_id: str, *, epoch: int, at: int, direct: bool = True
-) -> Will:
-    """Return the last will of a router: ``offline``, with its epoch.
-
-    Args:
-        topics: Topic grammar of the site.
-        router_id: The router.
-        epoch: The same as given to ``RouterService``, UTC milliseconds.
-        at: Now, UTC milliseconds.
-        direct: What ``lets_past`` says at the moment.
-    """
-    return Will(
-        topic=topics.build(TopicKind.ROUTER_STATE, router=router_id),
-        payload=encode_state(
-            router_id, "offline", epoch=epoch, at=at, reason="connection lost", direct=direct
-        ),
-    )
-
-
 class RouterService(Service):
     """A router: takes tasks, has them run by one node each, ends each exactly once.
 
@@ -114,6 +94,7 @@ class RouterService(Service):
         unsigned_admin: Whether the broker's word will do for who administrates.
         quotas: The file of quotas, loaded by its owner; None: the defaults hold.
         epoch: Start of this process, UTC milliseconds; now when omitted.
+        place: Where it runs, in words.
         clock: UTC milliseconds.
     """
 
@@ -137,6 +118,7 @@ class RouterService(Service):
         unsigned_admin: bool = True,
         quotas: QuotaFile | None = None,
         epoch: int | None = None,
+        place: str | None = None,
         clock: Callable[[], int] = now_ms,
     ) -> None:
         super().__init__(service_id=router_id)
@@ -240,6 +222,7 @@ class RouterService(Service):
             events=events,
             signer=signer,
             epoch=self._epoch,
+            place=place,
             direct=lambda: lets_past(rules, quotas),
             clock=clock,
         )
@@ -355,8 +338,9 @@ class RouterService(Service):
         if self._forget_connection is not None:
             self._forget_connection()
         self._peers.presence = "offline"
-        self._session.announce(self._peers.topic, self._peers.state)
-        self._session.retract(self._peers.topic)
+        if not self._peers.muted:
+            self._session.announce(self._peers.topic, self._peers.state)
+            self._session.retract(self._peers.topic)
         self.dispatcher.note_progress()
         self._audit.tell()
         try:
@@ -371,6 +355,16 @@ class RouterService(Service):
     def show_passport(self) -> None:
         """Say again who the router is: its passport has been renewed."""
         self._session.announce(self._peers.topic, self._peers.state)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it has made itself known."""
+        return self._ready.is_set()
+
+    def give_up(self) -> None:
+        """Say nothing more of itself: another process has its place."""
+        self._peers.muted = True
+        self._session.retract(self._peers.topic)
 
     def _on_connection(self, up: bool) -> None:
         if up:

@@ -4,11 +4,13 @@ import asyncio
 import gc
 import logging
 import os
+import signal
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 import structlog
+from hypothesis import HealthCheck, settings
 
 from capability_schemas.topics import Topics
 
@@ -18,22 +20,33 @@ Eventually = Callable[..., Awaitable[None]]
 _PERIOD_S = 0.01
 _TESTS = Path(__file__).parent
 _MOST_WORKERS = 8
-# Brokers are shared, and their contract looks at all that is kept: it comes first. Then come those
-# that wait longest, so that no worker sits on one at the end of a run.
-_ORDER = ("contract", "e2e", "simulation", "integration", "security", "property", "unit")
+_MANY_EXAMPLES_S = 300  # fifteen seconds where nothing else runs
+# Those that wait longest come first, so that no worker sits on one at the end of a run.
+_ORDER = ("e2e", "simulation", "integration", "contract", "security", "property", "unit")
 
 
 def pytest_configure() -> None:
-    """Have no terminal: a worker is told of one of 80 columns, which tables would be fitted to."""
+    """Be the same wherever it runs.
+
+    A worker is told of a terminal of 80 columns, which tables would be fitted to. A run in the
+    background ignores Ctrl-C, and so would all that tests start and interrupt. How long an example
+    of Hypothesis takes says how busy the machine is.
+    """
     os.environ.pop("COLUMNS", None)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    settings.register_profile(
+        "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("untimed")
 
 
 @pytest.hookimpl(optionalhook=True)  # a run without the plugin is a run here
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Share whole folders out among the workers asked for; a few tests run right here.
 
-    None unless ``FOAM_TEST_WORKERS`` says how many: a broker that a test starts again on its port
-    may find that another worker's has it.
+    None unless ``FOAM_TEST_WORKERS`` says how many: each needs half a gigabyte and a core to keep
+    the limits of tests that wait for real processes far away.
     """
     whole = {_TESTS, *(_TESTS / folder for folder in _ORDER)}
     named = {config.invocation_params.dir / argument for argument in config.args}
@@ -50,6 +63,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         rank = _ORDER.index(folder) if folder in _ORDER else len(_ORDER)
         places[path] = (rank, -path.stat().st_size, path)
     items.sort(key=lambda item: places[item.path])
+    for item in items:
+        if _TESTS / "property" in item.path.parents:
+            item.add_marker(pytest.mark.timeout(_MANY_EXAMPLES_S))
 
 
 @pytest.fixture(autouse=True)
@@ -140,25 +156,25 @@ def _run(runner: asyncio.Runner, site: AsyncGenerator[object, None]) -> Iterator
     runner.run(_next(site))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def embedded_site(_site_loop, tmp_path_factory):
-    """The embedded broker, shared by the whole run: leave no retained message behind."""
+    """The embedded broker; a module has its own, for what others left in it would be heard."""
     yield from _run(_site_loop, _site("embedded", tmp_path_factory))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mosquitto_site(_site_loop, tmp_path_factory):
-    """Mosquitto, shared by the whole run."""
+    """Mosquitto, likewise."""
     yield from _run(_site_loop, _site("mosquitto", tmp_path_factory))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mosquitto_static_site(_site_loop, tmp_path_factory):
     """Mosquitto with access files instead of its dynamic security plugin, likewise."""
     yield from _run(_site_loop, _site("mosquitto_static", tmp_path_factory))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def nats_site(_site_loop, tmp_path_factory):
-    """nats-server, shared by the whole run."""
+    """nats-server, likewise."""
     yield from _run(_site_loop, _site("nats", tmp_path_factory))

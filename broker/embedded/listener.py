@@ -1,6 +1,7 @@
 """One listening socket of the embedded broker: everything before the first byte of MQTT."""
 
 import asyncio
+import errno
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
@@ -11,10 +12,12 @@ import structlog
 
 from broker.embedded.crowd import Crowd, Guest
 from broker.lifecycle import Service
+from broker.ports import free_port
 
 _log = structlog.get_logger(__name__)
 
 _BACKLOG: Final = 1024
+_PORT_TRIES: Final = 3
 _READ_AHEAD_BYTES: Final = 64 * 1024
 _ACCEPT_PAUSE_S: Final = 0.5
 # A peer that vanished without a word is noticed after 60 + 4 * 15 s, whatever keep-alive it wanted
@@ -72,9 +75,7 @@ class Listener(Service):
         Raises:
             OSError: The address is taken, or not ours.
         """
-        host = self._address[0]
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.create_server(self._address, family=family, backlog=_BACKLOG)
+        self._socket = _listening(*self._address)
         self._socket.setblocking(False)
         self.spawn(self._accept(self._socket), name="accept")
 
@@ -134,6 +135,19 @@ class Listener(Service):
             await self._serve(reader, writer, guest)
         finally:
             transport.abort()
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    tries = 1 if port else _PORT_TRIES
+    while True:
+        tries -= 1
+        address = (host, port or free_port(host))
+        try:
+            return socket.create_server(address, family=family, backlog=_BACKLOG)
+        except OSError as error:
+            if not tries or error.errno != errno.EADDRINUSE:
+                raise
 
 
 def _set_options(connection: socket.socket) -> None:

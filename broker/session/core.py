@@ -68,7 +68,9 @@ class SessionCore(Service, ABC):
         )
         self._stats = SessionStats()
         self._table = SubscriptionTable(stats=self._stats)
-        self._grants = Grants(table=self._table, client_id=settings.client_id)
+        self._grants = Grants(
+            table=self._table, client_id=settings.client_id, doubt_s=settings.doubt_s
+        )
         self._outbox = Outbox(limit=settings.outbox_limit, window=settings.window)
         self._births = BirthBook(stats=self._stats)
         self._listeners: dict[ConnectionListener, None] = {}

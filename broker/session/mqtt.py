@@ -43,6 +43,7 @@ from broker.session.link import LinkEvents
 from broker.session.outbox import Outgoing
 from broker.session.ring import BrokerRing, BrokerStanding
 from broker.session.settings import BrokerUrl, SessionSettings, Version
+from broker.session.silence import Known, why_closed, why_silent
 from broker.session.versions import VersionChoice, VersionRefused
 from broker.session.websocket import WebSocket
 from broker.tls import (
@@ -97,6 +98,7 @@ class MqttLink:
         version: The MQTT version it speaks.
         events: Where to report.
         settings: Limits.
+        known: What is known of this broker.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class MqttLink:
         version: Version,
         events: LinkEvents,
         settings: SessionSettings,
+        known: Known,
     ) -> None:
         client.pending_calls_threshold = 1_000_000_000  # else it warns about every busy moment
         self._client = client
@@ -116,6 +119,7 @@ class MqttLink:
         self._version = version
         self._events = events
         self._settings = settings
+        self._known = known
         self._loop = asyncio.get_running_loop()
         self._connecting: asyncio.Timeout | None = None
         self._abandoned = False
@@ -155,8 +159,9 @@ class MqttLink:
             async with asyncio.timeout(limit_s) as self._connecting:
                 await self._client.__aenter__()
         except TimeoutError:
+            closed = self._over
             self._abandon()
-            raise self._no_answer(limit_s) from None
+            raise self._no_answer(limit_s, closed=closed) from None
         except MqttConnectError as error:
             self._abandon()
             raise self._refusal(error) from error
@@ -406,7 +411,7 @@ class MqttLink:
         if not self._over:  # else the next connection may use this packet id for another message
             self._events.confirmed(mid, refusal)
 
-    def _no_answer(self, limit_s: float) -> FoamError:
+    def _no_answer(self, limit_s: float, *, closed: bool) -> FoamError:
         """Say why no answer to CONNECT came; TLS 1.3 refuses our certificate only now."""
         trouble = failure_of(self._socket)
         if trouble is not None:
@@ -414,18 +419,14 @@ class MqttLink:
             # anybody on the way may have written.
             kind = AccessDenied if says_revoked(self._socket) else BrokerUnavailable
             return kind(f"{self._url}: {trouble}")
-        if not self._over:
-            return VersionRefused(
-                f"{self._url} gave no answer in {limit_s:g} s to MQTT {self._version}",
-                said_so=False,
-            )
-        hint = self._certificate_hint()
-        if not hint and self._url.path is None:
-            want = "wss://" if self._url.tls else "mqtts:// or ws://"
-            hint = f": does the port want {want}?"
-        return VersionRefused(
-            f"{self._url} closed the connection to MQTT {self._version}{hint}", said_so=False
-        )
+        if closed and (hint := self._certificate_hint()):
+            said = f"{self._url} closed the connection{hint}"
+        elif closed:
+            said = why_closed(self._url, self._known)
+        else:
+            waited_s = limit_s if self._socket is not None else None
+            said = why_silent(self._url, self._known, waited_s=waited_s)
+        return VersionRefused(said, said_so=False)
 
     def _certificate_hint(self, error: BaseException | None = None) -> str:
         """Guess at what brokers do not say who hang up after the handshake (asyncio's do not).
@@ -527,6 +528,7 @@ class MqttSession(SessionCore):
             version=version,
             events=self._events,
             settings=settings,
+            known=self._ring.known_of(url),
         )
         await link.open(limit_s)
         return link

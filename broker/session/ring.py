@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from broker.session.settings import BrokerUrl
+from broker.session.silence import Known
 
 BrokerState = Literal["in use", "down", "refuses", "not tried"]
 
@@ -44,6 +45,7 @@ class BrokerRing:
         self._urls = tuple(urls)
         self._at = -1
         self._tried = 0
+        self._served: set[BrokerUrl] = set()
         self._standings = [BrokerStanding(str(url), "not tried") for url in urls]
 
     @property
@@ -71,7 +73,12 @@ class BrokerRing:
 
     def connected(self) -> None:
         """The try succeeded."""
+        self._served.add(self._urls[self._at])
         self._set("in use")
+
+    def known_of(self, url: BrokerUrl) -> Known:
+        """Return what helps to guess why a broker does not let us in."""
+        return Known(served=url in self._served, clustered=len(self._urls) > 1)
 
     def lost(self, reason: str, *, had_lasted: bool) -> None:
         """The connection was lost.

@@ -116,6 +116,8 @@ class SessionSettings(BaseModel):
         outbox_limit: Unconfirmed QoS 1 messages kept; beyond it senders get ``Overloaded``.
         publish_timeout_s: Default limit of ``publish``.
         subscribe_timeout_s: Limit for the answer to a SUBSCRIBE.
+        doubt_s: How long a refused subscription is asked for again, where a cluster of brokers
+            refuses for want of a leader (``broker.session.grants``).
         ack_timeout_s: Age at which an unconfirmed message condemns the connection: it is cut
             and made anew. Guards against brokers that stop acknowledging but keep the socket.
         flush_timeout_s: How long ``stop`` waits for the outbox to empty.
@@ -147,6 +149,7 @@ class SessionSettings(BaseModel):
     outbox_limit: Annotated[int, Field(ge=1)] = 10_000
     publish_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     subscribe_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    doubt_s: Annotated[float, Field(ge=0)] = 20.0
     ack_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     flush_timeout_s: Annotated[float, Field(ge=0)] = 2.0
     max_payload_bytes: Annotated[int, Field(ge=1, le=200 * 1024 * 1024)] = MAX_PAYLOAD_BYTES

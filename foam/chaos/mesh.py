@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Final
 
 from broker.access.policy import Role
-from broker.engine import free_port
 from broker.lifecycle import Service
 from broker.nats_cluster import ClusterPlan, ClusterServer
+from broker.ports import free_port
 from broker.session.mqtt import MqttSession
 from broker.session.settings import BrokerUrl, SessionSettings
 from capability_schemas.errors import FoamError, InvalidTopic

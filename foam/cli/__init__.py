@@ -1,10 +1,10 @@
 """The ``foam`` command line.
 
 Modules: `app` (the application and its error boundary), `codes` (exit codes), `ask`, `processes`
-(up, broker, registry, router), `node` (run, check), `look` (nodes, functions), `routing` (explain,
-whatif, weights, calibrate), `rules`, `admin`, `device`, `access`, `enrollment` (token, enroll,
-audit), `attest`, `authority`, `model`, `doctor`, `demo`, `evaluate`, `chaos`. Commands import what
-they need when they run, so that ``foam node`` stays as light as a node should be.
+(up, broker, registry, router), `node` (run, check), `look` (nodes, functions), `status`, `routing`
+(explain, whatif, weights, calibrate), `rules`, `admin`, `device`, `access`, `enrollment` (token,
+enroll, audit), `attest`, `authority`, `model`, `doctor`, `demo`, `evaluate`, `chaos`. Commands
+import what they need when they run, so that ``foam node`` stays as light as a node should be.
 """
 
 from foam.cli import (
@@ -25,6 +25,7 @@ from foam.cli import (
     processes,
     routing,
     rules,
+    status,
 )
 from foam.cli.app import app, main
 
@@ -48,4 +49,5 @@ __all__ = [
     "processes",
     "routing",
     "rules",
+    "status",
 ]

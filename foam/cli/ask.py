@@ -264,7 +264,7 @@ async def _follow(
             if isinstance(event, ErrorEvent):
                 failure = event.to_error()
     except DeadlineExceeded as error:
-        if asked_now or heard:
+        if asked_now or heard or error.detail.get("gone"):
             return error
         return NotFound(
             f"nothing was heard of {handle.id}: no router knows such a task of this client (any "

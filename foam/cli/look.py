@@ -16,6 +16,7 @@ from foam.cli.app import app, run_async
 from foam.cli.codes import CODES_EPILOG
 from foam.cli.connection import connected
 from foam.mesh import REGISTRY_ID
+from foam.overview import node_condition
 from foam.settings import Settings
 
 if TYPE_CHECKING:
@@ -178,13 +179,9 @@ def _draw_nodes(answer: dict[str, Any]) -> None:
     table = new_table("node", "state", "running", "queued", "seen", "functions")
     for row in answer.get("nodes", ()):
         load = row.get("load") or {}
-        state = "cordoned" if row.get("cordoned") else str(row.get("state", ""))
-        if row.get("revoked"):
-            state = "revoked"
-        elif row.get("asleep"):
+        state = node_condition(row)
+        if state == "asleep":
             state = _asleep_until(row.get("wake_at"))
-        elif not row.get("live") and state in {"birth", "sleeping"}:
-            state = "silent" if state == "birth" else "did not wake"
         seen = row.get("seen_ms_ago")
         degraded = row.get("degraded", ())
         offered = [
@@ -193,7 +190,7 @@ def _draw_nodes(answer: dict[str, Any]) -> None:
         more = f" and {row['more_functions']} more" if row.get("more_functions") else ""
         table.add_row(
             row["node"],
-            "ready" if state == "birth" else state,
+            state,
             str(load.get("running", "")),
             str(load.get("queued", "")),
             f"{seen / 1000:.0f} s ago" if seen is not None else "",

@@ -13,6 +13,7 @@ from broker.presence import RouterPresence
 from broker.rpc import ReplyInbox, call_admin
 from capability_schemas.errors import DeadlineExceeded, FoamError, NotFound, Unavailable
 from capability_schemas.provenance import Signer
+from foam.sdk.registries import RegistryWatch
 
 __all__ = ["Administration", "Answers"]
 
@@ -22,6 +23,7 @@ _EVERYWHERE: Final = frozenset({"cordon", "uncordon"})
 _PATIENCE_S: Final = 2.5
 """How long one of several routers is waited for before the next one is asked, seconds."""
 
+_HEAR_S: Final = 0.5
 _RETURN_S: Final = 5.0
 """How long a router is waited for where none lives, seconds."""
 
@@ -45,6 +47,7 @@ class Administration:
     Args:
         inbox: Where answers arrive.
         presence: Tells which routers live.
+        registries: Tells which registries there are.
         router: The one that is asked first.
         signer: Signs requests, where the client has a passport.
 
@@ -57,11 +60,13 @@ class Administration:
         *,
         inbox: ReplyInbox,
         presence: RouterPresence,
+        registries: RegistryWatch,
         router: str,
         signer: Signer | None = None,
     ) -> None:
         self._call = partial(call_admin, inbox, signer=signer)
         self._presence = presence
+        self._registries = registries
         self.router = router
 
     async def ask(self, verb: str, *, target: str | None, timeout_s: float, **args: Any) -> Any:
@@ -77,10 +82,12 @@ class Administration:
             args: Arguments of the verb, JSON values.
 
         Raises:
+            NotFound: Nobody here has ever borne the name of ``target``.
             Unavailable: No answer.
             FoamError: What was answered.
         """
         if target is not None:
+            await self._find(target)
             return await self._one(target, verb, args, timeout_s)
         if verb in _EVERYWHERE:
             return await self._tell_all(verb, args, timeout_s)
@@ -190,9 +197,27 @@ class Administration:
         live = await self._presence.live(preferred=self.router)
         if not live and self._presence.bereft:
             if not await self._presence.wait_live(min(_RETURN_S, timeout_s / 2)):
-                raise Unavailable(f"no router lives: {self._told()}", retryable=False)
+                raise Unavailable(f"no router lives: {self._presence.told()}", retryable=False)
             live = await self._presence.live(preferred=self.router)
         return live or [self.router]  # this client may not be allowed to hear of routers
+
+    async def _find(self, target: str) -> None:
+        """Make sure that there is such a router or registry, living or not.
+
+        Raises:
+            NotFound: There is none; what each of them says last stays at the broker.
+        """
+        await self._presence.listen()
+        await self._presence.hear(_HEAR_S)
+        if target in self._presence.names():
+            return
+        registries = await self._registries.names(until=target)
+        known = [*self._presence.names(), *registries]
+        if known and target not in known:  # else this client may not be allowed to hear of them
+            raise NotFound(
+                f"there is no router or registry {target} here: there are {', '.join(known)}",
+                target=target,
+            )
 
     async def _awake(self, live: list[str], timeout_s: float) -> str:
         """Return the first that answers at once, or the first where none does."""
@@ -221,12 +246,6 @@ class Administration:
             f"no router answered {verb}; asked: {', '.join(asked)}: are they running, and may this "
             "client ask them?",
             retryable=False,
-        )
-
-    def _told(self) -> str:
-        return ", ".join(
-            f"{state.router} is {'silent' if state.state == 'birth' else state.state}"
-            for state, _ in self._presence.states()
         )
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
@@ -12,7 +12,6 @@ from typing import Any, Final, Self
 from pydantic import SecretStr, ValidationError
 
 from broker.presence import RouterPresence
-from broker.replies import AnswerText
 from broker.rpc import ReplyInbox, TaskStream
 from broker.session.mqtt import MqttSession
 from broker.session.settings import SessionSettings
@@ -28,8 +27,7 @@ from capability_schemas.errors import (
 from capability_schemas.ids import is_identifier, new_uuid7, now_ms
 from capability_schemas.node import RouterState
 from capability_schemas.passport import PassportBook
-from capability_schemas.provenance import check_result
-from capability_schemas.reply import Chunk, ErrorEvent, ReplyEvent, Result, Routed
+from capability_schemas.reply import Result
 from capability_schemas.task import (
     TASK_LIMIT_BYTES,
     CancelRequest,
@@ -44,7 +42,9 @@ from capability_schemas.wire import encode, first_problem
 from foam.logging import configure_library_logging
 from foam.sdk.address import MeshAddress, find_mesh
 from foam.sdk.administration import Administration, Answers
-from foam.sdk.direct import PATIENCE_S, Direct, DirectRoad, DirectStream, RoutersAreBack
+from foam.sdk.direct import PATIENCE_S, DirectRoad, DirectStream
+from foam.sdk.handle import TaskHandle
+from foam.sdk.outage import OutageWatch
 from foam.sdk.registries import RegistryWatch
 from foam.sdk.retries import Retries
 from foam.settings import load_settings
@@ -53,163 +53,9 @@ __all__ = ["MeshClient", "TaskHandle"]
 
 _CONNECT_S: Final = 10.0
 _TIMEOUT_S: Final = 60.0
-_SILENCE_S: Final = 2.0
-"""Silence after which a task is published again, seconds; doubles each time."""
-
-_LOOK_S: Final = 1.0
-"""How often it is looked whether a node has to be asked instead, seconds."""
 
 _HEAR_S: Final = 0.5
 """How long routers are listened for before the first task, where none says anything, seconds."""
-
-Detour = Callable[[], Awaitable[DirectStream | None]]
-"""Finds a node to ask in place of routers that do not answer; None: not now."""
-
-
-class TaskHandle:
-    """One submitted task: its events, its text, its result. One reader at a time.
-
-    Iterating yields every reply event in order and ends after the terminal one, be it a result or
-    an error. `text` and `result` raise the error instead. Leaving the client closes every handle.
-
-    While no router lives a node is asked itself (`direct`), from which there is no fail-over.
-
-    Attributes:
-        routed: The latest choice of a node; None before the first.
-        outcome: The terminal event; None before it has arrived.
-    """
-
-    def __init__(
-        self,
-        *,
-        stream: TaskStream | DirectStream,
-        client: "MeshClient",
-        publish: Callable[[], Awaitable[None]],
-        book: PassportBook | None = None,
-        detour: Detour | None = None,
-    ) -> None:
-        self.routed: Routed | None = None
-        self.outcome: Result | ErrorEvent | None = None
-        self._stream = stream
-        self._client = client
-        self._publish = publish
-        self._book = book
-        self._detour = detour
-        self._heard = False
-
-    @property
-    def id(self) -> str:
-        """Id of the task: another one from when it was taken back, or a node refused it."""
-        return self._stream.task
-
-    @property
-    def direct(self) -> Direct | None:
-        """Who was asked itself because no router lives; None where routers have the task."""
-        return self._stream.direct if isinstance(self._stream, DirectStream) else None
-
-    def __aiter__(self) -> AsyncIterator[ReplyEvent]:
-        return self
-
-    async def __anext__(self) -> ReplyEvent:
-        """Return the next event; cancellation is safe.
-
-        Raises:
-            StopAsyncIteration: The terminal event was read.
-            BadSignature, AccessDenied: The result is not one of the node that it names, where that
-                was to be checked.
-            DeadlineExceeded: Nobody ended the task in time.
-            NodeLost: The node that was asked itself is gone.
-            BrokerUnavailable: The session cannot go on.
-        """
-        event = await (anext(self._stream) if self._heard else self._first())
-        self._heard = True
-        if isinstance(event, Routed) and not event.is_nobodys:
-            self.routed = event
-        elif isinstance(event, Result | ErrorEvent):
-            if self._book is not None and isinstance(event, Result):
-                check_result(event, client=self._client.client, book=self._book)
-            self.outcome = event
-        return event
-
-    async def _first(self) -> ReplyEvent:
-        """Wait for the first event; publish the task again while there is none.
-
-        A broker that was killed and started again confirms tasks before the router is back, and
-        forgets them. The id makes the repetition harmless.
-        """
-        loop = asyncio.get_running_loop()
-        patience_s = _SILENCE_S
-        again_at = loop.time() + patience_s
-        while True:
-            if isinstance(self._stream, DirectStream):
-                try:
-                    return await anext(self._stream)
-                except RoutersAreBack:
-                    await self._go_back(self._stream)
-                    again_at = loop.time() + patience_s
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(_LOOK_S, max(0.0, again_at - loop.time()))):
-                    return await anext(self._stream)
-            if self._detour is not None and (stream := await self._detour()) is not None:
-                self._stream.close()
-                self._stream = stream
-            elif loop.time() >= again_at:
-                patience_s *= 2
-                again_at = loop.time() + patience_s
-                with contextlib.suppress(BrokerUnavailable, Overloaded):  # the next turn may do
-                    await self._publish()
-
-    async def _go_back(self, stream: DirectStream) -> None:
-        """Give the task to the routers after all: no node has run it."""
-        stream.close()
-        self._detour = None
-        self._stream, self._publish = self._client.return_to_routers(stream)
-        with contextlib.suppress(BrokerUnavailable, Overloaded):  # published again in a moment
-            await self._publish()
-
-    async def text(self) -> AsyncIterator[str]:
-        """Yield the answer as text, piece by piece; an answer without chunks comes as one piece.
-
-        Raises:
-            FoamError: The task ended with an error; its class tells the code.
-        """
-        answer = AnswerText()
-        async for event in self:
-            if isinstance(event, ErrorEvent):
-                raise event.to_error()
-            if isinstance(event, Chunk | Result) and (text := answer.add(event)):
-                yield text
-
-    async def result(self) -> Result:
-        """Wait for the end and return the result event.
-
-        Raises:
-            FoamError: The task ended with an error; its class tells the code.
-        """
-        async for _ in self:
-            pass
-        if isinstance(self.outcome, Result):
-            return self.outcome
-        if isinstance(self.outcome, ErrorEvent):
-            raise self.outcome.to_error()
-        raise BrokerUnavailable(
-            f"the events of task {self.id} were closed before its end", task=self.id
-        )
-
-    async def cancel(self) -> None:
-        """Ask for the end of the task; its last event, whatever came first, still arrives.
-
-        Raises:
-            BrokerUnavailable: The broker did not confirm the request in time.
-        """
-        if isinstance(self._stream, DirectStream):
-            await self._stream.cancel()
-        else:
-            await self._client.cancel(self.id)
-
-    def close(self) -> None:
-        """Stop listening; the task itself goes on. Idempotent."""
-        self._stream.close()
 
 
 class MeshClient:
@@ -232,7 +78,7 @@ class MeshClient:
         admin: Take the administrator of the data folder rather than its device.
         connect_timeout_s: How long entering waits for the broker, seconds; None: without end.
         direct: Whether nodes are asked themselves while no router lives.
-        on_wait: Told what a task waits for, in words, while no router lives.
+        on_wait: Told what a task waits for, in words, while its broker or every router is gone.
     """
 
     def __init__(
@@ -315,13 +161,14 @@ class MeshClient:
         )
         self._inbox = ReplyInbox(session=self._session, topics=self._topics, client=self.client)
         self._routers = RouterPresence(session=self._session, topics=self._topics)
+        self.registries = RegistryWatch(session=self._session, topics=self._topics)
         self._administration = Administration(
             inbox=self._inbox,
             presence=self._routers,
+            registries=self.registries,
             router=address.router,
             signer=address.signer,
         )
-        self.registries = RegistryWatch(session=self._session, topics=self._topics)
         self._road = DirectRoad(
             session=self._session,
             inbox=self._inbox,
@@ -331,6 +178,7 @@ class MeshClient:
             patience_s=PATIENCE_S,
             told=on_wait,
         )
+        self.outage = OutageWatch(session=self._session, presence=self._routers, told=on_wait)
         self._goes_past = direct
         self._stack = AsyncExitStack()
 
@@ -617,6 +465,7 @@ class MeshClient:
 
         Raises:
             AccessDenied: This client is known to be no administrator or operator.
+            NotFound: There is no router or registry of the name of ``target``.
             Unavailable: No answer: none is running, or this client may not ask it.
             FoamError: What it answered.
         """

@@ -72,6 +72,21 @@ class RegistryWatch:
             for name, state in sorted(known.items())
         ]
 
+    async def names(self, *, until: str, wait_s: float = 1.0) -> list[str]:
+        """Return who has ever been a registry here, as far as the broker knows.
+
+        Args:
+            until: Listen no longer once this one was heard of.
+            wait_s: How long to listen, seconds.
+        """
+        with contextlib.suppress(TimeoutError, AccessDenied):
+            await self._listen()
+            async with asyncio.timeout(wait_s):
+                while until not in self._kept:
+                    self._heard.clear()
+                    await self._heard.wait()
+        return sorted(self._kept)
+
     async def _listen(self) -> None:
         if self._subscription is None:
             self._subscription = await self._session.subscribe(

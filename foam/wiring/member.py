@@ -21,6 +21,10 @@ ACCESS_POLL_S: Final = 0.5
 """How often a broker looks whether its credentials have changed, seconds."""
 
 _WAITING_AFTER_S: Final = 3.0
+_STARTING_S: Final = 12.0
+"""How long a broker that starts together with the member may take, seconds: a cluster on a busy
+machine takes eight."""
+
 _WAITING_AGAIN_S: Final = 30.0
 _ACCESS_TRIES: Final = 5
 
@@ -49,12 +53,16 @@ async def connect(process: Process, session: MqttSession, url: str) -> None:
         AccessDenied: The broker refuses the identity.
     """
     await process.enter(session)
-    patience_s = _WAITING_AFTER_S
+    patience_s = _STARTING_S if process.status.supervised else _WAITING_AFTER_S
     while True:
         try:
             await session.wait_connected(patience_s)
-        except BrokerUnavailable:
-            process.status.waiting(f"the broker {url} does not answer; waiting for it")
+        except BrokerUnavailable as error:
+            reason = error.detail.get("reason")
+            process.status.waiting(
+                f"the broker {url} does not answer; waiting for it"
+                + (f" (the last try: {reason})" if reason else "")
+            )
             patience_s = _WAITING_AGAIN_S
         else:
             return

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from broker.access.policy import Role
+from broker.tenure import Tenant, Tenure
 from capability_schemas.errors import ConfigurationError
 from capability_schemas.ids import now_ms
 from capability_schemas.signing import SigningKey
@@ -89,7 +91,7 @@ async def run_registry(
         store = await process.enter(SqliteStore(path=database))
         trail = await process.hold(_AuditTrail(AuditLog(audit_trail, key=books.key)))
         own, topics = member.identity.id, Topics(site=member.site)
-        session, lead = await _join(process, member, epoch=lock.tenant.epoch, books=books)
+        session, lead = await _join(process, member, tenant=lock.tenant, books=books)
         events = EventSource(
             session=session, topics=topics, source=own, component="registry", clock=now_ms
         )
@@ -181,26 +183,44 @@ async def run_registry(
 
 
 async def _join(
-    process: Process, member: Member, *, epoch: int, books: "_Books"
+    process: Process, member: Member, *, tenant: Tenant, books: "_Books"
 ) -> "tuple[MqttSession, Leadership]":
     """Connect, and take a place among the registries; the place is entered by the caller."""
     from registry.leadership import Leadership, registry_will
 
     own, topics = member.identity.id, Topics(site=member.site)
     session = member_session(
-        member, will=lambda: registry_will(topics, own, epoch=epoch, at=now_ms())
+        member,
+        will=lambda: registry_will(
+            topics,
+            own,
+            epoch=tenant.epoch,
+            at=now_ms(),
+            known=lead.is_known,
+            place=tenant.place,
+        ),
     )
-    if member.is_new:
-        await wait_for_access(member)
-    await connect(process, session, member.url)
     lead = Leadership(
         session=session,
         topics=topics,
         registry_id=own,
-        epoch=epoch,
+        epoch=tenant.epoch,
+        place=tenant.place,
         others=books.registries,
         signer=member.signer,
         book=member.book,
+    )
+    if member.is_new:
+        await wait_for_access(member)
+    await connect(process, session, member.url)
+    await process.enter(
+        Tenure(
+            session=session,
+            topics=topics,
+            tenant=replace(tenant, kind="registry"),
+            show=lead.show_passport,
+            give_up=lead.give_up,
+        )
     )
     keep_papers(process, member, session, shown=lead.show_passport)
     return session, lead

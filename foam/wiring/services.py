@@ -3,10 +3,12 @@
 import asyncio
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from broker.access.policy import Role
+from broker.tenure import Tenure
 from capability_schemas.ids import now_ms
 from capability_schemas.topics import Topics
 from foam.identity_lock import IdentityLock
@@ -63,9 +65,10 @@ async def run_router(
     from registry.encoders.thread import EncoderThread
     from registry.search import CapabilitySearch
     from router.ledger import Ledger
+    from router.peers import router_will
     from router.quota import QuotaFile
     from router.rules import RuleFile
-    from router.service import RouterService, lets_past, router_will
+    from router.service import RouterService, lets_past
 
     member = await asyncio.to_thread(
         Member.resolve,
@@ -98,6 +101,8 @@ async def run_router(
                 epoch=lock.tenant.epoch,
                 at=now_ms(),
                 direct=lets_past(rules, quotas),
+                known=router.is_known,
+                place=lock.tenant.place,
             ),
             clean=False,  # tasks and answers that arrive while it restarts wait at the broker
         )
@@ -118,6 +123,7 @@ async def run_router(
             book=member.book,
             unsigned_admin=takes_unsigned(settings, member.url),
             epoch=lock.tenant.epoch,
+            place=lock.tenant.place,
         )
         # First the subscriptions: a kept session hands over what waited for it as it connects.
         await router.listen()
@@ -125,6 +131,15 @@ async def run_router(
             await wait_for_access(member)
         await connect(process, session, member.url)
         keep_papers(process, member, session, shown=router.show_passport)
+        await process.enter(
+            Tenure(
+                session=session,
+                topics=topics,
+                tenant=replace(lock.tenant, kind="router"),
+                show=router.show_passport,
+                give_up=router.give_up,
+            )
+        )
         await process.enter(router)
         return {"id": member.identity.id}
 

@@ -209,7 +209,7 @@ class TestSession:
             await eventually(lambda: len(got) == 300)
             assert got.payloads() == payloads
             assert got[0] == Message(TASK, b"0", 1, retain=False)
-            assert device.outbox_size == 0
+            await eventually(lambda: device.outbox_size == 0)  # confirmations are another way
             assert device.stats.acked == 300
 
     async def test_publish_returns_when_the_broker_has_it(self, world, eventually):

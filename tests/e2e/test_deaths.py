@@ -10,6 +10,7 @@ import pytest
 
 from conftest import require_broker
 from support.foam_process import FOAM, FoamProcess, FoamUp, foam_environment, foam_up, left_running
+from support.ports import free_port
 
 pytestmark = [
     pytest.mark.e2e,
@@ -82,7 +83,7 @@ def test_it_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
         "up = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, start_new_session=True)\n"
         "up.wait()\n"
     )
-    command = [*FOAM, "up", "--supervised", "--port", "0", "--data", str(tmp_path)]
+    command = [*FOAM, "up", "--supervised", "--port", str(free_port()), "--data", str(tmp_path)]
     command += ["--broker", "embedded", "--nodes", "none"]
     with subprocess.Popen(
         [sys.executable, "-c", starter, *command],

@@ -171,10 +171,6 @@ async def test_a_function_that_promises_nothing_ends_honestly(pair: FoamUp) -> N
         assert shown == "".join(f"line {number}\n" for number in range(shown.count("\n")))
 
 
-@pytest.mark.xfail(
-    reason="open: the witness judges number 0 as passed over, though the client misses nothing",
-    strict=False,
-)
 async def test_a_node_that_hangs_is_left_and_shows_nothing_when_it_goes_on(pair: FoamUp) -> None:
     lines = 100
     whole = tuple(f"line {number}\n" for number in range(lines))
@@ -197,6 +193,7 @@ async def test_a_node_that_hangs_is_left_and_shows_nothing_when_it_goes_on(pair:
 
     async with client_of(pair) as mesh, witness(pair) as session:
         topics = Topics(site=pair.facts["site"])
+        await session.wait_connected(60)  # before that nobody has heard of its subscription
         await session.subscribe(topics.filter(TopicKind.REPLY, client=ask.client), on_reply)
         with Stop() as stop:
             asked = {"lines": lines, "pause_s": 0.03}
@@ -207,15 +204,27 @@ async def test_a_node_that_hangs_is_left_and_shows_nothing_when_it_goes_on(pair:
         assert result.attempt > 1
         assert text_of(events) == result.output == ask.output
         assert {event.node for event in events if isinstance(event, Routed)} == {"left", "right"}
-        # It is back when it answers something: what it said late has come before that.
+        # It is back when it answers something: what it said late has come before that. Of two it
+        # may be the second choice, so they are given more than one can do.
         async with asyncio.timeout(90):
-            while (await mesh.ask(function="recite", input={"lines": 1})).node != stop.node:
+            while stop.node not in await who_answers(mesh, tasks=8):
                 pass
             while stop.node not in sources[sources.index(other_than(stop.node)) :]:
                 await heard.wait()
                 heard.clear()
         assert judge.verdict(at=0).breaches == ()
         assert judge.verdict(at=0).finished == 1
+
+
+async def who_answers(mesh: MeshClient, *, tasks: int) -> set[str | None]:
+    """Ask for several short answers at once; returns the nodes they came from."""
+    asked = {"lines": 2, "pause_s": 0.2}
+    async with asyncio.TaskGroup() as group:
+        asks = [
+            group.create_task(mesh.ask(function="recite", input=asked, timeout_s=60))
+            for _ in range(tasks)
+        ]
+    return {ask.result().node for ask in asks}
 
 
 def other_than(node: str) -> str:

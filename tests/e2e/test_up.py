@@ -12,6 +12,7 @@ import pytest
 from conftest import require_broker
 from foam.log_files import MOST_BYTES
 from support.foam_process import FoamProcess, foam_up, left_running, run_foam
+from support.ports import free_port
 
 pytestmark = [
     pytest.mark.e2e,
@@ -98,7 +99,7 @@ def test_port_in_use_is_said(tmp_path: Path) -> None:
 def test_wrong_options_are_said_in_one_line(
     tmp_path: Path, arguments: list[str], says: str
 ) -> None:
-    done = run_foam("up", "--port", "0", "--data", str(tmp_path), *arguments)
+    done = run_foam("up", "--port", str(free_port()), "--data", str(tmp_path), *arguments)
     assert done.returncode == 20
     assert says in done.stderr.decode()
     assert b"Traceback" not in done.stderr
@@ -108,7 +109,7 @@ def test_a_declaration_that_does_not_work_ends_the_start(tmp_path: Path) -> None
     declaration = tmp_path / "bad.toml"
     declaration.write_text('[[function]]\nname = "x"\ndescription = "y"\nruntime = "abacus"\n')
     done = run_foam(
-        *("up", "--port", "0", "--broker", "embedded", "--node", str(declaration)),
+        *("up", "--port", str(free_port()), "--broker", "embedded", "--node", str(declaration)),
         *("--data", str(tmp_path / "mesh")),
     )
     assert done.returncode == 20
@@ -138,8 +139,7 @@ def test_runs_on_a_broker_that_is_not_ours(tmp_path: Path, trial_node: Path) -> 
 
 @pytest.mark.encoder
 def test_broker_absent_at_start_is_waited_for(tmp_path: Path, trial_node: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     data = ("--data", str(tmp_path))
     node = FoamProcess("node", str(trial_node), "--url", f"mqtt://127.0.0.1:{port}", *data)
     try:
@@ -166,7 +166,7 @@ def test_each_process_alone_says_a_wrong_password(tmp_path: Path) -> None:
 
 
 def test_two_nodes_of_one_name_are_refused(tmp_path: Path, trial_node: Path) -> None:
-    node = str(trial_node)
-    done = run_foam("up", "--port", "0", "--data", str(tmp_path), "--node", node, "--node", node)
+    twice = ("--node", str(trial_node)) * 2
+    done = run_foam("up", "--port", str(free_port()), "--data", str(tmp_path), *twice)
     assert done.returncode == 20
     assert b"two nodes are named trial" in done.stderr

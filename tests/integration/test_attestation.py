@@ -122,6 +122,7 @@ class World:
                 clock=self.clock,
             )
             self.file.load()
+            self.store = await stack.enter_async_context(SqliteStore(path=self.database))
             attestation = AttestationService(
                 session=session,
                 topics=TOPICS,
@@ -138,7 +139,7 @@ class World:
             service = RegistryService(
                 session=session,
                 topics=TOPICS,
-                store=await stack.enter_async_context(SqliteStore(path=self.database)),
+                store=self.store,
                 encoder=await stack.enter_async_context(
                     EncoderThread(encoder=WordEncoder(), cache_texts=0)
                 ),
@@ -286,7 +287,9 @@ async def test_a_restart_of_the_registry_takes_nothing_from_who_has_shown_it(wor
     async with world.node():
         async with world.registry():
             await eventually(lambda: world.policy() == ATTESTED, timeout_s=30.0)
-        seen = []
+            # Rights are published before they are stored, in their turn: behind this they are.
+            (stored,) = await world.store.load()
+            assert stored.record.policy == ATTESTED
         topic = TOPICS.build(TopicKind.CATALOG, node="edge-1", function="echo")
         before = len(world.broker.published(topic))
         async with world.registry():

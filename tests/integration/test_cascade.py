@@ -242,8 +242,8 @@ async def test_what_has_changed_since_the_choice_counts_at_the_next_step(mesh, c
     select, objection = mesh.router.routing.select, mesh.router.routing.objection
     objections = []
 
-    def select_and_change(*args):
-        selection = select(*args)
+    def select_and_change(*args, **options):
+        selection = select(*args, **options)
         records = mesh.router.fleet.records
         records["edge-2", "think"] = records["edge-2", "think"].model_copy(update=changes)
         return selection

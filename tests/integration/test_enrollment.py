@@ -12,7 +12,7 @@ from broker.access import CredentialStore, Role
 from broker.access.authority import Authority
 from broker.access.orders import Requester
 from broker.embedded import EmbeddedBroker
-from broker.engine import EngineSettings, free_port
+from broker.engine import EngineSettings
 from broker.session.mqtt import MqttSession
 from broker.session.settings import SessionSettings
 from broker.tls import TlsListener, TlsSettings
@@ -33,6 +33,7 @@ from foam.mesh import Identity, load_key, tls_files
 from foam.renewal import Renewal
 from registry.enrollment import EnrollmentDesk, EnrollmentService
 from registry.store.audit import AuditLog, verify_trail
+from support.ports import free_port
 
 ADMIN = Requester("admin-1", Role.ADMIN)
 pytestmark = pytest.mark.broker
@@ -398,7 +399,7 @@ def test_a_newcomer_knows_every_broker_that_it_can_reach(brokers, reached, known
 
 
 async def test_a_newcomer_joins_by_whichever_broker_of_a_list_is_there(mesh, tmp_path):
-    down = f"mqtts://127.0.0.1:{free_port('127.0.0.1')}"
+    down = f"mqtts://127.0.0.1:{free_port()}"
     mesh.desk_brokers[:] = [down, mesh.url]
     papers = await mesh.join(await mesh.token(role="node"), url=f"{down},{mesh.url}")
     path = store_papers(papers, tmp_path / "newcomer")

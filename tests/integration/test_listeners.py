@@ -271,12 +271,12 @@ CLIENTS: dict[str, tuple[Any, type[FoamError], str]] = {
     "plain MQTT on the port for TLS": (
         lambda here: (here.url("mqtt", here.engine.tls_port), {}),
         BrokerUnavailable,
-        "does the port want mqtts:// or ws://?",
+        "perhaps the port wants mqtts:// or ws://",
     ),
     "plain MQTT on the port for WebSocket with TLS": (
         lambda here: (here.url("mqtt", here.engine.websocket_port), {}),
         BrokerUnavailable,
-        "does the port want mqtts:// or ws://?",
+        "perhaps the port wants mqtts:// or ws://",
     ),
     "TLS on the port without": (
         lambda here: (here.url("mqtts", here.engine.port), {}),
@@ -306,7 +306,7 @@ CLIENTS: dict[str, tuple[Any, type[FoamError], str]] = {
     "MQTT with TLS on the port for WebSocket with TLS": (
         lambda here: (here.url("mqtts", here.engine.websocket_port), {}),
         BrokerUnavailable,
-        "does the port want wss://",
+        "perhaps the port wants wss://",
     ),
     "WebSocket at another path": (
         lambda here: (here.url("wss") + "/elsewhere", {}),

@@ -7,9 +7,10 @@ import pytest
 from capability_schemas.node import RouterState
 from capability_schemas.topics import TopicKind
 from capability_schemas.wire import decode
+from router.peers import router_will
 from router.quota import QuotaFile
 from router.rules import RuleFile
-from router.service import lets_past, router_will
+from router.service import lets_past
 from support.scripted_mesh import Mesh
 
 RULE = '[[rule]]\nname = "only"\nroute = "best"\n[rule.when]\nclient = "pump-7"\n'

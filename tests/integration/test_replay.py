@@ -3,12 +3,12 @@
 import contextlib
 import os
 import signal
-import socket
 
 import pytest
 
 from conftest import require_broker
 from support.broker_site import run_again, run_site
+from support.ports import free_port
 from support.small_plant import CLIENT, CONNECT_S, Plant, recited
 from tcp_proxy import TcpProxy
 
@@ -16,12 +16,6 @@ pytestmark = [pytest.mark.broker, pytest.mark.timeout(120)]
 
 LINES = 80
 TASK = {"function": "recite", "input": {"lines": LINES, "pause_s": 0.03}, "timeout_s": 90.0}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(params=["embedded", pytest.param("mosquitto", marks=pytest.mark.external_broker)])

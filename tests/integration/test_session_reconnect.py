@@ -22,6 +22,7 @@ from capability_schemas.errors import (
 )
 from capability_schemas.topics import TopicKind, Topics
 from support.broker_site import BrokerSite, is_available, make_site, run_again, run_site
+from support.ports import free_port
 from tcp_proxy import TcpProxy
 
 pytestmark = pytest.mark.broker
@@ -47,12 +48,6 @@ class Got(list[Message]):
 
 def numbered(number: int, size: int = 8) -> bytes:
     return b"%08d" % number + b"." * (size - 8)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(params=["embedded", pytest.param("mosquitto", marks=pytest.mark.external_broker)])

@@ -17,6 +17,7 @@ from broker.mosquitto import MosquittoBroker, find_plugin
 from broker.nats import NatsBroker
 from broker.session.settings import SessionSettings
 from capability_schemas.topics import Topics
+from support.ports import free_port
 
 IDENTITIES = {
     "pump-1": Role.DEVICE,
@@ -90,9 +91,9 @@ def make_engine(
     access: Any = {"mosquitto": "dynamic", "mosquitto_static": "static"}.get(site.kind)
     settings = EngineSettings(
         data_dir=folder / "broker",
-        port=port,
+        port=port or free_port(),
         access=access,
-        websocket=WebSocketListener(),
+        websocket=WebSocketListener(port=free_port()),
         **more,
     )
     if site.kind == "embedded":

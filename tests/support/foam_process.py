@@ -15,6 +15,8 @@ from typing import Any, Self
 
 import psutil
 
+from support.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 FOAM = (sys.executable, "-m", "foam")
 READY = "FOAM READY "
@@ -125,7 +127,7 @@ class FoamUp(FoamProcess):
     _stdin = subprocess.PIPE
 
     def __init__(self, data: Path, *arguments: str, **extra: str) -> None:
-        options = ("--supervised", "--port", "0", "--data", str(data))
+        options = ("--supervised", "--port", str(free_port(row=3)), "--data", str(data))
         super().__init__("up", *options, *arguments, **extra)
         self.data = data
         self.facts: dict[str, Any] = {}

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from broker.access.credentials import CredentialStore
-from broker.engine import EngineSettings, free_port
+from broker.engine import EngineSettings
 from broker.nats import NatsBroker
 from broker.nats_cluster import ClusterPlan, ClusterServer
 from broker.session.settings import SessionSettings
 from support.broker_site import BrokerSite, make_site
+from support.ports import free_port
 
 HOST = "127.0.0.1"
 
@@ -27,11 +28,11 @@ class NatsCluster:
         self._site: BrokerSite = make_site("nats", folder)
         self.plan = ClusterPlan.of(
             tuple(
-                ClusterServer(name=f"foam-{number}", host=HOST, port=free_port(HOST))
+                ClusterServer(name=f"foam-{number}", host=HOST, port=free_port())
                 for number in (1, 2, 3)
             )
         )
-        self.ports = [free_port(HOST) for _ in self.plan.servers]
+        self.ports = [free_port() for _ in self.plan.servers]
         self._engines: dict[int, NatsBroker] = {}
 
     @property

@@ -10,11 +10,12 @@ import pytest
 
 from broker import guard, mosquitto, nats
 from broker.access import CredentialStore, Role
-from broker.engine import EngineSettings, check_port, find_binary, free_port, guarded
+from broker.engine import EngineSettings, check_port, find_binary, guarded
 from broker.mosquitto import MosquittoBroker
 from broker.nats import NatsBroker
 from capability_schemas.errors import BrokerUnavailable, ConfigurationError
 from capability_schemas.topics import Topics
+from support.ports import free_port
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ async def test_a_taken_port_is_named_and_a_free_one_passes():
     assert error.value.detail == {"port": port}
     server.close()
     await server.wait_closed()
-    check_port("127.0.0.1", free_port("127.0.0.1"))
+    check_port("127.0.0.1", free_port())
 
 
 def test_binaries_are_found_beside_the_path(monkeypatch):

@@ -147,6 +147,19 @@ async def test_a_service_stopped_by_somebody_else_ends_the_wait():
         assert await end.wait(service) == "stopped"
 
 
+async def test_a_second_signal_is_another_wish_unless_it_comes_right_behind_the_first(eventually):
+    async with Recorder() as service, ProcessEnd() as end:
+        insisted = service.spawn(end.wait_insisted(), name="insisted")
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await end.wait(service)
+        handled = asyncio.get_running_loop().time()
+        assert not insisted.done()
+        await eventually(lambda: asyncio.get_running_loop().time() > handled + 0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.wait_for(insisted, 20)
+
+
 async def test_the_death_of_the_parent_ends_the_wait():
     read_fd, write_fd = os.pipe()
     try:

@@ -5,7 +5,7 @@ import pytest
 from broker import presence
 from broker.presence import RouterPresence
 from broker.session.memory import MemoryBroker, MemorySession
-from capability_schemas.node import RouterState
+from capability_schemas.node import LOST, RouterState
 from capability_schemas.topics import TopicKind
 from capability_schemas.wire import encode
 
@@ -62,6 +62,22 @@ async def test_the_will_of_an_earlier_start_says_nothing(site):
     assert site.presence.present() == "router-1"
     await site.hear(state="offline", epoch=5)
     assert site.presence.present() is None
+
+
+async def test_the_will_of_one_that_was_refused_its_place_says_nothing(site):
+    """It has a later epoch than the router that stays, and must not hide it for ever."""
+    await site.presence.listen()
+    await site.hear(epoch=5, since=5)
+    await site.hear(state="offline", epoch=9, at=9, reason=LOST)
+    assert site.presence.present() == "router-1"
+
+
+async def test_who_hears_that_will_first_hears_the_router_all_the_same(site):
+    await site.presence.listen()
+    await site.hear(state="offline", epoch=9, at=9, reason=LOST)
+    assert site.presence.bereft
+    await site.hear(epoch=5, at=10, since=5)
+    assert site.presence.present() == "router-1"
 
 
 async def test_missed_heartbeats_end_it_and_the_kept_birth_does_not_revive_it(site, eventually):

@@ -9,14 +9,24 @@ import pytest
 
 from broker.session.base import Will
 from broker.session.memory import Action, MemoryBroker, MemorySession
-from broker.tenure import Tenant, Tenure, TenureSettings
+from broker.tenure import Kind, Tenant, Tenure, TenureSettings
 from capability_schemas.errors import Conflict
-from capability_schemas.node import LOST, NodeState
+from capability_schemas.node import LOST, NodeState, RegistryState, RouterState
 from capability_schemas.topics import TopicKind, Topics
 from capability_schemas.wire import encode
 
 NODE = "edge-1"
 TOPIC = Topics().build(TopicKind.NODE_STATE, node=NODE)
+TOPICS: dict[Kind, str] = {
+    "node": TOPIC,
+    "router": Topics().build(TopicKind.ROUTER_STATE, router=NODE),
+    "registry": Topics().build(TopicKind.REGISTRY_STATE, registry=NODE),
+}
+MODELS: dict[Kind, type[NodeState | RouterState | RegistryState]] = {
+    "node": NodeState,
+    "router": RouterState,
+    "registry": RegistryState,
+}
 QUICK = TenureSettings(look_s=0.05, doubt_s=0.3)
 
 
@@ -40,7 +50,10 @@ class Life:
         will: bool = True,
         client_id: str = NODE,
         settings: TenureSettings = QUICK,
+        kind: Kind = "node",
     ) -> None:
+        self.kind = kind
+        self.topic = TOPICS[kind]
         self.epoch = epoch
         self.place = place or f"host {epoch}"
         self.since: int | None = None
@@ -52,36 +65,37 @@ class Life:
         self.tenure = Tenure(
             session=self.session,
             topics=Topics(),
-            tenant=Tenant(identity=NODE, epoch=epoch, place=self.place, alone_at=alone_at),
+            tenant=Tenant(
+                identity=NODE, kind=kind, epoch=epoch, place=self.place, alone_at=alone_at
+            ),
             show=self.show,
             give_up=self.give_up,
             settings=settings,
         )
 
     def state(self, presence: Any = "birth", reason: str = "") -> bytes:
-        return encode(
-            NodeState(
-                node=NODE,
-                state=presence,
-                epoch=self.epoch,
-                at=self.connections,
-                reason=reason,
-                since=self.since,
-                place=self.place,
-            )
-        )
+        said = {
+            self.kind: NODE,
+            "state": presence,
+            "epoch": self.epoch,
+            "at": self.connections,
+            "reason": reason,
+            "since": self.since,
+            "place": self.place,
+        }
+        return encode(MODELS[self.kind].model_validate(said))
 
     def _will(self) -> Will:
         self.connections += 1
-        return Will(TOPIC, self.state("offline", LOST))
+        return Will(self.topic, self.state("offline", LOST))
 
     def show(self) -> None:
         if not self.muted:
-            self.session.announce(TOPIC, self.state)
+            self.session.announce(self.topic, self.state)
 
     def give_up(self) -> None:
         self.muted = True
-        self.session.retract(TOPIC)
+        self.session.retract(self.topic)
 
     async def start(self, stack: AsyncExitStack) -> None:
         await stack.enter_async_context(self.session)
@@ -136,6 +150,42 @@ async def test_the_second_is_refused_and_told_who_is_there(
     await eventually(lambda: first.session.connected)
     await eventually(lambda: kept(broker)["epoch"] == 1 and kept(broker)["state"] == "birth")
     assert first.tenure.running
+
+
+@pytest.mark.parametrize("kind", ["router", "registry"])
+async def test_routers_and_registries_keep_their_place_as_nodes_do(
+    broker: MemoryBroker, stack: Any, kind: Kind, eventually: Any
+) -> None:
+    first = Life(broker, epoch=1, place="press-gw, process 7", kind=kind)
+    await first.start(stack)
+    async with AsyncExitStack() as others:
+        second = Life(broker, epoch=2, kind=kind)
+        with pytest.raises(Conflict, match="press-gw, process 7"):
+            await second.start(others)
+    assert audits(broker)[0]["action"] == "identity_refused"
+
+    def last() -> dict[str, Any]:
+        return dict(json.loads([m.payload for m in broker.published(first.topic)][-1]))
+
+    await eventually(lambda: (last()["epoch"], last()["state"]) == (1, "birth"))
+    assert first.tenure.running
+
+
+@pytest.mark.parametrize("kind", ["router", "registry"])
+async def test_what_others_of_a_kind_say_is_not_about_this_one(
+    broker: MemoryBroker, stack: Any, kind: Kind
+) -> None:
+    async with MemorySession(broker=broker, client_id="another") as another:
+        await another.wait_connected()
+        word = {kind: "another", "state": "birth", "epoch": 9, "at": 9, "since": 9, "place": "x"}
+        topic = TOPICS[kind].replace(NODE, "another")
+        await another.publish(topic, encode(MODELS[kind].model_validate(word)), retain=True)
+        life = Life(broker, epoch=1, kind=kind)
+        await life.start(stack)
+        await another.publish(topic, encode(MODELS[kind].model_validate(word)), retain=True)
+        await broker.settle()
+    assert life.tenure.running
+    assert audits(broker) == []
 
 
 async def test_one_that_came_after_a_crash_waits_and_is_let_in(

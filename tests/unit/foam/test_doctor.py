@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from broker.engine import free_port
 from capability_schemas.errors import AccessDenied, Unavailable
 from foam.doctor import run_checks
 from foam.mesh import MeshFolder, MeshRecord, Person
@@ -16,6 +15,7 @@ from node_agent.isolation import system
 from node_agent.isolation.cgroup import CgroupTree
 from node_agent.isolation.system import Isolation
 from support.plugin import installed_plugin
+from support.ports import free_port
 
 
 def checks(folder):
@@ -137,7 +137,7 @@ def test_what_keeps_instances_apart_is_said(tmp_path, monkeypatch, isolation, ve
 
 
 def test_each_broker_of_a_list_is_looked_at(tmp_path):
-    urls = [f"mqtt://127.0.0.1:{free_port('127.0.0.1')}" for _ in range(2)]
+    urls = [f"mqtt://127.0.0.1:{free_port()}" for _ in range(2)]
     found = {check.what: check for check in run_checks(Settings(data=tmp_path, url=",".join(urls)))}
     for url in urls:
         check = found[f"broker {url}"]

@@ -151,6 +151,44 @@ async def test_last_started_is_first_stopped(tmp_path: Path) -> None:
     assert order.read_text() == "second first "
 
 
+async def test_those_of_a_group_are_stopped_together(tmp_path: Path) -> None:
+    """Each ends when the other one was told to, so that one after the other would take for ever."""
+    code = (
+        "import signal, sys, pathlib, time\n"
+        "def end(*_):\n"
+        f"    folder = pathlib.Path({str(tmp_path)!r})\n"
+        "    (folder / 'NAME.told').touch()\n"
+        "    while not (folder / 'OTHER.told').exists(): time.sleep(0.01)\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+    )
+    told: list[str] = []
+    async with Supervisor(notify=told.append) as supervisor:
+        for name, other in (("one", "two"), ("two", "one")):
+            part = code.replace("NAME", name).replace("OTHER", other) + READY + "signal.pause()"
+            spec = _spec(tmp_path, part, name=name, stop_s=60)
+            await supervisor.add(replace(spec, group="pair")).wait_ready()
+    assert not any("is killed" in sentence for sentence in told)
+
+
+async def test_a_stop_says_whom_it_waits_for_and_can_be_cut_short(
+    tmp_path: Path, eventually
+) -> None:
+    deaf = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + READY
+    told: list[str] = []
+    supervisor = Supervisor(notify=told.append)
+    await supervisor.start()
+    for name in ("first", "second"):
+        spec = _spec(tmp_path, deaf + "while True: time.sleep(60)", name=name, stop_s=600)
+        await supervisor.add(spec).wait_ready()
+    processes = [psutil.Process(pid) for pid in supervisor.pids.values()]
+    stopping = asyncio.create_task(supervisor.stop())
+    await eventually(lambda: "waiting for second to stop, 600 s at most" in told, timeout_s=30)
+    supervisor.kill()
+    await asyncio.wait_for(stopping, 30)
+    assert not any(process.is_running() for process in processes)
+
+
 def test_back_off_is_capped_and_jittered() -> None:
     policy = RestartPolicy(base_s=0.5, cap_s=15.0)
     assert [policy.delay_s(crashes, 1.0) for crashes in (1, 2, 3, 9)] == [0.5, 1.0, 2.0, 15.0]

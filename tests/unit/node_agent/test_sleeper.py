@@ -158,7 +158,7 @@ async def test_work_keeps_it_awake(world: World, eventually: Any) -> None:
 async def test_at_the_limit_it_hands_its_work_back_before_it_goes(
     world: World, eventually: Any
 ) -> None:
-    session, agent = world.node(asleep_s=900, awake_limit_s=0.3)
+    session, agent = world.node(asleep_s=900, awake_limit_s=2)  # time to be given the work
     async with session, agent:
         await eventually(lambda: "birth" in world.presence())
         world.invoke(ms=60_000)

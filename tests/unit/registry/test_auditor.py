@@ -44,7 +44,7 @@ class World:
 
     async def start(self):
         self.life = AsyncExitStack()
-        session = await self.life.enter_async_context(
+        session = self.session = await self.life.enter_async_context(
             MemorySession(broker=self.broker, client_id="registry-1")
         )
         events = self.events(session, "registry-1")
@@ -146,10 +146,32 @@ async def test_a_restarted_registry_sees_what_was_told_while_it_was_away(world, 
     await world.start()
     voice.write("order", actor="b")
     await eventually(lambda: len(world.entries("order")) == 2)
-    assert world.entries("events_missing")[0].detail == {"count": 1, "after": 1}
+    assert world.entries("events_unheard")[0].detail == {"count": 1, "after": 1}
     (await world.voice("router-1", epoch=9)).write("order", actor="c")
     await eventually(lambda: len(world.entries("order")) == 3)
-    assert len(world.entries("events_missing")) == 1  # a new life counts from one again
+    assert len(world.entries("events_unheard")) == 1  # a new life counts from one again
+    assert not world.entries("events_missing")
+
+
+async def test_what_a_registry_did_not_hear_for_it_was_cut_off_is_no_gap_of_the_teller(
+    world, eventually
+):
+    voice = await world.voice("router-1")
+    voice.write("order", actor="a")
+    await eventually(lambda: len(world.entries("order")) == 1)
+    before = world.session.stats.connects
+    world.broker.drop(world.session.client_id)
+    await eventually(lambda: world.session.connected and world.session.stats.connects > before)
+    voice._number = 4  # three of them meanwhile
+    voice.write("order", actor="b")
+    await eventually(lambda: len(world.entries("order")) == 2)
+    (gap,) = world.entries("events_unheard")
+    assert (gap.subject, gap.detail) == ("router-1", {"count": 3, "after": 1})
+    voice._number = 8  # it hears again, and these it was not told
+    voice.write("order", actor="c")
+    await eventually(lambda: len(world.entries("order")) == 3)
+    (gap,) = world.entries("events_missing")
+    assert (gap.subject, gap.detail) == ("router-1", {"count": 3, "after": 5})
 
 
 async def test_a_component_that_tells_too_much_is_cut_short_and_that_is_written(world, eventually):

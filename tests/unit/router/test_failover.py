@@ -1,5 +1,6 @@
 """Going on in mid-answer, and a second node beside a slow one."""
 
+import itertools
 import json
 from dataclasses import replace
 from typing import Any
@@ -87,6 +88,17 @@ def test_the_next_node_is_announced_and_then_told_what_was_shown() -> None:
     task.handle(chunk(2, "d", "b", 2), 30)
     (end,) = without_lessons(task.handle(Observed("b", "result", 3, 2, b"done"), 40))
     assert end == End(seq=3, attempt=2, payload=b"done")
+
+
+def test_successors_that_were_lost_before_they_were_asked_do_not_count_as_tries() -> None:
+    names = "abcdefgh"  # the wills of all but one come one after another: their broker was killed
+    task = begun(*map(offer, names))
+    for attempt, (lost, following) in enumerate(itertools.pairwise(names), 2):
+        told = without_lessons(task.handle(NodeGone(lost, "offline"), 20))
+        assert told[-1] == Announce(offer(following), attempt)
+    (invoke,) = task.handle(Fenced(task.attempt), 30)
+    assert isinstance(invoke, Invoke)
+    assert invoke.choice.node == names[-1]
 
 
 def test_what_the_old_node_said_before_the_fence_counts_and_nothing_after_it() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capability_schemas.node import RouterState
+from capability_schemas.node import LOST, RouterState
 from router.ownership import (
     GENERATION,
     Claim,
@@ -98,6 +98,15 @@ def test_a_router_counts_from_its_birth_to_its_goodbye(book: RouterBook) -> None
     assert book.hear(state(epoch=2), 3_000) == "came"
     assert book.epoch_of("router-2") == 3_000
     assert book.hear(state(state="offline"), 3_100) is None  # the will of the process before
+
+
+def test_the_will_of_one_that_was_refused_its_place_takes_nobody_away(book: RouterBook) -> None:
+    unborn = state(state="offline", epoch=9, reason=LOST)
+    assert book.hear(unborn, 0) is None
+    assert book.hear(state(since=1), 0) == "came"
+    assert book.hear(unborn, 0) is None
+    assert book.is_live("router-2")
+    assert book.hear(state(state="offline", epoch=1, reason=LOST), 0) == "gone"  # its birth counts
 
 
 def test_a_router_that_starts_anew_unnoticed_has_come(book: RouterBook) -> None:

@@ -65,10 +65,25 @@ def test_chunks_no_longer_kept_leave_no_gap() -> None:
 def test_an_entry_that_has_not_ended_has_no_outcome() -> None:
     running = Entry("c", "t", b"{}", "r", 1, 2)
     assert Outcome.of(running) is None
-    ended = Entry("c", "t", b"{}", "r", 1, 2, attempt=2, next_seq=1, ended_at=3, terminal=b"f")
+    terminal = b'{"event":"error","seq":1,"attempt":5}'  # the fourth was announced, and lost too
+    shown = pack_chunks(((0, chunk(0, 2)),))
+    ended = Entry(
+        "c",
+        "t",
+        b"{}",
+        "r",
+        1,
+        2,
+        attempt=2,
+        next_seq=1,
+        ended_at=3,
+        terminal=terminal,
+        chunks=shown,
+    )
     read = Outcome.of(ended)
     assert read is not None
-    assert (read.seq, read.attempt, read.told) == (1, 2, True)
+    assert (read.seq, read.attempt, read.told) == (1, 5, True)
+    assert [json.loads(event)["attempt"] for event in read.replay(0)] == [5, 5]
 
 
 class RefusedSession(MemorySession):

@@ -1,5 +1,6 @@
 """Which router answers an administrator, and what if one of them hangs."""
 
+import asyncio
 import contextlib
 
 import pytest
@@ -9,12 +10,13 @@ from broker.rpc import ReplyInbox
 from broker.session.memory import MemoryBroker, MemorySession
 from capability_schemas.admin import AdminRequest
 from capability_schemas.errors import FoamError, InvalidTask, NotFound, Unavailable
-from capability_schemas.node import RouterState
+from capability_schemas.node import RegistryState, RouterState
 from capability_schemas.reply import ErrorEvent, Result
 from capability_schemas.topics import TopicKind
 from capability_schemas.wire import decode, encode
 from foam.sdk import administration
 from foam.sdk.administration import Administration
+from foam.sdk.registries import RegistryWatch
 
 CLIENT = "admin-1"
 HANGS = object()
@@ -28,7 +30,12 @@ class Site:
         self.topics = topics
         self.asked = []
         self.presence = RouterPresence(session=session, topics=topics)
-        self.desk = Administration(inbox=inbox, presence=self.presence, router="router-1")
+        self.desk = Administration(
+            inbox=inbox,
+            presence=self.presence,
+            registries=RegistryWatch(session=session, topics=topics),
+            router="router-1",
+        )
 
     async def router(self, name, answer, *, state="birth"):
         """Have a router say that it lives, and give one answer to whatever it is asked."""
@@ -51,6 +58,14 @@ class Site:
         await self.far.subscribe(self.topics.filter(TopicKind.ADMIN, target=name), on_request)
         said = RouterState(router=name, state=state, epoch=1, at=1)
         topic = self.topics.build(TopicKind.ROUTER_STATE, router=name)
+        await self.far.publish(topic, encode(said), retain=True)
+
+    async def registry(self, name):
+        """Have a registry say that it lives; it answers nothing."""
+        said = RegistryState(
+            registry=name, state="birth", epoch=1, at=1, leads=True, term=1, beat=1, lease_ms=1000
+        )
+        topic = self.topics.build(TopicKind.REGISTRY_STATE, registry=name)
         await self.far.publish(topic, encode(said), retain=True)
 
     async def ask(self, verb="nodes", *, timeout_s=20.0, target=None):
@@ -101,6 +116,32 @@ async def test_who_is_named_is_asked_and_nobody_else(site):
     with pytest.raises(Unavailable, match=r"router-1 did not answer nodes within 0\.1 s"):
         await site.ask(target="router-1", timeout_s=0.1)
     assert site.asked == [("router-1", "nodes")]
+
+
+async def test_a_target_that_was_never_here_is_not_waited_for(site):
+    await site.router("router-1", {})
+    await site.registry("registry-1")
+    with pytest.raises(NotFound, match=r"registry router-3 here: there are router-1, "):
+        await asyncio.wait_for(site.ask(target="router-3", timeout_s=3600), 30)
+    assert site.asked == []
+
+
+async def test_a_registry_can_be_a_target_as_well(site):
+    await site.router("router-1", {})
+    await site.registry("registry-1")
+    with pytest.raises(Unavailable, match="registry-1 did not answer nodes"):
+        await site.ask(target="registry-1", timeout_s=0.1)
+
+
+async def test_a_target_that_has_gone_is_still_asked(site):
+    await site.router("router-1", HANGS, state="offline")
+    with pytest.raises(Unavailable, match="router-1 did not answer nodes"):
+        await site.ask(target="router-1", timeout_s=0.1)
+
+
+async def test_who_hears_of_nobody_asks_whom_it_was_told_to(site):
+    with pytest.raises(Unavailable, match="router-3 did not answer nodes"):
+        await site.ask(target="router-3", timeout_s=0.1)
 
 
 async def test_without_routers_it_is_said_at_once_who_was_there(site):

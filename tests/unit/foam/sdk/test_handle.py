@@ -4,7 +4,7 @@ from broker.rpc import TaskStream
 from capability_schemas.errors import BrokerUnavailable
 from capability_schemas.ids import now_ms
 from capability_schemas.reply import Result
-from foam.sdk import client
+from foam.sdk import handle as handles
 from foam.sdk.client import MeshClient, TaskHandle
 
 
@@ -24,7 +24,7 @@ def _handle(stream: TaskStream, publish) -> TaskHandle:
 
 
 async def test_a_task_that_nobody_heard_is_published_again(monkeypatch) -> None:
-    monkeypatch.setattr(client, "_SILENCE_S", 0.01)
+    monkeypatch.setattr(handles, "_SILENCE_S", 0.01)
     stream, published = _stream(), 0
 
     async def publish() -> None:
