@@ -52,6 +52,9 @@ itself and not written it: what names a higher one is made up."""
 _EARLY: Final = 32
 """Words of nodes kept that came before it was known what the nodes offer."""
 
+_UNASKED: Final = frozenset({"unknown", "refused", "failed"})
+"""What a node says again when it is asked, and what the router acts upon at once."""
+
 MayHave = Callable[[str, int], bool]
 """Tells of a node whether policy lets it have the task now (UTC milliseconds)."""
 
@@ -394,8 +397,9 @@ class DoubtingMachine(GuardedMachine):
 
     def _on_account(self, report: Report, doubt: _Doubt, now: int) -> list[Action]:
         """Take the answer, or any other report of the node on that attempt."""
-        if report.status == "unknown" and not doubt.asked:
-            return []  # said to a router that took the task over: its own word is still to come
+        if report.status in _UNASKED and not doubt.asked:
+            # Old, or said to a router that took the task over, whose own word is still to come.
+            return []
         turn, told = doubt.turn, report.seq or 0
         told = told if doubt.bound is None else min(told, doubt.bound)
         has_it = self._held is None and turn is self.turns.current and self.phase in WITH_NODE

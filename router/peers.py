@@ -195,10 +195,25 @@ class PeerDesk:
         And that it is there: a broker may have forgotten the retained state, and a newcomer asks
         for the ends of what its journal holds (`hear_claims`) only where it knows of somebody.
         """
+        self._tell_held()
+        self._reception.tell_ended(router)
+
+    def tell_all(self) -> None:
+        """Tell all that are there the same, after an absence.
+
+        A broker that was restarted may have kept nothing for anybody: what this router has ended
+        another one may have begun anew before either was back.
+        """
+        self._tell_held()
+        for view in self._book.others:
+            if view.live:
+                self._reception.tell_ended(view.router)
+
+    def _tell_held(self) -> None:
         try:
             self._session.post(self.topic, self.state())
         except FoamError as error:
-            _log.warning("router.not_shown", peer=router, error=error.message)
+            _log.warning("router.not_shown", error=error.message)
         held = [
             {
                 "client": live.arrival.client,
@@ -219,7 +234,6 @@ class PeerDesk:
         ]
         for first in range(0, len(held), _BATCH):
             self._events.emit(CLAIMS, {"tasks": held[first : first + _BATCH]})
-        self._reception.tell_ended(router)
 
     async def hear_claims(self, message: Message) -> None:
         """Take what another router says that it has."""

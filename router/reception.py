@@ -320,7 +320,8 @@ class Reception:
             if not self._gives_up(live, word):
                 return
         elif (outcome := self._replies.recall(word.key)) is not None:
-            if word.claim is not None and word.claim.attempt > outcome.attempt:
+            said = word.claim or word.route
+            if said is not None and said.attempt > outcome.attempt:
                 tell_end(self._events, outcome)  # it missed the end, and begins anew
             return
         shadow = self._shadow_of(word)

@@ -108,6 +108,7 @@ class Upkeep:
 
     async def resume(self) -> None:
         """Go on after the connection was lost."""
+        self._peers.tell_all()
         await self.catch_up()
         self._dispatcher.be_informed()
 

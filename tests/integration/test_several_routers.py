@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from broker.session.base import Message
 from capability_schemas.capability import CapabilityPolicy
 from capability_schemas.ids import now_ms
 from capability_schemas.node import RouterState
@@ -359,6 +360,58 @@ async def test_a_task_that_was_claimed_and_ran_out_of_time_behind_a_cut_ends_all
     await eventually(lambda: finals(mesh, task), timeout_s=30)
     assert ended_once(mesh, task)
     assert {end["code"] for end in finals(mesh, task)} == {"deadline_exceeded"}
+
+
+@pytest.mark.parametrize(("attempt", "told"), [(1, 0), (101, 1)])
+async def test_a_router_that_gives_an_ended_task_to_a_node_is_told_how_it_ended(
+    mesh: Mesh, eventually: Any, attempt: int, told: int
+) -> None:
+    await mesh.node("edge-1", answer)
+    await start_both(mesh, eventually)
+    (task,) = owned_by("router-1")
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: mesh.final(task))
+    await mesh.broker.settle()
+    listener = await mesh.session("by-hand")
+    ends: list[Any] = []
+
+    async def hear(message: Message) -> None:
+        ends.append(json.loads(message.payload)["data"])
+
+    topic = mesh.topics.build(TopicKind.EVENT, source="router-2", kind="outcome")
+    await listener.subscribe(topic, hear)
+    routed = {"event": "routed", "v": 1, "task": task, "at": now_ms(), "attempt": attempt}
+    routed |= {"node": "edge-1", "function": "echo", "version": "1.0.0"}
+    routed |= {"score": 1.0, "reason": "x"}
+    listener.post(f"foam/v1/local/reply/pump-7/{task}/router-1", json.dumps(routed).encode())
+    await mesh.broker.settle()
+    assert len(ends) == told
+    assert all((end["task"], end["code"]) == (task, None) for end in ends)
+
+
+async def test_a_router_that_was_cut_off_tells_what_it_ended_when_the_broker_kept_nothing(
+    mesh: Mesh, eventually: Any
+) -> None:
+    node = await mesh.node("edge-1", admit)
+    await start_both(mesh, eventually)
+    (task,) = owned_by("router-1")
+    mesh.submit(id=task, function="echo")
+    await eventually(lambda: node.invocations)
+    first, second = (mesh.routers[name] for name in ROUTERS)
+    mesh.broker.hold("router-1")
+    await eventually(lambda: second.stats.taken_over == 1)
+    answer(node, node.invocations[-1])
+    await eventually(lambda: finals(mesh, task))
+    await eventually(lambda: len(second.dispatcher) == 0)
+    mesh.broker.hold("router-2")
+    mesh.broker.forget_absent()
+    node.forget()
+    mesh.broker.release("router-1")  # nobody is left who could tell it that the task has ended
+    await eventually(lambda: len(node.invocations) > 1 and len(first.dispatcher) == 1)
+    mesh.broker.release("router-2")
+    await eventually(lambda: len(first.dispatcher) == 0)
+    assert await first.reception.find_outcome(("pump-7", task)) is not None
+    assert ended_once(mesh, task)
 
 
 async def test_a_restarted_router_leaves_its_task_to_the_one_that_took_it_over(
