@@ -486,8 +486,8 @@ class MqttSession(SessionCore):
             link = await self._versions.open(url)
         except (AccessDenied, ConfigurationError, BrokerUnavailable) as error:
             final = not error.retryable
-            self._ring.failed(error.message, refused=final)
-            if len(self._ring.standings) == 1 or (final and self._ring.all_refuse):
+            believed = self._ring.failed(error.message, refused=final)
+            if believed == final and (len(self._ring.standings) == 1 or self._ring.all_refuse):
                 raise
             raise BrokerUnavailable(self._ring.troubles()) from error
         self._ring.connected()

@@ -92,14 +92,25 @@ class BrokerRing:
         if had_lasted:
             self._tried = 0
 
-    def failed(self, reason: str, *, refused: bool = False) -> None:
+    def failed(self, reason: str, *, refused: bool = False) -> bool:
         """The try failed.
+
+        A broker that has served us and refuses is asked once more: it may be reading its rights
+        anew at that very moment (nats-server does so, now and then).
 
         Args:
             reason: Why, for people; without secrets.
             refused: Whether the broker answered, and does not want us.
+
+        Returns:
+            Whether a refusal is to be believed.
         """
-        self._set("refuses" if refused else "down", reason)
+        url = self._urls[self._at]
+        believed = refused and url not in self._served
+        if refused:
+            self._served.discard(url)
+        self._set("refuses" if believed else "down", reason)
+        return believed
 
     def troubles(self) -> str:
         """Say what is wrong with those that are not in use; of one broker, only the reason."""

@@ -74,6 +74,21 @@ def test_only_when_all_refuse_there_is_nobody_left() -> None:
     assert ring.all_refuse
 
 
+def test_a_broker_that_has_served_us_is_believed_when_it_refuses_twice() -> None:
+    ring = ring_of(A)
+    ring.next()
+    assert ring.failed("bad password", refused=True)
+    ring.next()
+    ring.connected()
+    ring.lost("closed", had_lasted=True)
+    ring.next()
+    assert not ring.failed("not authorized", refused=True)
+    assert not ring.all_refuse
+    ring.next()
+    assert ring.failed("not authorized", refused=True)
+    assert ring.all_refuse
+
+
 def test_it_says_what_is_wrong_with_which() -> None:
     ring = ring_of(A, B)
     ring.next()
