@@ -35,6 +35,8 @@ from router import RouterSettings
 __all__ = ["Run", "simulate"]
 
 _PROBE_S: Final = 1.0
+_WRITTEN_S: Final = 1.0
+"""Until a router has written what a full disk did not take, seconds: it tries at each sweep."""
 _BACK_S: Final = 45.0
 """How long clients take to come back to a broker: the longest pause of a session and a half."""
 
@@ -342,6 +344,7 @@ class _World:
             since_s = self._full[router.name] = self._loop.time()
             await asyncio.sleep(lasts_s)
             ledger.fill_disk(full=False)
+            await asyncio.sleep(_WRITTEN_S)
             if self._full.get(router.name) == since_s:
                 del self._full[router.name]
 
