@@ -24,6 +24,9 @@ from router.waiting import allowance
 _IDLE = FunctionLoad()
 _LONGEST_SLEEP_MS = 400 * 86_400_000
 """Sleep that is believed, milliseconds: a clock that is wrong names any time."""
+_LATE_MS = 300_000
+"""By how much a heartbeat may be older than the last one heard and be a late one; of one that is
+older yet the clock was set back."""
 _LAST = "\uffff"
 """Sorts after every identifier."""
 
@@ -333,12 +336,15 @@ class Fleet:
             return None  # of an earlier process
         if load.epoch == view.epoch and away:
             return None  # late: a will overtook it
+        late = load.epoch == view.epoch and 0 < view.said_at - load.at < _LATE_MS
+        if late and view.silent:
+            return None  # said before it fell silent
         known = view.presence is not None and not view.unborn
         restarted = known and load.epoch > view.epoch
         if not known or restarted:
             view.presence, view.epoch, view.unborn = "birth", load.epoch, False
         view.pulse.beat(now)
-        view.said_at = load.at
+        view.said_at = view.said_at if late else load.at
         view.load, view.silent = load, False
         return "the node started anew" if restarted else None
 

@@ -13,7 +13,8 @@ def state(presence: Any = "birth", epoch: int = 10, node: str = "n1") -> NodeSta
 
 
 def load(epoch: int = 10, **fields: Any) -> NodeLoad:
-    return NodeLoad(node="n1", epoch=epoch, at=0, **fields)
+    values: dict[str, Any] = {"node": "n1", "epoch": epoch, "at": 0}
+    return NodeLoad(**(values | fields))
 
 
 def record(revision: int = 1, **fields: Any) -> CatalogRecord:
@@ -70,6 +71,24 @@ def test_three_missed_heartbeats_silence_a_node_once(fleet: Fleet) -> None:
     assert fleet.silenced(9_000) == []
     assert not fleet.node("n1").live
     assert fleet.hear_load(load(), 9_500) is None
+    assert fleet.node("n1").live
+
+
+def test_a_heartbeat_of_before_the_silence_revives_nobody(fleet: Fleet) -> None:
+    for at in (1_000, 500_000, 499_000):  # the last one comes late
+        fleet.hear_load(load(at=at), 500_000)
+    assert fleet.silenced(503_001) == ["n1"]
+    for at in (499_999, 480_000, 200_001):
+        assert fleet.hear_load(load(at=at), 503_100) is None
+        assert not fleet.node("n1").live
+    fleet.hear_load(load(at=500_001), 503_200)
+    assert fleet.node("n1").live
+
+
+def test_a_clock_that_was_set_back_does_not_keep_a_node_away(fleet: Fleet) -> None:
+    fleet.hear_load(load(at=4_000_000), 500_000)
+    assert fleet.silenced(503_001) == ["n1"]
+    fleet.hear_load(load(at=400_000), 503_100)
     assert fleet.node("n1").live
 
 
