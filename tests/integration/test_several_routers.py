@@ -21,6 +21,7 @@ from router.entry import Entry
 from router.ledger import Ledger
 from router.ownership import Claim, rank
 from router.quota import QuotaFile
+from router.service import RouterService
 from router.shadow import Shadow
 from router.takeover import Takeover
 from support.capabilities import make_record
@@ -107,6 +108,19 @@ async def ask_again(mesh: Mesh, eventually: Any, task: str) -> None:
     mesh.submit(id=task, function="echo")
     await eventually(lambda: len(finals(mesh, task)) == 2)
     await mesh.broker.settle()
+
+
+async def a_silent_router(
+    mesh: Mesh, eventually: Any, settings: Any = PATIENT, *, count: int = 1
+) -> tuple[RouterService, list[str]]:
+    """Have a router, beside a first one that may be alive as far as it can tell; and its tasks."""
+    for name in ROUTERS:
+        await mesh.start_router(settings, name=name, will=False)
+    await know_each_other(mesh, eventually)
+    await mesh.kill_router("router-1")
+    tasks, left = owned_by("router-1", count), mesh.routers["router-2"]
+    await eventually(lambda: left.book.doubts(f"pump-7/{tasks[0]}") == 1, timeout_s=30)
+    return left, tasks
 
 
 async def no_shadow_is_left(mesh: Mesh, eventually: Any) -> None:
@@ -278,13 +292,7 @@ async def test_the_end_of_a_silent_routers_attempt_counts_before_the_task_is_cla
     mesh: Mesh, eventually: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = await mesh.node("edge-1", answer)
-    for name in ROUTERS:
-        await mesh.start_router(PATIENT, name=name, will=False)
-    await know_each_other(mesh, eventually)
-    await mesh.kill_router("router-1")  # as far as the other one can tell, it may be alive
-    (task,) = owned_by("router-1")
-    left = mesh.routers["router-2"]
-    await eventually(lambda: left.book.doubts(f"pump-7/{task}") == 1, timeout_s=30)
+    left, (task,) = await a_silent_router(mesh, eventually)
     journal, asked, free = Ledger.journal, asyncio.Event(), asyncio.Event()
 
     async def write_slowly(ledger: Ledger, entry: Entry) -> Entry | None:
@@ -317,13 +325,7 @@ async def test_a_task_that_a_silent_router_may_have_is_claimed_before_it_is_run(
     mesh: Mesh, eventually: Any
 ) -> None:
     node = await mesh.node("edge-1", answer)
-    for name in ROUTERS:
-        await mesh.start_router(PATIENT, name=name, will=False)
-    await know_each_other(mesh, eventually)
-    await mesh.kill_router("router-1")
-    left = mesh.routers["router-2"]
-    tasks = owned_by("router-1", 100)
-    await eventually(lambda: left.book.doubts(f"pump-7/{tasks[0]}") == 1, timeout_s=30)
+    left, tasks = await a_silent_router(mesh, eventually, count=100)
     for task in tasks:  # more than are journaled at a time
         mesh.submit(id=task, function="echo")
     await eventually(lambda: all(mesh.final(task) for task in tasks), timeout_s=60)
@@ -337,14 +339,8 @@ async def test_a_task_that_was_claimed_and_ran_out_of_time_behind_a_cut_ends_all
     mesh: Mesh, eventually: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await mesh.node("edge-1", answer)
-    for name in ROUTERS:
-        await mesh.start_router(SETTINGS, name=name, will=False)
-    await know_each_other(mesh, eventually)
-    await mesh.kill_router("router-1")
-    (task,) = owned_by("router-1")
-    left = mesh.routers["router-2"]
-    await eventually(lambda: left.book.doubts(f"pump-7/{task}") == 1, timeout_s=30)
-    said = []
+    _, (task,) = await a_silent_router(mesh, eventually, SETTINGS)
+    said: list[Shadow] = []
 
     def lose_the_claim(_takeover: Takeover, shadow: Shadow) -> None:
         said.append(shadow)
