@@ -177,7 +177,7 @@ class Chunk(_Event):
 
     Attributes:
         seq: Number of the event, from 0.
-        attempt: Which attempt produced it, from 1.
+        attempt: Which attempt produced it, from 1; in a router's replay, the one that speaks now.
         data: Text, or any JSON.
     """
 
